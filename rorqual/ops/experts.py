@@ -1,0 +1,66 @@
+"""The routed experts of one layer as one grouped op: out[n] = sum_k gate[n,k] * SwiGLU_{expert[n,k]}(x[n]).
+
+`loop` is the definition: expert by expert, only those that were chosen. `grouped` sorts the (token, slot) pairs by
+expert and runs two grouped matrix products, with no loop and no wait for the device, so that a step can be compiled
+or captured. Both add a token's experts in fp32 in slot order, never by atomics, so a row does not depend on the
+other rows of its batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rorqual.registry import Backends
+
+Experts = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+experts_backends: Backends[Experts] = Backends("experts")
+
+BOUND = 2e-5
+"""Largest absolute difference between backends in fp32, for outputs of unit scale."""
+
+
+def _combine(y_MD: Tensor, rows_M: Tensor, gates_NK: Tensor) -> Tensor:
+    """Bring expert outputs, laid out by expert, back to (token, slot) order and add a token's slots."""
+    N, K = gates_NK.shape
+    y_NKD = y_MD.new_empty(N * K, y_MD.shape[-1]).index_copy(0, rows_M, y_MD).view(N, K, -1)
+    return (y_NKD.float() * gates_NK[..., None]).sum(1).to(y_MD.dtype)
+
+
+@experts_backends.register("loop")
+def experts_loop(
+    x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, gates_NK: Tensor, chosen_NK: Tensor
+) -> Tensor:
+    """x [N, D], gate and up projections [E, 2F, D] (gate first), down projections [E, D, F], gates [N, K] fp32,
+    chosen [N, K] int64 -> [N, D] in x's dtype. Waits for the device once, to learn the load."""
+    order_M = chosen_NK.flatten().argsort(stable=True)
+    counts = torch.bincount(chosen_NK.flatten(), minlength=down_EDF.shape[0]).tolist()
+    x_MD = x_ND[order_M // chosen_NK.shape[1]]
+    out, start = [], 0
+    for expert, count in enumerate(counts):
+        if not count:
+            continue
+        gate, up = F.linear(x_MD[start : start + count], gate_up_E2FD[expert].to(x_ND.dtype)).chunk(2, -1)
+        out.append(F.linear(F.silu(gate) * up, down_EDF[expert].to(x_ND.dtype)))
+        start += count
+    y_MD = torch.cat(out) if out else x_MD
+    return _combine(y_MD, order_M, gates_NK)
+
+
+@experts_backends.register("grouped")
+def experts_grouped(
+    x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, gates_NK: Tensor, chosen_NK: Tensor
+) -> Tensor:
+    """The same through `torch.nn.functional.grouped_mm`: one product over all experts, rows given by offsets."""
+    flat_M = chosen_NK.flatten()
+    order_M = flat_M.argsort(stable=True)
+    x_MD = x_ND[order_M // chosen_NK.shape[1]]
+    experts = torch.arange(down_EDF.shape[0], device=x_ND.device)
+    # Not bincount: its result has a data-dependent shape on CUDA and would wait for the device.
+    ends_E = (flat_M[:, None] == experts).sum(0).cumsum(0).to(torch.int32)
+    gate, up = F.grouped_mm(x_MD, gate_up_E2FD.to(x_ND.dtype).mT, offs=ends_E).chunk(2, -1)
+    y_MD = F.grouped_mm(F.silu(gate) * up, down_EDF.to(x_ND.dtype).mT, offs=ends_E)
+    return _combine(y_MD, order_M, gates_NK)
