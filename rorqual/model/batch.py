@@ -1,0 +1,63 @@
+"""What a forward needs beyond the tokens, as an argument instead of hidden state.
+
+`batch=None` means training as published: positions 0..T-1, plain causal attention, no cache. Everything else is said
+here: where the tokens stand, which document they belong to (packed fine-tuning), and where the latent cache is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Routing(NamedTuple):
+    """One MoE layer's decisions, for the bias update and the balance loss (`ops.balance`).
+
+    scores_NE: sigmoid affinities, fp32, differentiable; chosen_NK: int64 expert ids. N = B*T tokens.
+    """
+
+    scores_NE: Tensor
+    chosen_NK: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LatentPages:
+    """A paged latent cache and the part of it that belongs to this batch.
+
+    latents: [layers, pages, page_size, kv_lora_rank + qk_rope_head_dim], written in place by the forward;
+    page_table_BP: int64, the pages of each row in order; slots_BT: int64, page * page_size + offset for each new token.
+    A key's place in its row's pages is its absolute position. Page 0 is scrap: padding points there.
+    """
+
+    latents: Tensor
+    page_table_BP: Tensor
+    slots_BT: Tensor
+
+    def layer(self, index: int) -> LayerPages:
+        """One layer's pages; MTP modules follow the model's layers."""
+        return LayerPages(self.latents[index], self.page_table_BP, self.slots_BT)
+
+
+class LayerPages(NamedTuple):
+    """`LatentPages` narrowed to one layer: pages [pages, page_size, C + R]."""
+
+    pages: Tensor
+    page_table_BP: Tensor
+    slots_BT: Tensor
+
+    def through(self, latents_BTX: Tensor) -> Tensor:
+        """Write the new latents into the pages; return all keys of each row in order, [B, S, C + R]."""
+        self.pages.view(-1, self.pages.shape[-1])[self.slots_BT] = latents_BTX.to(self.pages.dtype)
+        return self.pages[self.page_table_BP].flatten(1, 2).to(latents_BTX.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """positions_BT: int64 absolute positions (None: 0..T-1 in every row); documents_BT: int ids, tokens attend only
+    within their own (None: everything before); cache: new latents go there and attention reads from there."""
+
+    positions_BT: Tensor | None = None
+    documents_BT: Tensor | None = None
+    cache: LatentPages | None = None

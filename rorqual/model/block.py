@@ -1,0 +1,35 @@
+"""One pre-norm layer: attention, then a dense or a routed feed-forward, each added to the residual stream."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from rorqual.config import ModelConfig
+from rorqual.model.batch import LayerPages, Routing
+from rorqual.model.layers import MLP, RMSNorm
+from rorqual.model.mla import MLA
+from rorqual.model.moe import MoE
+
+
+class Block(nn.Module):
+    def __init__(self, cfg: ModelConfig, layer: int, experts_backend: str, attention_backend: str) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.self_attn = MLA(cfg, attention_backend)
+        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.mlp = MoE(cfg, experts_backend) if cfg.is_moe(layer) else MLP(cfg.hidden_size, cfg.intermediate_size)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        visible_BTS: Tensor | None = None,
+        cache: LayerPages | None = None,
+    ) -> tuple[Tensor, Routing | None]:
+        """Returns the new residual stream, and the routing decisions of a routed layer (None of a dense one)."""
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, visible_BTS, cache)
+        normed = self.post_attention_layernorm(x_BTD)
+        if isinstance(self.mlp, MoE):
+            out, routing = self.mlp(normed)
+            return x_BTD + out, routing
+        return x_BTD + self.mlp(normed), None

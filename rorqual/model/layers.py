@@ -1,0 +1,49 @@
+"""The small modules: a linear layer and a norm that compute in the dtype of what they are given.
+
+Parameters may be kept in a wider dtype than the activations (fp32 master weights under bf16 compute): a weight is cast
+where it is used, and its gradient arrives in its own dtype. No autocast, so that what runs is what is written.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rorqual.ops.rms_norm import rms_norm
+
+
+class Linear(nn.Module):
+    """y = x W^T without bias; weight [out, in]. Left uninitialised: `Transformer.init_weights` or a checkpoint fills it."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """weight [D]; see ops.rms_norm."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)). The dense layers' feed-forward, and the shared experts as one."""
+
+    def __init__(self, dim: int, width: int) -> None:
+        super().__init__()
+        self.gate_proj = Linear(dim, width)
+        self.up_proj = Linear(dim, width)
+        self.down_proj = Linear(width, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

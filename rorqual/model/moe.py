@@ -1,0 +1,61 @@
+"""DeepSeekMoE: one shared expert for everyone, fine-grained routed experts by affinity (DeepSeek-V3 section 2.1.2)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rorqual.config import ModelConfig
+from rorqual.model.batch import Routing
+from rorqual.model.layers import MLP
+from rorqual.ops.experts import experts_backends
+from rorqual.ops.router import route
+
+
+class Gate(nn.Module):
+    """weight [E, D]; e_score_correction_bias [E] is fp32 always and moved by the bias update, never by a gradient."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(cfg.n_routed_experts, cfg.hidden_size))
+        self.e_score_correction_bias: Tensor
+        self.register_buffer("e_score_correction_bias", torch.empty(cfg.n_routed_experts, dtype=torch.float32))
+        self.top_k, self.scale, self.normalise = cfg.num_experts_per_tok, cfg.routed_scaling_factor, cfg.norm_topk_prob
+        self.n_group, self.topk_group = cfg.n_group, cfg.topk_group
+
+    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gates [N, K] fp32, chosen experts [N, K], affinities [N, E] fp32."""
+        logits_NE = F.linear(x_ND.float(), self.weight.float())
+        return route(
+            logits_NE, self.e_score_correction_bias, self.top_k, self.n_group, self.topk_group, self.normalise, self.scale
+        )
+
+
+class RoutedExperts(nn.Module):
+    """All routed experts stacked, so that one grouped op runs them: gate_up_proj [E, 2F, D] (gate first), down_proj
+    [E, D, F]. The checkpoint's per-expert tensors are views of these (`checkpoint.names`)."""
+
+    def __init__(self, cfg: ModelConfig, backend: str) -> None:
+        super().__init__()
+        E, width, D = cfg.n_routed_experts, cfg.moe_intermediate_size, cfg.hidden_size
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, D))
+        self.down_proj = nn.Parameter(torch.empty(E, D, width))
+        self.run = experts_backends.get(backend)
+
+    def forward(self, x_ND: Tensor, gates_NK: Tensor, chosen_NK: Tensor) -> Tensor:
+        return self.run(x_ND, self.gate_up_proj, self.down_proj, gates_NK, chosen_NK)
+
+
+class MoE(nn.Module):
+    def __init__(self, cfg: ModelConfig, backend: str) -> None:
+        super().__init__()
+        self.gate = Gate(cfg)
+        self.experts = RoutedExperts(cfg, backend)
+        self.shared_experts = MLP(cfg.hidden_size, cfg.moe_intermediate_size * cfg.n_shared_experts)
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Routing]:
+        x_ND = x_BTD.flatten(0, 1)
+        gates_NK, chosen_NK, scores_NE = self.gate(x_ND)
+        routed_BTD = self.experts(x_ND, gates_NK, chosen_NK).view_as(x_BTD)
+        return routed_BTD + self.shared_experts(x_BTD), Routing(scores_NE, chosen_NK)
