@@ -1,0 +1,216 @@
+"""`rorqual bench`: measurements as commands. One table, one JSON file, hardware, versions and commit named in both."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(help="Measure speed; every figure beside its peer and its physical bound.", no_args_is_help=True)
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the result as JSON.", metavar="FILE")]
+Model = Annotated[str, typer.Option(help="A preset (random weights by seed) or a model directory.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Rounds = Annotated[int, typer.Option(help="Rounds; the engines take turns in each, medians are reported.", min=1)]
+Peer = Annotated[bool, typer.Option("--peer/--no-peer", help="Measure transformers in the same run, where installed.")]
+
+
+@app.callback()
+def bench() -> None:
+    """Measure speed; every figure beside its peer and its physical bound."""
+
+
+@app.command()
+def train(
+    model: Model = "bench-cpu",
+    device: Device = "cpu",
+    batch: Annotated[int, typer.Option(help="Sequences a step.")] = 8,
+    micro_batch: Annotated[int, typer.Option(help="Sequences a micro-batch; 0 means all.")] = 0,
+    seq_len: Annotated[int, typer.Option(help="Tokens a sequence.")] = 512,
+    compile: Annotated[bool, typer.Option(help="Compile the blocks.")] = False,
+    rounds: Rounds = 5,
+    peer: Peer = True,
+    json_file: JsonFile = None,
+) -> None:
+    """Training steps (forward, backward, AdamW) on random tokens.
+
+    Example:
+
+        rorqual bench train --model bench-gpu --device cuda --batch 8 --seq-len 2048 --compile
+    """
+    import torch
+
+    from rorqual.cli.benchmarks import PeerTraining, Training
+    from rorqual.config import ModelConfig
+    from rorqual.plan.count import training_flops_per_token
+    from rorqual.train.hardware import peak_flops
+
+    cfg = ModelConfig.load(model)
+    engines: dict[str, Callable[[], None]] = {
+        "rorqual": Training(cfg, device, batch, micro_batch or batch, seq_len, compile).step
+    }
+    if peer:
+        engines["transformers"] = PeerTraining(cfg, device, batch, seq_len).step
+    tokens = batch * seq_len
+    peak, source = peak_flops(torch.device(device))
+    bound = peak / training_flops_per_token(cfg, seq_len)
+    rates = {name: [tokens / s for s in seconds] for name, seconds in interleaved(engines, rounds, device).items()}
+    report("train", {"model": model, "batch": batch, "seq_len": seq_len, "compile": compile}, rates, bound, source, device, json_file)
+
+
+@app.command()
+def decode(
+    model: Model = "bench-cpu",
+    device: Device = "cpu",
+    batch: Annotated[int, typer.Option(help="Sequences side by side.")] = 1,
+    prompt: Annotated[int, typer.Option(help="Prompt tokens of each.")] = 512,
+    new: Annotated[int, typer.Option(help="Tokens to generate for each.")] = 64,
+    rounds: Rounds = 5,
+    peer: Peer = True,
+    json_file: JsonFile = None,
+) -> None:
+    """Greedy decoding through the engine: tokens a second after the prompt.
+
+    Example:
+
+        rorqual bench decode --model bench-cpu --prompt 512 --batch 8
+    """
+    _generate("decode", model, device, batch, prompt, new, rounds, peer, json_file)
+
+
+@app.command()
+def prefill(
+    model: Model = "bench-cpu",
+    device: Device = "cpu",
+    batch: Annotated[int, typer.Option(help="Prompts.")] = 1,
+    prompt: Annotated[int, typer.Option(help="Tokens of each.")] = 512,
+    rounds: Rounds = 5,
+    peer: Peer = True,
+    json_file: JsonFile = None,
+) -> None:
+    """Reading prompts: prompt tokens a second until the first token is there."""
+    _generate("prefill", model, device, batch, prompt, 1, rounds, peer, json_file)
+
+
+def _generate(
+    kind: str, model: str, device: str, batch: int, prompt: int, new: int, rounds: int, peer: bool, json_file: Path | None
+) -> None:
+    from rorqual.cli.benchmarks import Generation, PeerGeneration, generation_bound
+    from rorqual.config import ModelConfig
+
+    cfg = ModelConfig.load(model)
+    ours = Generation(cfg, model, device, batch, prompt, new)
+    engines: dict[str, Callable[[], float | None]] = {"rorqual": ours.run}
+    if peer:
+        engines["transformers"] = PeerGeneration(cfg, model, device, batch, prompt, new).run
+    tokens = batch * (prompt if kind == "prefill" else new)
+    bound, source = generation_bound(cfg, kind, device, batch, prompt, new)
+    rates = {name: [tokens / s for s in seconds] for name, seconds in interleaved(engines, rounds, device).items()}
+    facts = {"model": model, "batch": batch, "prompt": prompt, "new": new}
+    report(kind, facts, rates, bound, source, device, json_file)
+
+
+def interleaved(engines: dict[str, Callable[[], float | None]], rounds: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each engine's work, one after another within a round, after one unmeasured call each. An engine that
+    times a part of its work itself returns those seconds."""
+    import torch
+
+    def timed(work: Callable[[], float | None]) -> float:
+        start = time.perf_counter()
+        own = work()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        return own if own is not None else time.perf_counter() - start
+
+    for work in engines.values():
+        timed(work)
+        timed(work)
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    for _ in range(rounds):
+        for name, work in engines.items():
+            seconds[name].append(timed(work))
+    return seconds
+
+
+def report(
+    kind: str,
+    facts: dict[str, Any],
+    rates: dict[str, list[float]],
+    bound: float,
+    bound_source: str,
+    device: str,
+    json_file: Path | None,
+) -> None:
+    """Print the table; write the JSON. `ratio` is the median of the per-round ratios to the peer."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{kind}: " + ", ".join(f"{k} {v}" for k, v in facts.items()), title_justify="left")
+    for column in ("engine", "tokens/s", "spread", "of the bound", "rorqual / this"):
+        table.add_column(column, justify="left" if column == "engine" else "right")
+    ours = rates["rorqual"]
+    result: dict[str, Any] = {"kind": kind, **facts, "bound_tokens_per_s": bound, "bound": bound_source, "engines": {}}
+    for name, values in rates.items():
+        median = statistics.median(values)
+        ratio = statistics.median(a / b for a, b in zip(ours, values, strict=True))
+        table.add_row(name, f"{median:,.1f}", f"{min(values):,.0f} - {max(values):,.0f}", f"{median / bound:.1%}", f"{ratio:.2f}")
+        result["engines"][name] = {"tokens_per_s": median, "runs": values, "of_bound": median / bound, "ratio": ratio}
+    result["environment"] = environment(device)
+    console = Console()
+    console.print(table)
+    console.print(f"bound {bound:,.0f} tokens/s: {bound_source}")
+    console.print(", ".join(f"{k} {v}" for k, v in result["environment"].items()))
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def environment(device: str) -> dict[str, str]:
+    """Hardware, versions, commit and date of a measurement."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    from rorqual.train.hardware import describe
+
+    def installed(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return "not installed"
+
+    return {
+        "hardware": describe(torch.device(device)),
+        "processor": _processor(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": installed("transformers"),
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _processor() -> str:
+    try:
+        names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    except OSError:
+        import platform
+
+        return platform.processor()
+    return names[0] if names else "unknown"
+
+
+def commit() -> str:
+    """Short hash of the checkout, with + where it has changes; "unknown" outside one."""
+    root = Path(__file__).resolve().parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")

@@ -1,0 +1,18 @@
+"""Progress on standard error: a live count where there is a terminal, silence where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def counter(what: str, unit: str) -> Iterator[Callable[[int], None]]:
+    """Yields a function that takes the running total."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.fields[done]}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=None, done=f"0 {unit}")
+        yield lambda total: progress.update(task, done=f"{total:,} {unit}")

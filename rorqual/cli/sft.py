@@ -1,0 +1,25 @@
+"""`rorqual sft`."""
+
+from __future__ import annotations
+
+import typer
+
+from rorqual.cli.train import Overrides, RunFile, finish
+
+
+def sft(run: RunFile, overrides: Overrides = None) -> None:
+    """Fine-tune a model on conversations: whole samples packed into rows, masked from each other, learning the
+    assistant's turns.
+
+    The run file names `init_from` (the model to start from) and data of `rorqual data prepare`. Resumes like `train`.
+
+    Example:
+
+        rorqual sft runs/tiny-cpu/sft.toml --set optim.lr=5e-4
+    """
+    from rorqual.config import load_toml
+    from rorqual.post.sft import sft as run_sft
+    from rorqual.train.config import RunConfig
+
+    record = run_sft(load_toml(RunConfig, run, overrides or []), say=lambda text: typer.echo(text, err=True))
+    finish(record.model, record.last)

@@ -1,0 +1,75 @@
+"""Checkpoints of a run: `checkpoints/step-N/` is a model directory in the released layout, in the run's own fp32, plus
+the optimiser's moments. Any engine can load one; a run resumes from the newest that is whole.
+
+A directory is written under another name, flushed, and renamed: a kill at any instant leaves the previous ones intact.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rorqual.checkpoint import save_model
+from rorqual.checkpoint.hf import load_model
+from rorqual.errors import CheckpointError
+from rorqual.train.trainer import Trainer
+
+STATE = "trainer.json"
+
+
+def directory(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step}"
+
+
+def save(run: Path, step: int, trainer: Trainer, progress: dict[str, Any], tokenizer: str) -> Path:
+    """Write the state after `step` steps; older checkpoints beyond keep_checkpoints go."""
+    target = directory(run, step)
+    building = run / "checkpoints" / f".step-{step}.building"
+    shutil.rmtree(building, ignore_errors=True)
+    save_model(trainer.model, building, files_from=tokenizer or None)
+    torch.save(trainer.optimizer.state_dict(), building / "optimizer.pt")
+    (building / STATE).write_text(json.dumps({"step": step, **progress}) + "\n")
+    for name in ("optimizer.pt", STATE):
+        with (building / name).open("rb") as file:
+            os.fsync(file.fileno())
+    shutil.rmtree(target, ignore_errors=True)
+    building.rename(target)
+    _sync_directory(target.parent)
+    for old in steps(run)[: -trainer.cfg.keep_checkpoints]:
+        shutil.rmtree(directory(run, old))
+    return target
+
+
+def steps(run: Path) -> list[int]:
+    """Steps with a whole checkpoint, oldest first."""
+    found = run.glob(f"checkpoints/step-*/{STATE}")
+    return sorted(int(p.parent.name.removeprefix("step-")) for p in found)
+
+
+def restore(run: Path, step: int, trainer: Trainer) -> dict[str, Any]:
+    """Load weights and moments in place; returns what `save` was given. Raises CheckpointError naming the damage."""
+    source = directory(run, step)
+    saved = load_model(source, dtype=torch.float32, device=trainer.model.device)
+    trainer.model.load_state_dict(saved.state_dict())
+    try:
+        state = torch.load(source / "optimizer.pt", map_location=trainer.model.device, weights_only=True)
+        trainer.optimizer.load_state_dict(state)
+        progress: dict[str, Any] = json.loads((source / STATE).read_text())
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
+        raise CheckpointError(
+            f"{source} cannot be resumed from: {error}", remedy="delete that checkpoint to go on from the one before"
+        ) from error
+    return progress
+
+
+def _sync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

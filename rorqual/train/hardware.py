@@ -1,0 +1,56 @@
+"""What the machine can do at most, for MFU: a table for known GPUs, a short measurement elsewhere."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import torch
+
+# Dense bf16 tensor-core rates of the vendors' datasheets, FLOP/s.
+PEAK_BF16 = {"H200": 989.4e12, "H100 PCIe": 756e12, "H100": 989.4e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+
+
+def physical_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_flops(device: torch.device) -> tuple[float, str]:
+    """(FLOP/s, where the number is from) that MFU is measured against."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for key, peak in PEAK_BF16.items():
+            if key in name:
+                return peak, f"dense bf16 datasheet rate of {name}"
+    return _measured(device), f"fp32 matrix product measured on this {device.type}"
+
+
+def _measured(device: torch.device) -> float:
+    """Best of a few 1024^3 products, about a quarter of a second."""
+    a = torch.randn(1024, 1024, device=device)
+    best = float("inf")
+    for _ in range(6):
+        start = time.perf_counter()
+        torch.mm(a, a)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak memory so far: the allocator's on a GPU, the process's resident set elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{physical_cores()} CPU cores, {torch.get_num_threads()} threads"
