@@ -1,0 +1,96 @@
+"""From any exception to the one error object that clients understand.
+
+Every error that leaves here, as a response or in the middle of a stream, is made by `to_api_error`:
+`{"error": {"message", "type", "param", "code"}}`, all four keys present, `param` and `code` strings or null.
+
+Choices. Invalid values are 400, as OpenAI has it, and not DeepSeek's 422: openai-python has a class for each,
+but 400 is what programs written for OpenAI catch, and DeepSeek's clients treat both alike. Messages of our
+own errors are for people and passed on; of an unexpected exception only the fact is, and its traceback
+goes to the log under the request's id. Left out: a code for each of OpenAI's hundred cases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from rorqual.errors import CapacityError, NotFound, PromptTooLong, RequestError, RorqualError
+
+# What each status says when nothing more particular is known: (type, code).
+KINDS: Mapping[int, tuple[str, str | None]] = {
+    400: ("invalid_request_error", None),
+    401: ("invalid_request_error", "invalid_api_key"),
+    404: ("invalid_request_error", "unknown_url"),
+    405: ("invalid_request_error", "method_not_allowed"),
+    413: ("invalid_request_error", "request_too_large"),
+    429: ("rate_limit_error", "engine_overloaded"),
+    500: ("server_error", "internal_error"),
+    503: ("server_error", "engine_unavailable"),
+    504: ("server_error", "timeout"),
+}
+RETRY_LATER = {"retry-after": "1"}  # openai-python obeys it; without, it would begin at half a second
+
+
+@dataclass(frozen=True, slots=True)
+class ApiError:
+    status: int
+    message: str
+    param: str | None = None
+    code: str | None = None  # None: the status's own
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def body(self) -> dict[str, Any]:
+        kind, code = KINDS.get(self.status, KINDS[500 if self.status >= 500 else 400])
+        # A message may quote the client's text, and JSON can smuggle in what UTF-8 cannot write (lone surrogates).
+        message = self.message.encode("utf-8", "replace").decode()
+        error = {"message": message, "type": kind, "param": self.param, "code": self.code or code}
+        return {"error": error}
+
+
+def to_api_error(error: BaseException) -> ApiError:
+    """Total: whatever was raised has an answer."""
+    match error:
+        case PromptTooLong():
+            return ApiError(400, str(error), error.param, "context_length_exceeded")
+        case NotFound():
+            return ApiError(404, str(error), error.param, "model_not_found" if error.param == "model" else "not_found")
+        case CapacityError():
+            return ApiError(429, str(error), error.param, headers=RETRY_LATER)
+        case RequestError():
+            return ApiError(400, str(error), error.param, "invalid_value")
+        case RequestValidationError():
+            return _validation_error(error.errors())
+        case HTTPException():
+            return ApiError(error.status_code, str(error.detail), headers=error.headers or {})
+        case RorqualError():
+            return ApiError(500, str(error))
+        case _:
+            return ApiError(500, "The server failed on this request. Its log has the details under the request's id.")
+
+
+def engine_gone() -> HTTPException:
+    return HTTPException(503, "The engine is not running; the operator has to restart the server.", RETRY_LATER)
+
+
+def _validation_error(errors: Sequence[Any]) -> ApiError:
+    """The first of pydantic's complaints, in OpenAI's words: one error object has room for one."""
+    first = errors[0]
+    kind, where = str(first["type"]), list(first["loc"])[1:]  # loc begins with "body"
+    if kind == "json_invalid":
+        return ApiError(400, f"The request body is not valid JSON: {first['ctx']['error']} at character {where[0]}.")
+    if not where:
+        return ApiError(400, "The request body must be a JSON object, sent with content-type: application/json.")
+    param = _spell(where)
+    if kind == "missing":
+        return ApiError(400, f"Missing required parameter: '{param}'.", param, "missing_required_parameter")
+    code = "invalid_type" if kind.endswith("_type") else "invalid_value"
+    return ApiError(400, f"Invalid value for '{param}': {first['msg']}.", param, code)
+
+
+def _spell(loc: Sequence[str | int]) -> str:
+    """("messages", 0, "content") -> messages[0].content"""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")

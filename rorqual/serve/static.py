@@ -1,0 +1,79 @@
+"""The chat page: the files that Vite built, read once when the server starts.
+
+They are few and small, so they live in memory: a request is a dictionary look-up, nothing from the URL ever
+reaches the file system, and the same dictionary tells which paths need no API key. Files under /assets/ have
+a hash in their name and are cached for ever; everything else is asked for again each time and answered by its
+ETag. The Content-Security-Policy lets the page load from this server and from nowhere else: what a model
+writes can neither run nor fetch anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+# By hand, because what the operating system's table says about .js decides whether a browser runs it.
+TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".json": "application/json",
+    ".webmanifest": "application/manifest+json",
+    ".svg": "image/svg+xml",
+    ".png": "image/png",
+    ".ico": "image/x-icon",
+    ".woff2": "font/woff2",
+    ".txt": "text/plain; charset=utf-8",
+}
+POLICY = (
+    "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
+)
+NOT_BUILT = b"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>rorqual</title>
+<h1>rorqual is running</h1>
+<p>The API is at <code>/v1</code>. The chat page has not been built yet: <code>make serve</code> builds it, or
+<code>npm ci</code> and <code>npm run build</code> in <code>web/</code>; then start the server again.</p>
+</html>
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class PageFile:
+    body: bytes
+    headers: Mapping[str, str]
+
+
+def load_page(directory: Path) -> dict[str, PageFile]:
+    """URL path -> file. Without a built page, `/` says how to build it."""
+    files = {}
+    for path in sorted(directory.rglob("*")) if (directory / "index.html").is_file() else ():
+        if path.is_file():
+            name = path.relative_to(directory).as_posix()
+            files[f"/{name}"] = _file(path.read_bytes(), path.suffix, immutable=name.startswith("assets/"))
+    files["/"] = files.get("/index.html") or _file(NOT_BUILT, ".html", immutable=False)
+    return files
+
+
+def answer_file(file: PageFile, request: Request) -> Response:
+    """For GET and HEAD (the server below drops the body of a HEAD)."""
+    if request.headers.get("if-none-match") == file.headers["etag"]:
+        return Response(status_code=304, headers=dict(file.headers))
+    return Response(file.body, headers=dict(file.headers))
+
+
+def _file(body: bytes, suffix: str, *, immutable: bool) -> PageFile:
+    headers = {
+        "content-type": TYPES.get(suffix, "application/octet-stream"),
+        "cache-control": "public, max-age=31536000, immutable" if immutable else "no-cache",
+        "etag": f'"{hashlib.sha256(body).hexdigest()[:32]}"',
+        "content-security-policy": POLICY,
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+    }
+    return PageFile(body, headers)

@@ -1,0 +1,77 @@
+"""Fixtures for the chat page: a browser, and a server for it to look at."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from tests.web.scripted import NotBuiltError, ScriptedApi, serve_script
+
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+def chromium() -> str:
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        pytest.fail("The page's tests need a browser: install chromium (Debian, Ubuntu: apt-get install chromium).")
+    return path
+
+
+@pytest.fixture(scope="session")
+def _api() -> Iterator[ScriptedApi]:
+    try:
+        api, server = serve_script()
+    except NotBuiltError as error:
+        pytest.fail(str(error))
+    yield api
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def api(_api: ScriptedApi) -> ScriptedApi:
+    """The script of the server, fresh for each test."""
+    _api.reset()
+    return _api
+
+
+@pytest.fixture
+def page_server(api: ScriptedApi) -> str:
+    """The base URL of a server that serves the page and the API."""
+    return api.url
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Browser, page_server: str) -> Iterator[Page]:
+    """The page, opened by someone who was never here before. A script error or a request to any other
+    host fails the test."""
+    context = browser.new_context(base_url=page_server, viewport={"width": 1280, "height": 800})
+    context.set_default_timeout(8000)
+    page = context.new_page()
+    faults: list[str] = []
+    page.on("pageerror", lambda error: faults.append(f"script error: {error}"))
+    page.on("request", lambda r: None if r.url.startswith(page_server) else faults.append(f"request to {r.url}"))
+    page.goto("/")
+    yield page
+    context.close()
+    assert not faults, faults
