@@ -73,3 +73,65 @@ def twin(model: Transformer, directory: Path) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
     )
+
+
+def compare(seed: int, directory: Path) -> dict[str, Any]:
+    """One row of the parity table: a drawn configuration, and how far logits and gradients are apart."""
+    import torch.nn.functional as F
+
+    cfg = draw(seed)
+    model = build(cfg, seed)
+    peer = twin(model, directory)
+    tokens, targets = torch.randint(0, cfg.vocab_size, (2, 81)), torch.randint(0, cfg.vocab_size, (2 * 81,))
+    ours, theirs = model(tokens), peer(tokens).logits
+    for logits in (ours, theirs):
+        F.cross_entropy(logits.flatten(0, 1), targets).backward()
+    pairs = [
+        (p.grad, peer.get_parameter(n if n.startswith("lm_head") else f"model.{n}").grad)
+        for n, p in model.named_parameters()
+        if p.grad is not None
+    ]
+    difference = sum((a - b).norm() ** 2 for a, b in pairs) ** 0.5
+    reference = sum(b.norm() ** 2 for _, b in pairs) ** 0.5
+    return {
+        "seed": seed,
+        "q_lora_rank": cfg.q_lora_rank,
+        "groups": f"{cfg.topk_group}/{cfg.n_group}",
+        "yarn": cfg.rope_scaling is not None,
+        "dense": cfg.first_k_dense_replace,
+        "tied": cfg.tie_word_embeddings,
+        "hidden": cfg.hidden_size,
+        "logits_max_abs": (ours - theirs).abs().max().item(),
+        "gradient_relative": (difference / reference).item(),
+    }
+
+
+def main() -> None:
+    import argparse
+    import json
+    import tempfile
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from rorqual.cli.bench import environment
+
+    parser = argparse.ArgumentParser(description="The parity table against transformers, fp32 on the CPU.")
+    parser.add_argument("--configs", type=int, default=14)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    rows = []
+    for seed in range(options.configs):
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(compare(seed, Path(folder) / "model"))
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*(f"{v:.1e}" if isinstance(v, float) else str(v) for v in row.values()))
+    Console().print(table)
+    result = {"kind": "parity", "rows": rows, "environment": environment("cpu")}
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

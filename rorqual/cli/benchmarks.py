@@ -82,10 +82,12 @@ def peer_model(cfg: ModelConfig, dtype: torch.dtype, device: str, source: str | 
 
 
 class Generation:
-    """Our engine on random prompts of token ids; decode is timed from the first new token on, prefill until it."""
+    """Our engine core on random prompts of token ids. Prefill: seconds until every prompt has its first token; decode:
+    from there to the last, scaled to `new` tokens."""
 
     def __init__(self, cfg: ModelConfig, source: str, device: str, batch: int, prompt: int, new: int) -> None:
-        from rorqual.engine.llm import LLM
+        from rorqual.engine.load import load_core
+        from rorqual.engine.settings import EngineSettings
 
         self.batch, self.prompt, self.new, self.vocab = batch, prompt, new, cfg.vocab_size
         self.folder = tempfile.TemporaryDirectory()
@@ -94,26 +96,29 @@ class Generation:
             save_model(Transformer(cfg), self.folder.name + "/model")
             source = self.folder.name + "/model"
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
-        self.llm = LLM(source, dtype=dtype, device=device, prefix_cache=False)
+        settings = EngineSettings(source, dtype=dtype, device=device, max_num_seqs=batch, prefix_cache=False)
+        self.core = load_core(settings)
         self.seed = 0
 
     def run(self) -> float:
-        from rorqual.engine.api import SamplingParams
+        from rorqual.engine.api import Request, SamplingParams
 
         self.seed += 1
-        ids = np.random.default_rng(self.seed).integers(2, self.vocab, (self.batch, self.prompt)).tolist()
         params = SamplingParams(temperature=0, max_tokens=self.new, ignore_eos=True)
+        ids = np.random.default_rng(self.seed).integers(2, self.vocab, (self.batch, self.prompt)).tolist()
+        start = time.perf_counter()
+        for i, row in enumerate(ids):
+            self.core.add(Request(str(i), tuple(row), params))
+        begun: set[str] = set()
+        while len(begun) < self.batch:
+            begun |= {out.request_id for out in self.core.step() if out.token_ids}
+        first = time.perf_counter()
+        left = 0
+        while self.core.busy:
+            left += sum(len(out.token_ids) for out in self.core.step())
         if self.new == 1:
-            start = time.perf_counter()
-            self.llm.generate(ids, params)
-            return time.perf_counter() - start
-        # The same prompts once for their first token alone, so that reading them is not counted as decoding.
-        start = time.perf_counter()
-        self.llm.generate(ids, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
-        first = time.perf_counter() - start
-        start = time.perf_counter()
-        self.llm.generate(ids, params)
-        return (time.perf_counter() - start - first) * self.new / (self.new - 1)
+            return first - start
+        return (time.perf_counter() - first) * self.new * self.batch / left
 
 
 class PeerGeneration:
@@ -127,22 +132,29 @@ class PeerGeneration:
         self.model.generation_config.pad_token_id = 1
         self.seed = 0
 
-    def _generate(self, ids: torch.Tensor, new: int) -> float:
-        start = time.perf_counter()
-        mask = torch.ones_like(ids)
-        self.model.generate(ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False)
-        if self.device.startswith("cuda"):
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
     def run(self) -> float:
+        from transformers import StoppingCriteria, StoppingCriteriaList
+
+        ticks: list[float] = []
+
+        class Clock(StoppingCriteria):  # type: ignore[misc]
+            def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+                if input_ids.device.type == "cuda":
+                    torch.cuda.synchronize()
+                ticks.append(time.perf_counter())
+                return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
         self.seed += 1
         rng = np.random.default_rng(self.seed)
         ids = torch.from_numpy(rng.integers(2, self.vocab, (self.batch, self.prompt))).to(self.device)
-        first = self._generate(ids, 1)
+        start = time.perf_counter()
+        self.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=self.new, min_new_tokens=self.new,
+            do_sample=False, stopping_criteria=StoppingCriteriaList([Clock()]),
+        )  # fmt: skip
         if self.new == 1:
-            return first
-        return (self._generate(ids, self.new) - first) * self.new / (self.new - 1)
+            return ticks[0] - start
+        return (ticks[-1] - ticks[0]) * self.new / (self.new - 1)
 
 
 def generation_bound(cfg: ModelConfig, kind: str, device: str, batch: int, prompt: int, new: int) -> tuple[float, str]:

@@ -6,7 +6,6 @@ import logging
 import sys
 from typing import Annotated
 
-import click
 import typer
 
 from rorqual.cli import bench, chat, data, generate, inspect, serve, sft, tokenizer, train
@@ -55,18 +54,11 @@ def main(argv: list[str] | None = None) -> None:
     # `rorqual train run.toml --debug` reads as naturally as `rorqual --debug train run.toml`.
     args = (["--debug"] if debug else []) + [a for a in args if a != "--debug"]
     try:
-        code = app(args, standalone_mode=False)
+        app(args)
     except RorqualError as error:
         if debug:
             raise
         typer.secho(f"rorqual: {error}", fg="red", err=True)
         sys.exit(1)
-    except click.exceptions.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(0)
-    sys.exit(code if isinstance(code, int) else 0)

@@ -1,2 +1,74 @@
-def serve() -> None:
-    """serve"""
+"""`rorqual serve`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def serve(
+    model: Annotated[
+        list[str] | None, typer.Option(help="A model directory or bundled name; repeat it to serve several.", metavar="DIR|NAME")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on. Beyond loopback a key is needed.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 picks a free one.")] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(help="Ask every request for this key (repeatable).", envvar="RORQUAL_API_KEY", show_envvar=True),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    max_num_seqs: Annotated[int, typer.Option(help="Requests computed side by side.", min=1)] = 32,
+    threads: Annotated[int, typer.Option(help="Threads of the engine; 0 takes every core.", min=0)] = 0,
+) -> None:
+    """Serve the chat page and the API, with the bundled model unless told otherwise.
+
+    The API is OpenAI's under /, /v1, /beta and /beta/v1, so that existing clients need another base URL and no more.
+    Each model's engine runs in a process of its own.
+
+    Examples:
+
+        rorqual serve
+
+        rorqual serve --model out/nano/model --port 9000
+
+        RORQUAL_API_KEY=secret rorqual serve --host 0.0.0.0
+    """
+    import logging
+
+    from rorqual.config import DEFAULT_MODEL, resolve_model
+    from rorqual.errors import ConfigError
+    from rorqual.serve.app import create_app
+    from rorqual.serve.run import serve as run
+    from rorqual.serve.settings import Settings
+
+    logging.getLogger("rorqual").setLevel(logging.INFO)
+    paths = [resolve_model(name) for name in model or [DEFAULT_MODEL]]
+    names = [path.resolve().name for path in paths]
+    if twice := sorted({n for n in names if names.count(n) > 1}):
+        raise ConfigError(f"two models are called {', '.join(twice)}", remedy="rename one of the directories")
+    options = {"device": device, "dtype": dtype, "max_num_seqs": max_num_seqs, "threads": threads or "auto"}
+    served = {name: served_model(path, name, options) for name, path in zip(names, paths, strict=True)}
+    app = create_app(served, Settings(api_keys=tuple(api_key or ())))
+    typer.echo(f"loading {', '.join(names)} …", err=True)
+    run(app, host, port, on_ready=lambda url: typer.echo(f"chat: {url}   API: {url}/v1   (Ctrl-C stops)", err=True))
+
+
+def served_model(path: Path, name: str, options: dict[str, object]):  # type: ignore[no-untyped-def]
+    """The tokenizer and template are read here; the weights by the engine's own process."""
+    from rorqual.data.template import ChatTemplate
+    from rorqual.data.tokenizer import Tokenizer
+    from rorqual.engine.process import EngineProcess
+    from rorqual.engine.settings import EngineSettings
+    from rorqual.serve.served import GenerationDefaults, ServedModel
+
+    return ServedModel(
+        engine=EngineProcess(EngineSettings(model=str(path), **options)),  # type: ignore[arg-type]
+        tokenizer=Tokenizer.load(path),
+        template=ChatTemplate.load(path),
+        name=name,
+        created=int((path / "config.json").stat().st_mtime),
+        defaults=GenerationDefaults.load(path),
+    )

@@ -49,13 +49,14 @@ def pretrain(cfg: RunConfig, kind: Literal["pretrain", "sft"] = "pretrain", say:
     cfg = resolve(cfg, kind=kind, cuda=torch.cuda.is_available(), cores=physical_cores())
     run = Path(cfg.out)
     model_cfg = model_config(cfg)
+    # The data are opened first: a run that cannot start must not claim its directory.
+    train, val = open_rows(cfg, model_cfg, cfg.data.train), None
+    if cfg.data.val:
+        val = open_rows(cfg, model_cfg, cfg.data.val)
     _claim(run, cfg, model_cfg)
     device = torch.device(cfg.device)
     assert isinstance(cfg.threads, int)
     torch.set_num_threads(cfg.threads)
-    train, val = open_rows(cfg, model_cfg, cfg.data.train), None
-    if cfg.data.val:
-        val = open_rows(cfg, model_cfg, cfg.data.val)
     trainer = Trainer(cfg, build_model(cfg, model_cfg, device))
     done, progress = 0, {"tokens": 0, "elapsed_s": 0.0}
     if saved := checkpoints.steps(run):

@@ -1,0 +1,63 @@
+# Everything a newcomer needs. Each target sets up what it needs by itself: a new machine has Python >= 3.11 and no more.
+#   make serve      chat and API with the bundled model on http://127.0.0.1:8000   (ARGS="--port 9000" passes options)
+#   make test       everything that runs without a GPU; what CI runs
+#   make check      lint, types, import directions, generated docs up to date
+#   make speedrun   train a tiny model from text to chat on two cores in under ten minutes, with a report
+#   make bench      the CPU benchmark table, pairwise against installed peers
+#   make soak       the long tests: kills, load
+.PHONY: serve test check setup setup-dev page docs speedrun bench soak parity clean
+SHELL := /bin/bash
+BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest -q
+
+serve: setup page
+	$(BIN)/rorqual serve $(ARGS)
+
+test: check page
+	$(PYTEST) tests/unit $(ARGS)
+	$(PYTEST) tests/net $(ARGS)
+	./scripts/page.sh test
+	./scripts/browser.sh
+	$(PYTEST) tests/web $(ARGS)
+
+check: setup-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --config pyproject.toml
+	$(BIN)/python scripts/docs.py --check
+
+setup:
+	./scripts/setup.sh serve
+
+setup-dev:
+	./scripts/setup.sh dev
+
+PAGE := rorqual/serve/page/index.html
+page: $(PAGE)
+$(PAGE): $(shell find web -type f -not -path '*/node_modules/*' 2>/dev/null) | setup
+	./scripts/page.sh build
+	@touch $@
+
+docs: setup-dev
+	$(BIN)/python scripts/docs.py
+
+speedrun: setup-dev
+	$(BIN)/python runs/tiny-cpu/speedrun.py $(ARGS)
+
+bench: setup-dev
+	$(BIN)/rorqual bench prefill --model bench-cpu --prompt 512 --json benchmarks/cpu-prefill.json
+	$(BIN)/rorqual bench decode --model bench-cpu --prompt 512 --json benchmarks/cpu-decode-1.json
+	$(BIN)/rorqual bench decode --model bench-cpu --prompt 64 --batch 8 --json benchmarks/cpu-decode-8.json
+	$(BIN)/rorqual bench train --model bench-cpu --batch 8 --seq-len 512 --rounds 3 --json benchmarks/cpu-train.json
+	$(BIN)/python scripts/benchmarks.py
+
+parity: setup-dev
+	$(BIN)/python -m tests.parity --json benchmarks/parity.json
+	$(BIN)/python scripts/benchmarks.py
+
+soak: setup-dev page
+	$(PYTEST) tests/unit tests/net -m "soak or not soak" -k "kill or resume or soak or concurrent" $(ARGS)
+
+clean:
+	rm -rf .venv web/node_modules rorqual/serve/page out

@@ -1,0 +1,160 @@
+"""The engine as everything above it sees it: requests in, outputs out, no torch.
+
+The engine speaks token ids only. Text, templates and stop strings belong to whoever holds a tokenizer
+(`engine.llm` offline, `serve` over HTTP), so that one engine core serves both and can live in a process of its own.
+
+Life of a request: `generate(request)` yields `Output`s as tokens appear. Exactly one of them, the last, carries a
+`finish_reason`. Closing the iterator early aborts the request and frees what it held within one step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+
+class FinishReason(StrEnum):
+    """Why a request ended. `STOP` and `LENGTH` are OpenAI's; the others never reach a well-behaved client's text."""
+
+    STOP = "stop"  # an end-of-sequence or stop token (a stop string, seen from above)
+    LENGTH = "length"  # max_tokens or the context is used up
+    ABORT = "abort"  # the caller went away
+    ERROR = "error"  # the engine failed; `Output.error` says how
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose tokens.
+
+    temperature: 0 is greedy; top_p in (0, 1]; top_k: 0 considers every token; max_tokens: None means up to the
+    context's end; stop: strings that end the text and are cut from it; stop_token_ids: further ids that end it;
+    seed: None draws one from the engine; a seed and a position give the same draw whatever else is in the batch;
+    ignore_eos: run to max_tokens (benchmarks); logprobs: None, or how many alternatives (0 to 20) to report beside
+    the chosen token's log-probability, taken from the raw distribution (before temperature and truncation).
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int | None = None
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises RequestError naming the field that is out of range."""
+        from rorqual.errors import RequestError
+
+        stop: object = self.stop  # one string is welcome where the type asks for several
+        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(self.stop or ()))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+
+        def require(ok: bool, field_name: str, rule: str) -> None:
+            if not ok:
+                raise RequestError(f"{field_name} must be {rule}, not {getattr(self, field_name)!r}", param=field_name)
+
+        require(0.0 <= self.temperature <= 100.0, "temperature", "between 0 and 100")
+        require(0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1")
+        require(self.top_k >= 0, "top_k", "0 (off) or positive")
+        require(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1")
+        require(self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs", "between 0 and 20")
+        require(all(self.stop), "stop", "a list of non-empty strings")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One completion to produce. `prompt` is token ids, beginning-of-sequence included where the model wants it."""
+
+    id: str
+    prompt: tuple[int, ...]
+    params: SamplingParams = field(default_factory=SamplingParams)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability of the chosen token, and the `top` alternatives as (token id, log-probability)."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """News of one request: the tokens since the last news.
+
+    cached_tokens: how many prompt tokens came from the prefix cache (known from the first output on).
+    The end-of-sequence token that stopped a request is included in `token_ids`.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    cached_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    error: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What the engine serves: limits for checks above it, and facts for the models list."""
+
+    model: str
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    cache_tokens: int
+    device: str = "cpu"
+    dtype: str = "float32"
+
+
+class Engine(Protocol):
+    """What serve/ drives. Implemented by `engine.process.EngineProcess` and `engine.scripted.ScriptedEngine`."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    def generate(self, request: Request) -> AsyncGenerator[Output, None]:
+        """Yields outputs until one has a finish reason. Raises RequestError at once if the request cannot run.
+        Closing the iterator (or cancelling the task that reads it) aborts the request."""
+        ...
+
+    async def start(self) -> None:
+        """Returns when the engine can take requests. Raises the engine's own error if it cannot."""
+        ...
+
+    async def stop(self) -> None:
+        """Ends every request and frees the engine. Safe to call twice."""
+        ...
+
+    @property
+    def alive(self) -> bool: ...
+
+
+def check_request(request: Request, info: EngineInfo) -> None:
+    """The checks every engine makes before it takes a request.
+
+    Raises RequestError for an empty prompt or ids outside the vocabulary, PromptTooLong when prompt and
+    max_tokens do not fit, CapacityError never (a queue's own matter).
+    """
+    from rorqual.errors import PromptTooLong, RequestError
+
+    n = len(request.prompt)
+    if n == 0:
+        raise RequestError("the prompt is empty", remedy="send at least one token of text", param="prompt")
+    bad = next((t for t in request.prompt if not 0 <= t < info.vocab_size), None)
+    if bad is not None:
+        raise RequestError(f"token id {bad} is outside the vocabulary of {info.vocab_size}", param="prompt")
+    want = request.params.max_tokens
+    total = n + (want or 1)
+    if total > info.max_model_len:
+        asked = f"{total} tokens ({n} in the messages, {want or 1} in the completion)"
+        raise PromptTooLong(
+            f"This model's maximum context length is {info.max_model_len} tokens. However, you requested {asked}.",
+            remedy="Please reduce the length of the messages or completion",
+            param="messages",
+        )

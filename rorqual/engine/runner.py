@@ -1,0 +1,112 @@
+"""From a planned step to tensors, through the model, to one draw per slice.
+
+A step becomes few forwards: all slices of one token together as [B, 1], and prompt chunks of similar length together as
+[B, T], padded at the end. Padding stands at position 0 and writes to the scrap page, so it changes nothing but the
+shape. Only the last position of a slice goes through the head, and all of them in one multiplication.
+
+The latent cache is one tensor [layers, pages, page_size, C + R], zeroed once: attention multiplies masked places by 0,
+and 0 times whatever an uninitialised page holds may be NaN. Left out: CUDA graphs, and grouping across page-table
+widths (a short request computes masked attention over its longest mate's pages).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rorqual.engine.core import Draw
+from rorqual.engine.sampler import sample, uniform
+from rorqual.engine.scheduler import Slice
+from rorqual.model.batch import Batch, LatentPages
+from rorqual.model.transformer import Transformer
+
+PADDING = 0.75
+"""Chunks share a forward when the shortest has at least this share of the longest's tokens."""
+
+
+class ModelRunner:
+    """Owns the latent cache of `model`; satisfies `core.Runner`."""
+
+    def __init__(self, model: Transformer, num_pages: int, page_size: int) -> None:
+        cfg = model.cfg
+        self.model, self.page_size = model, page_size
+        shape = (cfg.num_hidden_layers, num_pages, page_size, cfg.cache_dim)
+        self.latents = _zeros(shape, model.compute_dtype or model.dtype, model.device)
+
+    @torch.inference_mode()
+    def run(self, plan: Sequence[Slice]) -> list[Draw]:
+        """Computes every slice, draws a token where a slice ends its job. Faults are per slice."""
+        last: list[Tensor | None] = [None] * len(plan)
+        for group in _groups(plan):
+            h_BD = self._forward([plan[i] for i in group])
+            for row, i in enumerate(group):
+                last[i] = h_BD[row]
+        h_ND = torch.stack([h for h in last if h is not None])
+        # A fault anywhere in a slice reaches its last position through attention, so looking there is enough, and
+        # looking at slices that draw nothing keeps faulty pages from being shared.
+        sound = h_ND.isfinite().all(-1).tolist()
+        draws = [Draw(fault=None if ok else "its hidden states are not finite numbers") for ok in sound]
+        drawing = [i for i, s in enumerate(plan) if s.samples and sound[i]]
+        if drawing:
+            jobs = [plan[i].job for i in drawing]
+            # [drawing] copies; when every slice draws, as in pure decoding, there is nothing to pick.
+            logits_BV = self.model.head(h_ND if len(drawing) == len(plan) else h_ND[drawing])
+            uniforms = [uniform(job.seed, len(job.tokens)) for job in jobs]
+            for i, draw in zip(drawing, sample(logits_BV, [j.request.params for j in jobs], uniforms), strict=True):
+                draws[i] = draw
+        return draws
+
+    def wipe(self, pages: Sequence[int]) -> None:
+        self.latents[:, [0, *pages]] = 0
+
+    def _forward(self, slices: Sequence[Slice]) -> Tensor:
+        """Hidden states of each slice's last token, [B, D]."""
+        device = self.model.device
+        T = max(s.count for s in slices)
+        # Built on the host and moved at once: the shapes are small, launches are not.
+        starts = torch.tensor([s.start for s in slices])[:, None]
+        counts = torch.tensor([s.count for s in slices])[:, None]
+        offsets = torch.arange(T)[None]
+        real_BT = offsets < counts
+        positions_BT = torch.where(real_BT, starts + offsets, 0)
+        table_BP = self._page_table(slices)
+        pages_BT = table_BP.gather(1, positions_BT // self.page_size)
+        slots_BT = torch.where(
+            real_BT, pages_BT * self.page_size + positions_BT % self.page_size, offsets % self.page_size
+        )
+        tokens_BT = torch.tensor([s.job.tokens[s.start : s.start + s.count] + [0] * (T - s.count) for s in slices])
+        cache = LatentPages(self.latents, table_BP.to(device), slots_BT.to(device))
+        h_BTD, _ = self.model.hidden(tokens_BT.to(device), Batch(positions_BT.to(device), cache=cache))
+        return h_BTD[torch.arange(len(slices), device=device), (counts[:, 0] - 1).to(device)]
+
+    def _page_table(self, slices: Sequence[Slice]) -> Tensor:
+        """[B, P]: the pages that hold each job's tokens up to the end of its slice, padded with the scrap page."""
+        needed = [-(-(s.start + s.count) // self.page_size) for s in slices]
+        width = max(needed)
+        return torch.tensor(
+            [s.job.pages[:n] + [0] * (width - n) for s, n in zip(slices, needed, strict=True)], dtype=torch.int64
+        )
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.zeros, but on CPU memory is only taken when a page is first written (calloc; torch fills at once)."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+
+
+def _groups(plan: Sequence[Slice]) -> Iterator[list[int]]:
+    """Indices of slices that share a forward: single tokens, then chunks by falling length with little padding."""
+    single = [i for i, s in enumerate(plan) if s.count == 1]
+    if single:
+        yield single
+    chunks = sorted((i for i, s in enumerate(plan) if s.count > 1), key=lambda i: -plan[i].count)
+    while chunks:
+        longest = plan[chunks[0]].count
+        group = [i for i in chunks if plan[i].count >= PADDING * longest]
+        yield group
+        chunks = chunks[len(group) :]

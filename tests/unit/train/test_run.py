@@ -1,0 +1,161 @@
+"""A run end to end on a CPU: records, resuming to the bit, the exported model, and clear errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from rorqual.checkpoint import load_model
+from rorqual.config import load_toml
+from rorqual.errors import CheckpointError, ConfigError, DataError
+from rorqual.train import checkpoints
+from rorqual.train.config import RunConfig
+from rorqual.train.pretrain import pretrain
+from rorqual.train.record import read_metrics
+
+REPRODUCIBLE = ("step", "tokens", "loss", "lm_loss", "mtp_loss", "balance_loss", "grad_norm", "max_violation", "lr")
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    return [{k: line[k] for k in REPRODUCIBLE} for line in read_metrics(run / "metrics.jsonl")]
+
+
+def weights(model: Path) -> dict[str, torch.Tensor]:
+    return load_model(model).state_dict()
+
+
+def same(a: Path, b: Path) -> bool:
+    x, y = weights(a), weights(b)
+    return x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+
+
+def test_a_run_leaves_what_the_contract_names(run_file, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    record = pretrain(load_toml(RunConfig, run_file()))
+    run = tmp_path / "run"
+    lines = read_metrics(run / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    keys = "tokens loss lm_loss mtp_loss lr grad_norm tokens_per_s mfu max_violation memory_bytes elapsed_s"
+    assert all(set(keys.split()) <= line.keys() for line in lines)
+    assert lines[-1]["loss"] < lines[0]["loss"] and lines[-1]["tokens"] == 8 * 4 * 32
+    assert "val_loss" in lines[3] and "val_loss" in lines[7]
+    assert record.model is not None and load_model(record.model).dtype == torch.bfloat16
+    assert (record.model / "tokenizer.json").is_file()
+    assert load_toml(RunConfig, run / "config.toml").steps == 8
+    assert list(run.glob("events.*"))
+    assert checkpoints.steps(run) == [6, 8]
+
+
+def test_a_finished_run_called_again_changes_nothing(run_file, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    cfg = load_toml(RunConfig, run_file())
+    pretrain(cfg)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert pretrain(cfg).step == 8
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_killed_at_any_instant_and_resumed_equals_never_killed(run_file, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """kill -9 wherever it happens to be, several times, then to the end: the same metrics and weights, bit for bit."""
+    options = {"steps": 60, "checkpoint_every": 2}
+    pretrain(load_toml(RunConfig, run_file("whole", **options)))
+    command = [sys.executable, "-m", "rorqual", "train", str(run_file("killed", **options))]
+    killed = tmp_path / "killed"
+    for at in (3, 11, 17):
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            deadline = time.monotonic() + 120
+            while max(checkpoints.steps(killed), default=0) < at and time.monotonic() < deadline:
+                assert process.poll() is None, "the run ended before it could be killed"
+                time.sleep(0.005)
+            os.kill(process.pid, signal.SIGKILL)
+    assert max(checkpoints.steps(killed)) < 60
+    subprocess.run(command, check=True, capture_output=True)
+    assert metrics(killed) == metrics(tmp_path / "whole")
+    assert same(killed / "checkpoints" / "step-60", tmp_path / "whole" / "checkpoints" / "step-60")
+
+
+def test_micro_batches_add_up_to_the_step(run_file, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    for name, micro in (("one", 4), ("four", 1)):
+        pretrain(load_toml(RunConfig, run_file(name, steps=3, micro_batch=micro)))
+    a, b = (read_metrics(tmp_path / n / "metrics.jsonl") for n in ("one", "four"))
+    for x, y in zip(a, b, strict=True):
+        assert x["loss"] == pytest.approx(y["loss"], rel=1e-4) and x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-3)
+
+
+def test_fine_tuning_starts_from_a_model_and_learns_the_answers(run_file, corpus: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    from rorqual.data.prepare import prepare
+    from rorqual.post.sft import sft
+
+    base = pretrain(load_toml(RunConfig, run_file("base", export_dtype="float32"))).model
+    chats = tmp_path / "chats.jsonl"
+    answer = [{"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"}]
+    chats.write_text("\n".join(json.dumps({"messages": answer}) for _ in range(40)))
+    prepare([chats], tmp_path / "chats", corpus / "tokenizer")
+    text = f"out = '{tmp_path}/sft'\nsteps = 30\nbatch = 2\ninit_from = '{base}'\n[data]\nseq_len = 32\n"
+    (tmp_path / "sft.toml").write_text(text + f"[[data.train]]\npath = '{tmp_path}/chats/train'\n[optim]\nwarmup_steps = 1\nlr = 0.01\n")
+    cfg = load_toml(RunConfig, tmp_path / "sft.toml")
+    record = sft(cfg)
+    saved = load_toml(RunConfig, tmp_path / "sft" / "config.toml")
+    assert saved.data.packing == "samples" and saved.data.mask_documents is True
+    assert record.last["lm_loss"] < 0.5
+    with pytest.raises(ConfigError, match="init_from"):
+        sft(load_toml(RunConfig, run_file("x")))
+
+
+def test_experts_stay_balanced_without_an_auxiliary_loss(run_file) -> None:  # type: ignore[no-untyped-def]
+    """Real text, alpha 0: the bias update alone brings MaxVio down, MTP block included; without it, it stays high."""
+    last = {}
+    for gamma in (0.0, 0.01):
+        cfg = load_toml(
+            RunConfig, run_file(f"g{gamma}", steps=160, batch=8, checkpoint_every=1000, eval_every=1000),
+            [f"balance.gamma={gamma}", "balance.alpha=0.0", "balance.off_fraction=0.0"],
+        )  # fmt: skip
+        lines = read_metrics(pretrain(cfg).directory / "metrics.jsonl")
+        last[gamma] = sum(line["max_violation"] for line in lines[-20:]) / 20
+    assert last[0.01] < 0.6 * last[0.0] and last[0.01] < 1.0, last
+
+
+def test_wrong_run_files_are_told_apart(run_file, corpus: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    good = run_file()
+    with pytest.raises(ConfigError, match="did you mean 'weight_decay'"):
+        load_toml(RunConfig, good, ["optim.weight_dekay=0.1"])
+    with pytest.raises(ConfigError, match="steps"):
+        load_toml(RunConfig, good, ["steps=0"])
+    with pytest.raises(ConfigError, match=r"must be float"):
+        load_toml(RunConfig, good, ["optim.lr=fast"])
+    with pytest.raises(ConfigError, match="does not divide"):
+        load_toml(RunConfig, good, ["micro_batch=3"])
+    with pytest.raises(DataError, match=r"rorqual data prepare|does not exist|no shards|index"):
+        pretrain(load_toml(RunConfig, good, ['data.train=[{path="nowhere"}]']))
+    with pytest.raises(DataError, match="vocabulary"):
+        pretrain(load_toml(RunConfig, good, ["model.vocab_size=300"]))
+    pretrain(load_toml(RunConfig, good))
+    with pytest.raises(ConfigError, match="other settings"):
+        pretrain(load_toml(RunConfig, good, ["optim.lr=0.1"]))
+
+
+def test_damage_is_named(run_file, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    record = pretrain(load_toml(RunConfig, run_file()))
+    assert record.model is not None
+    shard = record.model / "model.safetensors"
+    content = shard.read_bytes()
+    shard.write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match=r"model.safetensors is truncated"):
+        load_model(record.model)
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=r"lacks model.safetensors"):
+        load_model(record.model)
+    shard.write_bytes(content)
+    config = json.loads((record.model / "config.json").read_text())
+    (record.model / "config.json").write_text(json.dumps({**config, "kv_lora_rank": 20}))
+    with pytest.raises(CheckpointError, match=r"kv_a_proj_with_mqa.*\[24, 32\].*\[28, 32\]"):
+        load_model(record.model)
+    (record.model / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
+    with pytest.raises(CheckpointError, match=r"lacks \d+ tensors"):
+        load_model(record.model)
