@@ -103,7 +103,7 @@ class ModelConfig:
     @property
     def softmax_scale(self) -> float:
         """(N + R)^-0.5, times mscale^2 under YaRN (released modelling code; arXiv 2309.00071)."""
-        scale = self.qk_head_dim**-0.5
+        scale: float = self.qk_head_dim**-0.5
         if self.rope_scaling and (all_dim := self.rope_scaling.get("mscale_all_dim", 0)):
             scale *= yarn_mscale(self.rope_scaling["factor"], all_dim) ** 2
         return scale
@@ -256,10 +256,23 @@ _FIXED: dict[str, Any] = {
 # Written afresh by to_json from other fields; never kept from an old file.
 _REWRITTEN = {"rope_parameters", "architectures", "model_type", "num_key_value_heads", "ep_size", "use_cache"}
 # Keys that other writers add and that say nothing about the network.
-_IRRELEVANT = set(
-    "torch_dtype dtype auto_map transformers_version pretraining_tp head_dim qk_head_dim aux_loss_alpha seq_aux "
-    "output_router_logits _name_or_path use_mtp num_mtp_layers num_local_experts unsloth_fixed".split()
-)
+_IRRELEVANT = {
+    "torch_dtype",
+    "dtype",
+    "auto_map",
+    "transformers_version",
+    "pretraining_tp",
+    "head_dim",
+    "qk_head_dim",
+    "aux_loss_alpha",
+    "seq_aux",
+    "output_router_logits",
+    "_name_or_path",
+    "use_mtp",
+    "num_mtp_layers",
+    "num_local_experts",
+    "unsloth_fixed",
+}
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
@@ -304,7 +317,9 @@ def from_dict(cls: type[T], raw: Mapping[str, Any], where: str = "the configurat
     values = {}
     for key, value in raw.items():
         if key not in fields:
-            raise ConfigError(f"{where}: unknown key {key!r}{_nearest(key, fields)}", remedy=f"keys: {', '.join(fields)}")
+            raise ConfigError(
+                f"{where}: unknown key {key!r}{_nearest(key, fields)}", remedy=f"keys: {', '.join(fields)}"
+            )
         values[key] = _coerce(hints[key], value, f"{where}: {key}")
     for name, f in fields.items():
         if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
@@ -416,9 +431,11 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
             return dict(value)
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
-    elif hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    elif hint is Any or (hint not in (int, float) and isinstance(hint, type) and isinstance(value, hint)):
+    elif (
+        (hint is int and isinstance(value, int) and not isinstance(value, bool))
+        or hint is Any
+        or (hint not in (int, float) and isinstance(hint, type) and isinstance(value, hint))
+    ):
         return value
     name = getattr(hint, "__name__", str(hint))
     raise ConfigError(f"{where} must be {name}, not {type(value).__name__} {value!r}")

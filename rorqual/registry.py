@@ -42,7 +42,9 @@ class Backends(Generic[F]):
     def get(self, name: str) -> F:
         """Raises BackendUnavailable, saying what to install or which names there are."""
         if name not in self.table:
-            raise BackendUnavailable(f"{self.op} has no backend {name!r}", remedy=f"choose from {', '.join(self.table)}")
+            raise BackendUnavailable(
+                f"{self.op} has no backend {name!r}", remedy=f"choose from {', '.join(self.table)}"
+            )
         if reason := self.missing[name]():
             raise BackendUnavailable(f"{self.op} backend {name!r} cannot run here: {reason}")
         return self.table[name]

@@ -50,13 +50,29 @@ def _parity(result: dict[str, Any]) -> str:
         "| " + " | ".join(rows[0]) + " |",
         "|" + "---|" * len(rows[0]),
     ]
-    lines += ["| " + " | ".join(f"{v:.1e}" if isinstance(v, float) else str(v) for v in r.values()) + " |" for r in rows]
+    lines += [
+        "| " + " | ".join(f"{v:.1e}" if isinstance(v, float) else str(v) for v in r.values()) + " |" for r in rows
+    ]
     return "\n".join(lines) + "\n"
 
 
 def _training(r: dict[str, Any]) -> str:
-    lines = [f"## Training record: {r['model']}\n", f"{r['hardware']}, torch {r['torch']}, commit {r['commit']}, {r['date']}.\n"]
-    keys = ["phase", "steps", "tokens", "seconds", "tokens_per_s", "mfu", "loss", "val_loss", "mtp_agreement", "max_violation"]
+    lines = [
+        f"## Training record: {r['model']}\n",
+        f"{r['hardware']}, torch {r['torch']}, commit {r['commit']}, {r['date']}.\n",
+    ]
+    keys = [
+        "phase",
+        "steps",
+        "tokens",
+        "seconds",
+        "tokens_per_s",
+        "mfu",
+        "loss",
+        "val_loss",
+        "mtp_agreement",
+        "max_violation",
+    ]
     lines += ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
     for phase in r["phases"]:
         lines.append("| " + " | ".join(_cell(k, phase.get(k)) for k in keys) + " |")
@@ -68,7 +84,13 @@ def _cell(key: str, value: Any) -> str:
         return ""
     if key == "mfu" or key == "mtp_agreement":
         return f"{value:.1%}"
-    return f"{value:,.4g}" if isinstance(value, float) and value < 100 else f"{value:,.0f}" if isinstance(value, int | float) else str(value)
+    return (
+        f"{value:,.4g}"
+        if isinstance(value, float) and value < 100
+        else f"{value:,.0f}"
+        if isinstance(value, int | float)
+        else str(value)
+    )
 
 
 if __name__ == "__main__":

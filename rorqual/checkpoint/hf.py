@@ -77,7 +77,7 @@ def tensor_files(directory: Path) -> dict[str, Path]:
     shards = sorted(directory.glob("*.safetensors"))
     if not shards:
         raise CheckpointError(f"{directory} has no *.safetensors file", remedy="copy the checkpoint's weights there")
-    return {name: shard for shard in shards for name in _open(shard).keys()}
+    return {name: shard for shard in shards for name in _open(shard)}
 
 
 def _open(shard: Path) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rorqual.model.layers import Linear, RMSNorm
 from rorqual.model.moe import MoE
+from rorqual.model.mtp import MTP
 from rorqual.model.transformer import Transformer
 
 
@@ -24,8 +25,11 @@ def released_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
     if not model.cfg.tie_word_embeddings:
         yield "lm_head.weight", model.lm_head.weight
     for i, module in enumerate(model.mtp, len(model.layers)):
+        assert isinstance(module, MTP)
         prefix = f"model.layers.{i}."
-        yield from _leaves(prefix, module, ("enorm", "hnorm", "eh_proj"))
+        yield f"{prefix}enorm.weight", module.enorm.weight
+        yield f"{prefix}hnorm.weight", module.hnorm.weight
+        yield f"{prefix}eh_proj.weight", module.eh_proj.weight
         yield from _block(prefix, module.block)
         yield f"{prefix}shared_head.norm.weight", module.shared_head.norm.weight
 
@@ -50,8 +54,3 @@ def _block(prefix: str, block: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{prefix}{name}.experts.{e}.down_proj.weight", module.experts.down_proj[e]
         elif isinstance(module, Linear | RMSNorm):
             yield f"{prefix}{name}.weight", module.weight
-
-
-def _leaves(prefix: str, parent: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
-    for name in names:
-        yield f"{prefix}{name}.weight", parent.get_submodule(name).weight

@@ -51,7 +51,7 @@ def train(
     from rorqual.train.hardware import peak_flops
 
     cfg = ModelConfig.load(model)
-    engines: dict[str, Callable[[], None]] = {
+    engines: dict[str, Callable[[], float | None]] = {
         "rorqual": Training(cfg, device, batch, micro_batch or batch, seq_len, compile).step
     }
     if peer:
@@ -60,7 +60,15 @@ def train(
     peak, source = peak_flops(torch.device(device))
     bound = peak / training_flops_per_token(cfg, seq_len)
     rates = {name: [tokens / s for s in seconds] for name, seconds in interleaved(engines, rounds, device).items()}
-    report("train", {"model": model, "batch": batch, "seq_len": seq_len, "compile": compile}, rates, bound, source, device, json_file)
+    report(
+        "train",
+        {"model": model, "batch": batch, "seq_len": seq_len, "compile": compile},
+        rates,
+        bound,
+        source,
+        device,
+        json_file,
+    )
 
 
 @app.command()
@@ -98,7 +106,15 @@ def prefill(
 
 
 def _generate(
-    kind: str, model: str, device: str, batch: int, prompt: int, new: int, rounds: int, peer: bool, json_file: Path | None
+    kind: str,
+    model: str,
+    device: str,
+    batch: int,
+    prompt: int,
+    new: int,
+    rounds: int,
+    peer: bool,
+    json_file: Path | None,
 ) -> None:
     from rorqual.cli.benchmarks import Generation, PeerGeneration, generation_bound
     from rorqual.config import ModelConfig
@@ -158,7 +174,9 @@ def report(
     for name, values in rates.items():
         median = statistics.median(values)
         ratio = statistics.median(a / b for a, b in zip(ours, values, strict=True))
-        table.add_row(name, f"{median:,.1f}", f"{min(values):,.0f} - {max(values):,.0f}", f"{median / bound:.1%}", f"{ratio:.2f}")
+        table.add_row(
+            name, f"{median:,.1f}", f"{min(values):,.0f} - {max(values):,.0f}", f"{median / bound:.1%}", f"{ratio:.2f}"
+        )
         result["engines"][name] = {"tokens_per_s": median, "runs": values, "of_bound": median / bound, "ratio": ratio}
     result["environment"] = environment(device)
     console = Console()
@@ -197,7 +215,11 @@ def environment(device: str) -> dict[str, str]:
 
 def _processor() -> str:
     try:
-        names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+        names = [
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ]
     except OSError:
         import platform
 
@@ -209,8 +231,12 @@ def commit() -> str:
     """Short hash of the checkout, with + where it has changes; "unknown" outside one."""
     root = Path(__file__).resolve().parent
     try:
-        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, check=True)
+        head = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=True
+        )
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")

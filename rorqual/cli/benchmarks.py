@@ -75,7 +75,8 @@ def peer_model(cfg: ModelConfig, dtype: torch.dtype, device: str, source: str | 
     if device.startswith("cuda"):
         options["experts_implementation"] = "grouped_mm"
     if source is not None:
-        return transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options).to(device)
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+        return loaded.to(device)
     keys = {k: v for k, v in cfg.to_json().items() if k not in ("architectures", "model_type", "quantization_config")}
     peer = transformers.DeepseekV3ForCausalLM._from_config(transformers.DeepseekV3Config(**keys), **options)
     return peer.to(device, dtype)
@@ -137,7 +138,7 @@ class PeerGeneration:
 
         ticks: list[float] = []
 
-        class Clock(StoppingCriteria):  # type: ignore[misc]
+        class Clock(StoppingCriteria):
             def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
                 if input_ids.device.type == "cuda":
                     torch.cuda.synchronize()

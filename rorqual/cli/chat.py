@@ -23,7 +23,9 @@ HELP = """\
 
 
 def chat(
-    prompt: Annotated[str | None, typer.Argument(help="Ask this, print the answer and leave. - reads standard input.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="Ask this, print the answer and leave. - reads standard input.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="A model directory or bundled name.", metavar="DIR|NAME")] = None,
     think: Annotated[bool, typer.Option("--think/--no-think", help="DeepThink: let the model think first.")] = False,
     system: Annotated[str, typer.Option(help="System prompt.")] = "",
@@ -61,7 +63,9 @@ def chat(
     converse(llm, history, params, think, console)
 
 
-def sampling(path: Any, temperature: float | None, top_p: float | None, max_tokens: int | None, seed: int | None) -> SamplingParams:
+def sampling(
+    path: Any, temperature: float | None, top_p: float | None, max_tokens: int | None, seed: int | None
+) -> SamplingParams:
     """The model's generation_config.json, overridden by what was asked for. Raises RequestError."""
     from rorqual.engine.api import SamplingParams
     from rorqual.serve.served import GenerationDefaults
@@ -95,7 +99,9 @@ def converse(llm: LLM, history: list[dict[str, str]], params: SamplingParams, th
             think = not think and llm.template.supports_thinking
             console.print(f"[dim]DeepThink is {'on' if think else 'off'}[/dim]")
         elif command == "/system":
-            history[:] = ([{"role": "system", "content": rest}] if rest else []) + [m for m in history if m["role"] != "system"]
+            history[:] = ([{"role": "system", "content": rest}] if rest else []) + [
+                m for m in history if m["role"] != "system"
+            ]
         elif command == "/retry":
             while history and history[-1]["role"] == "assistant":
                 history.pop()

@@ -23,7 +23,9 @@ def prepare(
     tokenizer: Annotated[Path, typer.Option(help="Directory with tokenizer.json: the model's own.")],
     out: Annotated[Path, typer.Option(help="Directory for the shards (train/, and val/ where asked for).")],
     val_fraction: Annotated[float, typer.Option(help="Share of documents kept for validation.", min=0, max=0.5)] = 0.0,
-    skip_bad: Annotated[bool, typer.Option(help="Count lines that are not valid JSON instead of stopping there.")] = False,
+    skip_bad: Annotated[
+        bool, typer.Option(help="Count lines that are not valid JSON instead of stopping there.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace shards of other inputs that are already there.")] = False,
 ) -> None:
     """Tokenise texts and conversations into memory-mapped shards for `train` and `sft`.

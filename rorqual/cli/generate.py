@@ -11,7 +11,10 @@ import typer
 
 def generate(
     inputs: Annotated[
-        Path, typer.Argument(help='JSONL: {"prompt": "…"} or {"messages": […]} a line. - is standard input.', metavar="IN.jsonl")
+        Path,
+        typer.Argument(
+            help='JSONL: {"prompt": "…"} or {"messages": […]} a line. - is standard input.', metavar="IN.jsonl"
+        ),
     ],
     out: Annotated[Path | None, typer.Option(help="Write here instead of standard output.")] = None,
     model: Annotated[str | None, typer.Option(help="A model directory or bundled name.", metavar="DIR|NAME")] = None,
@@ -50,9 +53,17 @@ def generate(
             else llm.chat(values, params, thinking=think, progress=True)
         )
         for i, completion in zip(where, made, strict=True):
-            usage = {"prompt_tokens": completion.usage.prompt_tokens, "completion_tokens": completion.usage.completion_tokens}
+            usage = {
+                "prompt_tokens": completion.usage.prompt_tokens,
+                "completion_tokens": completion.usage.completion_tokens,
+            }
             reasoning = {"reasoning": completion.reasoning} if completion.reasoning else {}
-            added = {"text": completion.text, **reasoning, "finish_reason": str(completion.finish_reason), "usage": usage}
+            added = {
+                "text": completion.text,
+                **reasoning,
+                "finish_reason": str(completion.finish_reason),
+                "usage": usage,
+            }
             results[i] = json.dumps({**lines[i], **added}, ensure_ascii=False)
     text = "".join(f"{line}\n" for line in results)
     out.write_text(text, encoding="utf-8") if out else typer.echo(text, nl=False)
@@ -76,7 +87,9 @@ def read_lines(inputs: Path) -> list[dict[str, Any]]:
             value = json.loads(row)
         except json.JSONDecodeError as error:
             raise DataError(f"{inputs}:{number}: not valid JSON: {error}", remedy="mend or remove that line") from None
-        if not isinstance(value, dict) or not (isinstance(value.get("prompt"), str) ^ isinstance(value.get("messages"), list)):
+        if not isinstance(value, dict) or not (
+            isinstance(value.get("prompt"), str) ^ isinstance(value.get("messages"), list)
+        ):
             raise DataError(f'{inputs}:{number}: expected {{"prompt": "…"}} or {{"messages": […]}}')
         lines.append(value)
     if not lines:

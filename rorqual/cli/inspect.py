@@ -9,7 +9,9 @@ import typer
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="A model directory, a preset, or a bundled model.", metavar="DIR|PRESET")],
+    model: Annotated[
+        str, typer.Argument(help="A model directory, a preset, or a bundled model.", metavar="DIR|PRESET")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     context: Annotated[int, typer.Option(help="Context length for the operation counts.", min=1)] = 4096,
 ) -> None:
@@ -74,7 +76,9 @@ def _print(facts: dict[str, Any]) -> None:
     from rich.table import Table
 
     p, console = facts["parameters"], Console()
-    table = Table(title=f"{facts['model']}: {p['total']:,} parameters, {p['active'] / 1e9:.2f} B active", title_justify="left")
+    table = Table(
+        title=f"{facts['model']}: {p['total']:,} parameters, {p['active'] / 1e9:.2f} B active", title_justify="left"
+    )
     for column, justify in (("part", "left"), ("total", "right"), ("active on a token", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for part in facts["parts"][:-1]:

@@ -10,7 +10,8 @@ import typer
 
 def serve(
     model: Annotated[
-        list[str] | None, typer.Option(help="A model directory or bundled name; repeat it to serve several.", metavar="DIR|NAME")
+        list[str] | None,
+        typer.Option(help="A model directory or bundled name; repeat it to serve several.", metavar="DIR|NAME"),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on. Beyond loopback a key is needed.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 picks a free one.")] = 8000,

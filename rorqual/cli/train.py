@@ -9,7 +9,8 @@ import typer
 
 RunFile = Annotated[Path, typer.Argument(help="A run file in TOML; see runs/ for examples.", metavar="RUN.toml")]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="Override a key, as often as needed: --set optim.lr=3e-4.", metavar="K=V")
+    list[str] | None,
+    typer.Option("--set", help="Override a key, as often as needed: --set optim.lr=3e-4.", metavar="K=V"),
 ]
 
 

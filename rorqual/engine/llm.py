@@ -20,7 +20,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rorqual.config import resolve_model
@@ -83,8 +82,6 @@ class LLM:
     ) -> None:
         path = resolve_model(model)
         told = EngineSettings(str(path), dtype=dtype, device=device, **settings)
-        if told.threads != "auto":
-            torch.set_num_threads(told.threads)
         self._start(load_core(told), Tokenizer.load(path), lambda: ChatTemplate.load(path))
 
     @classmethod
@@ -199,13 +196,16 @@ class LLM:
     def _deltas(self, answer: _Answer) -> Iterator[Delta]:
         try:
             self._submit(answer)
-            while not answer.ended:
-                self._step()
+            told = False
+            while not told:
+                if not answer.ended:  # it may have ended in a step that someone else asked for
+                    self._step()
                 if answer.error:
                     raise answer.error
+                told = answer.ended
                 text, reasoning = answer.news()
-                if answer.ended or text or reasoning:
-                    yield Delta(text, reasoning, answer.completion() if answer.ended else None)
+                if told or text or reasoning:
+                    yield Delta(text, reasoning, answer.completion() if told else None)
         finally:
             self._abandon([answer])
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,7 +21,7 @@ from rorqual.engine.core import EngineCore
 from rorqual.engine.pages import PAGE_SIZE, PagePool
 from rorqual.engine.runner import ModelRunner
 from rorqual.engine.scheduler import Scheduler
-from rorqual.engine.settings import EngineSettings
+from rorqual.engine.settings import Auto, EngineSettings
 from rorqual.errors import BackendUnavailable, CheckpointError, ConfigError
 from rorqual.model.transformer import Transformer
 
@@ -31,7 +33,11 @@ def load_core(settings: EngineSettings) -> EngineCore:
     path = resolve_model(settings.model)
     device = pick_device(settings.device)
     model = load_model(path, dtype=settings.dtype, device=device)
-    return build_core(model, settings, name=path.name, eos_token_ids=eos_token_ids(path, model.cfg))
+    core = build_core(model, settings, name=path.name, eos_token_ids=eos_token_ids(path, model.cfg))
+    if device.type == "cpu":
+        assert isinstance(core.runner, ModelRunner)
+        set_threads(settings.threads, core.runner.idle_step)
+    return core
 
 
 def build_core(
@@ -139,6 +145,32 @@ def memory_bytes() -> int:
         if text.isdigit():
             limits.append(int(text))
     return min(limits)
+
+
+def set_threads(threads: int | Auto, step: Callable[[], object]) -> None:
+    """torch's threads for this process; "auto" times `step` with 1, 2, 4, ... up to the physical cores.
+
+    Counting cores is not enough: where others use them too, every parallel region waits for its slowest thread, and two
+    threads can be a hundred times slower than one.
+    """
+    if threads != "auto":
+        torch.set_num_threads(threads)
+        return
+    most = physical_cores()
+    counts = sorted({*(2**i for i in range(most.bit_length())), most})
+    times: dict[int, float] = {}
+    for count in counts:
+        torch.set_num_threads(count)
+        step()
+        runs, begin = 0, time.perf_counter()
+        while runs < 20 and time.perf_counter() - begin < 0.25:
+            step()
+            runs += 1
+        times[count] = (time.perf_counter() - begin) / runs
+    best = min(counts, key=lambda count: times[count])
+    torch.set_num_threads(best)
+    told = ", ".join(f"{count}: {1000 * seconds:.1f} ms" for count, seconds in times.items())
+    log.info("%d threads, by the time of a decoding step (%s)", best, told)
 
 
 def physical_cores() -> int:

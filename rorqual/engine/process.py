@@ -45,11 +45,8 @@ Build = Callable[[EngineSettings], EngineCore]
 
 def load(settings: EngineSettings) -> EngineCore:
     """The default `build`: imports torch, in the child."""
-    import torch
+    from rorqual.engine.load import load_core
 
-    from rorqual.engine.load import load_core, physical_cores
-
-    torch.set_num_threads(physical_cores() if settings.threads == "auto" else settings.threads)
     return load_core(settings)
 
 

@@ -63,6 +63,12 @@ class ModelRunner:
     def wipe(self, pages: Sequence[int]) -> None:
         self.latents[:, [0, *pages]] = 0
 
+    @torch.inference_mode()
+    def idle_step(self) -> None:
+        """One decoding step over the scrap page, to warm up or to time."""
+        zero = torch.zeros(1, 1, dtype=torch.int64, device=self.model.device)
+        self.model(zero, Batch(zero, cache=LatentPages(self.latents, zero, zero)))
+
     def _forward(self, slices: Sequence[Slice]) -> Tensor:
         """Hidden states of each slice's last token, [B, D]."""
         device = self.model.device

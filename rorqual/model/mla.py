@@ -92,4 +92,3 @@ class MLA(nn.Module):
         q_latent = torch.einsum("bthn,hnc->bthc", q_nope, kv_b[:, : self.N])
         o_latent = attend_latent(torch.cat((q_latent, q_rope), -1), latents_BSX, self.C, self.scale, visible_BTS)
         return torch.einsum("bthc,huc->bthu", o_latent, kv_b[:, self.N :])
-

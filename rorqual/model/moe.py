@@ -28,7 +28,13 @@ class Gate(nn.Module):
         """Gates [N, K] fp32, chosen experts [N, K], affinities [N, E] fp32."""
         logits_NE = F.linear(x_ND.float(), self.weight.float())
         return route(
-            logits_NE, self.e_score_correction_bias, self.top_k, self.n_group, self.topk_group, self.normalise, self.scale
+            logits_NE,
+            self.e_score_correction_bias,
+            self.top_k,
+            self.n_group,
+            self.topk_group,
+            self.normalise,
+            self.scale,
         )
 
 

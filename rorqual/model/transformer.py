@@ -46,7 +46,9 @@ class Transformer(nn.Module):
         if experts == "auto":
             experts = "grouped" if device.type == "cuda" else "loop"
         with torch.device("meta"):
-            self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size, _weight=torch.empty(cfg.vocab_size, cfg.hidden_size))
+            self.embed_tokens = nn.Embedding(
+                cfg.vocab_size, cfg.hidden_size, _weight=torch.empty(cfg.vocab_size, cfg.hidden_size)
+            )
             self.layers = nn.ModuleList(Block(cfg, i, experts, attention) for i in range(cfg.num_hidden_layers))
             self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
             if not cfg.tie_word_embeddings:

@@ -26,7 +26,9 @@ BOUND = 2e-5
 
 
 @attend_backends.register("reference")
-def attend_reference(q_BHTX: Tensor, k_BHSX: Tensor, v_BHSU: Tensor, scale: float, visible_BTS: Tensor | None) -> Tensor:
+def attend_reference(
+    q_BHTX: Tensor, k_BHSX: Tensor, v_BHSU: Tensor, scale: float, visible_BTS: Tensor | None
+) -> Tensor:
     """softmax(q k^T * scale) v in fp32 -> [B, H, T, U] in q's dtype. A query that sees nothing returns zeros."""
     scores = torch.matmul(q_BHTX.float(), k_BHSX.float().transpose(-1, -2)) * scale
     if visible_BTS is None:

@@ -31,9 +31,7 @@ def _combine(y_MD: Tensor, rows_M: Tensor, gates_NK: Tensor) -> Tensor:
 
 
 @experts_backends.register("loop")
-def experts_loop(
-    x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, gates_NK: Tensor, chosen_NK: Tensor
-) -> Tensor:
+def experts_loop(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, gates_NK: Tensor, chosen_NK: Tensor) -> Tensor:
     """x [N, D], gate and up projections [E, 2F, D] (gate first), down projections [E, D, F], gates [N, K] fp32,
     chosen [N, K] int64 -> [N, D] in x's dtype. Waits for the device once, to learn the load."""
     order_M = chosen_NK.flatten().argsort(stable=True)

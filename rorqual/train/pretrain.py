@@ -44,7 +44,9 @@ class RunRecord:
     last: dict[str, Any]
 
 
-def pretrain(cfg: RunConfig, kind: Literal["pretrain", "sft"] = "pretrain", say: Callable[[str], None] = log.info) -> RunRecord:
+def pretrain(
+    cfg: RunConfig, kind: Literal["pretrain", "sft"] = "pretrain", say: Callable[[str], None] = log.info
+) -> RunRecord:
     """Run or resume `cfg`. Raises ConfigError, DataError, CheckpointError; on Ctrl-C writes a checkpoint and returns."""
     cfg = resolve(cfg, kind=kind, cuda=torch.cuda.is_available(), cores=physical_cores())
     run = Path(cfg.out)
@@ -74,7 +76,12 @@ def pretrain(cfg: RunConfig, kind: Literal["pretrain", "sft"] = "pretrain", say:
         loop.close()
     export = run / "model"
     if not (export / "config.json").is_file() or loop.step > done:
-        save_model(trainer.model, export, dtype=DTYPES[cfg.export_dtype], files_from=cfg.data.tokenizer or cfg.init_from or None)
+        save_model(
+            trainer.model,
+            export,
+            dtype=DTYPES[cfg.export_dtype],
+            files_from=cfg.data.tokenizer or cfg.init_from or None,
+        )
     return RunRecord(run, export, loop.step, loop.last)
 
 
@@ -151,7 +158,13 @@ class Loop:
     """The steps of a run, its records and its checkpoints."""
 
     def __init__(
-        self, cfg: RunConfig, trainer: Trainer, run: Path, done: int, progress: dict[str, Any], say: Callable[[str], None]
+        self,
+        cfg: RunConfig,
+        trainer: Trainer,
+        run: Path,
+        done: int,
+        progress: dict[str, Any],
+        say: Callable[[str], None],
     ) -> None:
         self.cfg, self.trainer, self.directory, self.step = cfg, trainer, run, done
         self.tokens, self.elapsed = int(progress["tokens"]), float(progress["elapsed_s"])
@@ -222,7 +235,9 @@ class Loop:
         self._flush()
         self.metrics.flush()
         progress = {"tokens": self.tokens, "elapsed_s": self.elapsed}
-        checkpoints.save(self.directory, self.step, self.trainer, progress, self.cfg.data.tokenizer or self.cfg.init_from)
+        checkpoints.save(
+            self.directory, self.step, self.trainer, progress, self.cfg.data.tokenizer or self.cfg.init_from
+        )
         self.saved_at = time.monotonic()
 
     def close(self) -> None:

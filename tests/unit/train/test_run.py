@@ -85,7 +85,9 @@ def test_micro_batches_add_up_to_the_step(run_file, tmp_path: Path) -> None:  # 
         pretrain(load_toml(RunConfig, run_file(name, steps=3, micro_batch=micro)))
     a, b = (read_metrics(tmp_path / n / "metrics.jsonl") for n in ("one", "four"))
     for x, y in zip(a, b, strict=True):
-        assert x["loss"] == pytest.approx(y["loss"], rel=1e-4) and x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-3)
+        assert x["loss"] == pytest.approx(y["loss"], rel=1e-4) and x["grad_norm"] == pytest.approx(
+            y["grad_norm"], rel=1e-3
+        )
 
 
 def test_fine_tuning_starts_from_a_model_and_learns_the_answers(run_file, corpus: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -98,7 +100,9 @@ def test_fine_tuning_starts_from_a_model_and_learns_the_answers(run_file, corpus
     chats.write_text("\n".join(json.dumps({"messages": answer}) for _ in range(40)))
     prepare([chats], tmp_path / "chats", corpus / "tokenizer")
     text = f"out = '{tmp_path}/sft'\nsteps = 30\nbatch = 2\ninit_from = '{base}'\n[data]\nseq_len = 32\n"
-    (tmp_path / "sft.toml").write_text(text + f"[[data.train]]\npath = '{tmp_path}/chats/train'\n[optim]\nwarmup_steps = 1\nlr = 0.01\n")
+    (tmp_path / "sft.toml").write_text(
+        text + f"[[data.train]]\npath = '{tmp_path}/chats/train'\n[optim]\nwarmup_steps = 1\nlr = 0.01\n"
+    )
     cfg = load_toml(RunConfig, tmp_path / "sft.toml")
     record = sft(cfg)
     saved = load_toml(RunConfig, tmp_path / "sft" / "config.toml")
