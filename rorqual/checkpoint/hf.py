@@ -199,6 +199,7 @@ def _write_shards(stored: Mapping[str, Tensor], directory: Path, max_shard_bytes
     for i, shard in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, directory / file, metadata={"format": "pt"})
+        (directory / file).chmod(0o644)  # safetensors leaves its files to their owner alone
         _sync(directory / file)
         weight_map.update(dict.fromkeys(shard, file))
     total = sum(t.nbytes for t in stored.values())
