@@ -8,8 +8,9 @@ from rorqual.cli.train import Overrides, RunFile, finish
 
 
 def sft(run: RunFile, overrides: Overrides = None) -> None:
-    """Fine-tune a model on conversations: whole samples packed into rows, masked from each other, learning the
-    assistant's turns.
+    """Fine-tune a model on conversations.
+
+    Whole conversations are packed into rows, masked from each other, and only the assistant's words are learned.
 
     The run file names `init_from` (the model to start from) and data of `rorqual data prepare`. Resumes like `train`.
 

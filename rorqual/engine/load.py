@@ -106,6 +106,11 @@ def cache_pages(
     return pages
 
 
+def stored_bytes(path: Path) -> int:
+    """Size of a model directory's weights on disk."""
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+
+
 def pick_device(name: str) -> torch.device:
     """Raises BackendUnavailable for a GPU that is not there, ConfigError for a name torch does not know."""
     if name == "auto":

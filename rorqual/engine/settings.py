@@ -12,7 +12,8 @@ Auto = Literal["auto"]
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """model: a directory or a bundled model's name; dtype: "auto" (as stored), or a torch name like "bfloat16";
+    """model: a directory or a bundled model's name; dtype: "auto" (as stored; fp32 on a CPU with room for it), or a torch name
+    like "bfloat16";
     device: "auto" is the GPU if there is one; max_model_len: prompt and completion; max_num_seqs: requests computed
     at once; max_batched_tokens: tokens of one step ("auto": 512 on CPU, 4096 on GPU); cache_tokens: size of the latent
     cache ("auto": what the requests can use, within a quarter of the RAM or what the GPU has left); max_waiting: the
