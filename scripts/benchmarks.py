@@ -33,9 +33,9 @@ def _speed(results: list[dict[str, Any]]) -> str:
         e = r["environment"]
         facts = ", ".join(f"{k} {v}" for k, v in r.items() if k in ("model", "batch", "prompt", "seq_len", "new"))
         for name, x in r["engines"].items():
-            version = e.get(name, "")
+            rate = f"{x['tokens_per_s']:,.0f} | {x['of_bound']:.1%} | {x['ratio']:.2f}"
             lines.append(
-                f"| {r['kind']}: {facts} | {name} {version} | {x['tokens_per_s']:,.0f} | {x['of_bound']:.1%} | {x['ratio']:.2f} "
+                f"| {r['kind']}: {facts} | {name} {e.get(name, '')} | {rate} "
                 f"| {e['hardware']}, {e['processor']}, torch {e['torch']} | {e['commit']}, {e['date']} |"
             )
     return "\n".join(lines) + "\n" if results else ""
@@ -46,7 +46,8 @@ def _parity(result: dict[str, Any]) -> str:
     lines = [
         f"## Parity with transformers {e['transformers']}\n",
         f"Random weights, fp32, {e['processor']}, torch {e['torch']}, commit {e['commit']}, {e['date']}. Largest logit "
-        f"difference {max(r['logits_max_abs'] for r in rows):.1e}, gradients {max(r['gradient_relative'] for r in rows):.1e} relative.\n",
+        f"difference {max(r['logits_max_abs'] for r in rows):.1e}, "
+        f"gradients {max(r['gradient_relative'] for r in rows):.1e} relative.\n",
         "| " + " | ".join(rows[0]) + " |",
         "|" + "---|" * len(rows[0]),
     ]

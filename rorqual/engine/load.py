@@ -32,7 +32,11 @@ def load_core(settings: EngineSettings) -> EngineCore:
     """Loads the model and makes an engine of it. Raises ConfigError, CheckpointError, BackendUnavailable."""
     path = resolve_model(settings.model)
     device = pick_device(settings.device)
-    model = load_model(path, dtype=settings.dtype, device=device)
+    dtype: str | torch.dtype = settings.dtype
+    if dtype == "auto" and device.type == "cpu" and 4 * stored_bytes(path) <= memory_bytes():
+        # Most CPUs multiply bf16 at half the rate of fp32 or less; a model that would fill the memory stays as stored.
+        dtype = torch.float32
+    model = load_model(path, dtype=dtype, device=device)
     core = build_core(model, settings, name=path.name, eos_token_ids=eos_token_ids(path, model.cfg))
     if device.type == "cpu":
         assert isinstance(core.runner, ModelRunner)

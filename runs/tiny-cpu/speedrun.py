@@ -97,7 +97,8 @@ def write_report(
         ("corpus", f"{tokens:,} tokens, vocabulary {characters.vocab_size:,}"),
         (
             "pretraining",
-            f"{lines[-1]['tokens']:,} tokens, loss {lines[0]['lm_loss']:.2f} → {mean('lm_loss'):.2f}, val {base.last['val_loss']:.3f}",
+            f"{lines[-1]['tokens']:,} tokens, loss {lines[0]['lm_loss']:.2f} → {mean('lm_loss'):.2f}, "
+            f"val {base.last['val_loss']:.3f}",
         ),
         ("speed", f"{mean('tokens_per_s'):,.0f} tokens/s, MFU {mean('mfu'):.0%} of a measured fp32 matrix product"),
         ("balance", f"max_violation {mean('max_violation'):.2f} with no auxiliary loss to speak of (alpha 1e-4)"),

@@ -11,10 +11,21 @@ from rorqual.data.tokenizer import train_tokenizer
 
 TEXT = Path(__file__).resolve().parents[3]
 MODEL = {
-    "vocab_size": 384, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "kv_lora_rank": 16, "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8, "v_head_dim": 8, "intermediate_size": 64, "moe_intermediate_size": 16, "n_routed_experts": 8,
-    "num_experts_per_tok": 2, "num_nextn_predict_layers": 1, "max_position_embeddings": 128,
-}  # fmt: skip
+    "vocab_size": 384,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "num_nextn_predict_layers": 1,
+    "max_position_embeddings": 128,
+}
 
 
 @pytest.fixture(scope="session")

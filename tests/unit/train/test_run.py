@@ -117,7 +117,7 @@ def test_experts_stay_balanced_without_an_auxiliary_loss(run_file) -> None:  # t
     last = {}
     for gamma in (0.0, 0.01):
         cfg = load_toml(
-            RunConfig, run_file(f"g{gamma}", steps=160, batch=8, checkpoint_every=1000, eval_every=1000),
+            RunConfig, run_file(f"g{gamma}", steps=260, batch=8, checkpoint_every=1000, eval_every=1000),
             [f"balance.gamma={gamma}", "balance.alpha=0.0", "balance.off_fraction=0.0"],
         )  # fmt: skip
         lines = read_metrics(pretrain(cfg).directory / "metrics.jsonl")
