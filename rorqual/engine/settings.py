@@ -12,11 +12,12 @@ Auto = Literal["auto"]
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """model: a directory or a bundled model's name; dtype: a torch name like "bfloat16", or "auto" (as stored; fp32 on a
-    CPU with room for it); device: "auto" is the GPU if there is one; max_model_len: prompt and completion;
-    max_num_seqs: requests computed at once; max_batched_tokens: tokens of one step ("auto": 512 on CPU, 4096 on GPU); cache_tokens: size of the latent
-    cache ("auto": what the requests can use, within a quarter of the RAM or what the GPU has left); max_waiting: the
-    queue's bound; threads: torch's, for the whole process ("auto": what makes a decoding step fastest, by timing).
+    """model: a directory or a bundled model's name; dtype: a torch name like "bfloat16", or "auto" (as stored; fp32
+    on a CPU with room for it); device: "auto" is the GPU if there is one; max_model_len: prompt and completion;
+    max_num_seqs: requests computed at once; max_batched_tokens: tokens of one step ("auto": 512 on CPU, 4096 on GPU);
+    cache_tokens: size of the latent cache ("auto": what the requests can use, within a quarter of the RAM or what the
+    GPU has left); max_waiting: the queue's bound; threads: torch's, for the whole process ("auto": what makes a
+    decoding step fastest, by timing).
     """
 
     model: str
