@@ -14,7 +14,7 @@ serve: setup page
 	$(BIN)/rorqual serve $(ARGS)
 
 test: check page
-	$(PYTEST) tests/unit $(ARGS)
+	$(PYTEST) -n 2 tests/unit $(ARGS)
 	$(PYTEST) tests/net $(ARGS)
 	./scripts/page.sh test
 	./scripts/browser.sh

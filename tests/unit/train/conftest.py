@@ -47,7 +47,15 @@ def run_file(corpus: Path, tmp_path: Path):  # type: ignore[no-untyped-def]
     """Writes a run file; keyword arguments are lines of its top level."""
 
     def write(name: str = "run", **top: object) -> Path:
-        lines = {"out": str(tmp_path / name), "steps": 8, "batch": 4, "eval_every": 4, "checkpoint_every": 3, **top}
+        lines = {
+            "out": str(tmp_path / name),
+            "steps": 8,
+            "batch": 4,
+            "eval_every": 4,
+            "checkpoint_every": 3,
+            "threads": 1,
+            **top,
+        }
         model = "\n".join(f"{k} = {v}" for k, v in MODEL.items())
         text = "\n".join(f"{k} = {v!r}" for k, v in lines.items())
         path = tmp_path / f"{name}.toml"

@@ -1,0 +1,16 @@
+"""One torch thread a process: the tests' models are tiny, and on a shared machine a second thread only waits."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the subprocesses that tests start
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
