@@ -22,7 +22,12 @@ from rorqual.train.record import read_metrics
 
 SHARD_BYTES = 14_000_000
 GENERATION = {"bos_token_id": 0, "eos_token_id": 1, "do_sample": True, "temperature": 0.4, "top_p": 0.9}
-QUESTIONS = ["Who are you?", "What is the capital of Japan?", "Give me three tips for a healthy life.", "I feel sad today."]
+QUESTIONS = [
+    "Who are you?",
+    "What is the capital of Japan?",
+    "Give me three tips for a healthy life.",
+    "I feel sad today.",
+]
 
 
 def main() -> None:
@@ -33,7 +38,9 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, default=Path("data/nano/dialogues/stats.json"))
     parser.add_argument("--out", type=Path, default=Path("models/rorqual-nano"))
     parser.add_argument("--hardware", default="NVIDIA H200")
-    parser.add_argument("--versions", default="", help='for the record, like {"torch": "2.11.0", "commit": "abc", "date": "2026-11-24"}')
+    parser.add_argument(
+        "--versions", default="", help='for the record, like {"torch": "2.11.0", "commit": "abc", "date": "2026-11-24"}'
+    )
     o = parser.parse_args()
     save_model(load_model(o.run / "sft/model"), o.out, files_from=o.run / "sft/model", max_shard_bytes=SHARD_BYTES)
     (o.out / "generation_config.json").write_text(json.dumps(GENERATION, indent=2) + "\n")
@@ -101,7 +108,9 @@ def draw(phases: dict[str, list[dict[str, Any]]], path: Path) -> None:
         axis.plot(tokens, smooth([x["lm_loss"] for x in lines]), label="next token", lw=1)
         axis.plot(tokens, smooth([x["mtp_loss"] for x in lines]), label="next but one (MTP)", lw=1)
         checked = [x for x in lines if "val_loss" in x]
-        axis.plot([x["tokens"] / 1e6 for x in checked], [x["val_loss"] for x in checked], "k.-", label="validation", lw=0.8)
+        axis.plot(
+            [x["tokens"] / 1e6 for x in checked], [x["val_loss"] for x in checked], "k.-", label="validation", lw=0.8
+        )
         axis.set(title=name, xlabel="million tokens", ylabel="nats a token", ylim=(1.2, 5 if name == "pretrain" else 3))
         axis.grid(alpha=0.3)
     axes[0].legend()
@@ -117,14 +126,24 @@ def smooth(values: list[float], keep: float = 0.9) -> list[float]:
 
 
 def card(
-    record: dict[str, Any], samples: list[tuple[str, str, str]], teacher: dict[str, Any], licences: dict[str, Any], cfg: ModelConfig
+    record: dict[str, Any],
+    samples: list[tuple[str, str, str]],
+    teacher: dict[str, Any],
+    licences: dict[str, Any],
+    cfg: ModelConfig,
 ) -> str:
     pre, sft = record["phases"]
     exam = record["exam"]
     total, active = count.totals(cfg)
     mtp = count.parts(cfg)[-1].total
-    rows = "\n".join(f"| {k} {v['version']} | {v['licence']} | {v['documents']:,} | {v['characters'] / 1e6:.1f} MB |" for k, v in licences.items())
-    said = "\n".join(f"> **{q}**\n>\n" + (f"> *{t}*\n>\n" if t else "") + "> " + a.replace("\n", "\n> ") + "\n" for q, t, a in samples)
+    rows = "\n".join(
+        f"| {k} {v['version']} | {v['licence']} | {v['documents']:,} | {v['characters'] / 1e6:.1f} MB |"
+        for k, v in licences.items()
+    )
+    said = "\n".join(
+        f"> **{q}**\n>\n" + (f"> *{t}*\n>\n" if t else "") + "> " + a.replace("\n", "\n> ") + "\n"
+        for q, t, a in samples
+    )
     kinds = exam["direct_by_kind"]
     by_kind = "\n".join(f"| {k} | {kinds[k]} | {exam['thinking_by_kind'][k]} |" for k in kinds)
     return f"""---

@@ -69,8 +69,10 @@ SOURCES = [
 class Text(HTMLParser):
     """Paragraphs and headings of a page; navigation, code, tables and scripts are left out."""
 
-    SKIP = frozenset("script style head nav table pre code header footer form button svg math".split())
-    BLOCK = frozenset("p h1 h2 h3 h4 h5 h6 li dd dt blockquote".split())
+    SKIP = frozenset(
+        ["script", "style", "head", "nav", "table", "pre", "code", "header", "footer", "form", "button", "svg", "math"]
+    )
+    BLOCK = frozenset(["p", "h1", "h2", "h3", "h4", "h5", "h6", "li", "dd", "dt", "blockquote"])
     CHROME = re.compile(r"nav|sidebar|footer|header|toc|index|related|breadcrumb", re.I)
 
     def __init__(self) -> None:
@@ -144,7 +146,9 @@ def wordnet_documents(path: Path) -> Iterator[str]:
         meaning, *examples = gloss.strip().split('; "')
         quotes = " ".join(f'"{e.strip(chr(34)).capitalize()}."' for e in examples[:2] if e.strip('"'))
         kind = {"n": "{w} means {m}.", "v": "To {w} is to {m}.", "a": "{w} means {m}.", "s": "{w} means {m}."}
-        lines.append(kind.get(parts[2], "{w} means {m}.").format(w=word, m=meaning.strip().rstrip(".")) + (" " + quotes).rstrip())
+        lines.append(
+            kind.get(parts[2], "{w} means {m}.").format(w=word, m=meaning.strip().rstrip(".")) + (" " + quotes).rstrip()
+        )
         if len(lines) == 25:
             yield "\n".join(line[:1].upper() + line[1:] for line in lines)
             lines = []
@@ -177,7 +181,9 @@ def read(path: Path) -> str:
     return ""
 
 
-PLAIN = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "–": "-", "—": " - ", "…": "...", "\u00a0": " ", "\u00ad": ""})
+PLAIN = str.maketrans(
+    {"“": '"', "”": '"', "‘": "'", "’": "'", "–": "-", "—": " - ", "…": "...", "\u00a0": " ", "\u00ad": ""}
+)
 
 
 def pieces(document: str) -> Iterator[str]:
@@ -262,7 +268,9 @@ def build(out: Path, limit: int, seed: int, only: Iterable[str]) -> None:
                 tree, versions[source.package] = fetched
                 found[source.package] = documents(source, tree)
                 size = sum(map(len, found[source.package]))
-                print(f"{source.package}: {len(found[source.package]):,} documents, {size / 1e6:.1f} MB", file=sys.stderr)
+                print(
+                    f"{source.package}: {len(found[source.package]):,} documents, {size / 1e6:.1f} MB", file=sys.stderr
+                )
                 shutil.rmtree(tree)
     trim(found, limit, seed)
     licences = {}
@@ -277,7 +285,10 @@ def build(out: Path, limit: int, seed: int, only: Iterable[str]) -> None:
                 "characters": sum(map(len, texts)),
             }
     (out / "LICENSES.json").write_text(json.dumps(licences, indent=1) + "\n")
-    print(f"{out}: {sum(v['characters'] for v in licences.values()) / 1e6:.1f} MB in {len(licences)} sources", file=sys.stderr)
+    print(
+        f"{out}: {sum(v['characters'] for v in licences.values()) / 1e6:.1f} MB in {len(licences)} sources",
+        file=sys.stderr,
+    )
 
 
 def pack(out: Path, archive: Path) -> None:
@@ -293,7 +304,9 @@ def main() -> None:
     parser.add_argument("--max-mb", type=int, default=70, help="characters in all, in millions")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", nargs="*", default=[], metavar="PACKAGE", help="just these packages")
-    parser.add_argument("--pack", type=Path, metavar="FILE.tar.xz", help="pack --out into this file, and do nothing else")
+    parser.add_argument(
+        "--pack", type=Path, metavar="FILE.tar.xz", help="pack --out into this file, and do nothing else"
+    )
     options = parser.parse_args()
     if options.pack:
         pack(options.out, options.pack)

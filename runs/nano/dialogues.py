@@ -994,9 +994,8 @@ class Parts:
 
 def read_jobs(path: Path, rng: random.Random) -> Iterator[dict[str, Any]]:
     """All jobs in a shuffled order, again and again (a second answer to a prompt differs from the first)."""
-    opened = lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8")
-    with opened as file:
-        lines = file.readlines()
+    raw = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+    lines = raw.decode("utf-8").splitlines()
     while True:
         rng.shuffle(lines)
         for line in lines:

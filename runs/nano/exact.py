@@ -61,10 +61,16 @@ def conversation(rng: random.Random) -> tuple[list[dict[str, str]], str]:
                 exchange = pick(rng)
         messages += turn(rng, exchange, think and i == count - 1)
         if i < count - 1 and rng.random() < 0.1 and exchange.sure:
-            messages += [{"role": "user", "content": "Are you sure?"}, {"role": "assistant", "content": f"Yes. {exchange.sure}"}]
+            messages += [
+                {"role": "user", "content": "Are you sure?"},
+                {"role": "assistant", "content": f"Yes. {exchange.sure}"},
+            ]
     if count > 1 and rng.random() < 0.3:
         messages[-1].pop("reasoning_content", None)
-        messages += [{"role": "user", "content": rng.choice(THANKS)}, {"role": "assistant", "content": rng.choice(WELCOME)}]
+        messages += [
+            {"role": "user", "content": rng.choice(THANKS)},
+            {"role": "assistant", "content": rng.choice(WELCOME)},
+        ]
     return messages, exchange.kind
 
 
@@ -93,7 +99,9 @@ def exam(count: int, seed: int) -> list[str]:
         if held_out(exchange) and key not in seen:
             seen.add(key)
             thinking = bool(exchange.thought) and len(out) % 2 == 1
-            out.append({"question": exchange.question, "expect": exchange.expect, "thinking": thinking, "kind": exchange.kind})
+            out.append(
+                {"question": exchange.question, "expect": exchange.expect, "thinking": thinking, "kind": exchange.kind}
+            )
         if len(out) == count:
             break
     return [json.dumps(x) for x in out]

@@ -427,7 +427,7 @@ def number_words(rng: random.Random, again: bool) -> Exchange:
         grow(rng, ask, n=n, w=word),
         grow(rng, answer, n=n, w=word, c=capital(word)),
         f"{steps}{n} is written {word}.",
-        expect=expect if expect.isdigit() else expect,
+        expect=expect,
     )
 
 

@@ -73,8 +73,16 @@ def uses(rng: random.Random, again: bool) -> Exchange:
     table, ask, answer = rng.choice(
         [
             (JOBS, "{Who [a]?|What do you call a person who [a]?}", "{[B] [a].|[B].|That is [b].}"),
-            (TOOLS, "{What do you use to [a]?|What do I need to [a]?|Which tool is used to [a]?}", "{You use [b] to [a].|You can use [b].|[B].}"),
-            (BODY, "{What do we use to [a]?|Which part of the body do we use to [a]?}", "{We use [b] to [a].|[B].|With [b].}"),
+            (
+                TOOLS,
+                "{What do you use to [a]?|What do I need to [a]?|Which tool is used to [a]?}",
+                "{You use [b] to [a].|You can use [b].|[B].}",
+            ),
+            (
+                BODY,
+                "{What do we use to [a]?|Which part of the body do we use to [a]?}",
+                "{We use [b] to [a].|[B].|With [b].}",
+            ),
         ]
     )
     a, b = rng.choice(table)[:2]
@@ -84,20 +92,47 @@ def uses(rng: random.Random, again: bool) -> Exchange:
 @kind("how many", 3)
 def how_many(rng: random.Random, again: bool) -> Exchange:
     things, owner, number = rng.choice(HOW_MANY)[:3]
-    return fact(rng, "How many [t] [o]?", "{[n].|[n] [t].|It is [n].}", "I remember the number of [t]: [n].", number, t=things, o=owner, n=number)
+    return fact(
+        rng,
+        "How many [t] [o]?",
+        "{[n].|[n] [t].|It is [n].}",
+        "I remember the number of [t]: [n].",
+        number,
+        t=things,
+        o=owner,
+        n=number,
+    )
 
 
 @kind("records", 3)
 def record(rng: random.Random, again: bool) -> Exchange:
     asked, answer = rng.choice(RECORDS)[:2]
-    return fact(rng, "{What is [q]?|Do you know [q]?|Tell me [q].|Which is [q]?}", "{[c] is [q].|It is [a].|[c].}", "I think of [q]. It is [a].", answer, q=asked, a=answer, c=capital(answer))
+    return fact(
+        rng,
+        "{What is [q]?|Do you know [q]?|Tell me [q].|Which is [q]?}",
+        "{[c] is [q].|It is [a].|[c].}",
+        "I think of [q]. It is [a].",
+        answer,
+        q=asked,
+        a=answer,
+        c=capital(answer),
+    )
 
 
 @kind("science", 8)
 def science(rng: random.Random, again: bool) -> Exchange:
     inner, question, answer = rng.choice(SCIENCE)[:3]
     ask = "{[q]|[q]|[q]|Can you tell me [i]?|Do you know [i]?|Explain [i].|Please explain to me [i].}"
-    return fact(rng, ask, "[a]", "The {user|question} asks [i]. I recall the main reason. [a]", "", q=question, i=inner, a=answer)
+    return fact(
+        rng,
+        ask,
+        "[a]",
+        "The {user|question} asks [i]. I recall the main reason. [a]",
+        "",
+        q=question,
+        i=inner,
+        a=answer,
+    )
 
 
 @kind("what is", 8)
@@ -105,7 +140,25 @@ def what_is(rng: random.Random, again: bool) -> Exchange:
     if rng.random() < 0.6:
         thing, meaning = rng.choice(NOUNS)[:2]
         ask = "{What is [t]?|What's [t]?|Can you explain what [t] is?|Tell me what [t] is.|Define [t].}"
-        return fact(rng, ask, "{[T] is [m].|It is [m].}", "I say in easy words what [t] is: [m].", "", t=thing, T=capital(thing), m=meaning)
+        return fact(
+            rng,
+            ask,
+            "{[T] is [m].|It is [m].}",
+            "I say in easy words what [t] is: [m].",
+            "",
+            t=thing,
+            T=capital(thing),
+            m=meaning,
+        )
     word, meaning = rng.choice(WORDS)[:2]
     ask = "{What does [w] mean?|What is the meaning of [w]?|What does the word [w] mean?|Explain the word [w].}"
-    return fact(rng, ask, '{[W] means [m].|It means [m].}', "The word is [w]. It means [m].", "", w=word, W=capital(word), m=meaning)
+    return fact(
+        rng,
+        ask,
+        "{[W] means [m].|It means [m].}",
+        "The word is [w]. It means [m].",
+        "",
+        w=word,
+        W=capital(word),
+        m=meaning,
+    )
