@@ -49,6 +49,7 @@ def chat(
 
     from rorqual.config import resolve_model
     from rorqual.engine.llm import LLM
+    from rorqual.errors import RequestError
 
     path = resolve_model(model)
     params = sampling(path, temperature, top_p, max_tokens, seed)
@@ -57,6 +58,8 @@ def chat(
     history = [{"role": "system", "content": system}] if system else []
     if prompt is not None:
         question = sys.stdin.read() if prompt == "-" else prompt
+        if not question.strip():
+            raise RequestError("the prompt is empty", remedy='write a question: rorqual chat "What is a whale?"')
         answer(llm, [*history, {"role": "user", "content": question}], params, think, console, quiet=True)
         return
     console.print(f"[bold]{path.resolve().name}[/bold]  [dim]/help shows the commands[/dim]")
