@@ -15,6 +15,7 @@ import difflib
 import json
 import logging
 import math
+import re
 import tomllib
 import types
 import typing
@@ -240,8 +241,15 @@ class ModelConfig:
         if kind != "yarn":
             raise ConfigError(f"rope_scaling type {kind!r} is not supported", remedy="use yarn or null")
         for key in ("factor", "original_max_position_embeddings"):
-            if not isinstance(self.rope_scaling.get(key), int | float):
-                raise ConfigError(f"rope_scaling of type yarn needs the number {key}")
+            if not _is_number(self.rope_scaling.get(key)) or self.rope_scaling[key] <= 0:
+                raise ConfigError(f"rope_scaling of type yarn needs the positive number {key}")
+        for key in ("mscale", "mscale_all_dim", "beta_fast", "beta_slow", "attention_factor"):
+            if (value := self.rope_scaling.get(key)) is not None and not _is_number(value):
+                raise ConfigError(f"rope_scaling {key} must be a number, not {value!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 _FIXED: dict[str, Any] = {
@@ -289,6 +297,11 @@ def _read_rope(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Rotary settings from the released keys or from transformers' `rope_parameters` (which wins where both stand)."""
     parameters = raw.get("rope_parameters")
     if not parameters:
+        scaling = raw.get("rope_scaling")
+        if isinstance(scaling, Mapping) and "rope_type" in scaling:
+            return {
+                "rope_scaling": {"type": scaling["rope_type"], **{k: v for k, v in scaling.items() if k != "rope_type"}}
+            }
         return {}
     if not isinstance(parameters, Mapping):
         raise ConfigError(f"{where}: rope_parameters must be an object")
@@ -296,11 +309,8 @@ def _read_rope(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     if "rope_theta" in parameters:
         out["rope_theta"] = parameters["rope_theta"]
     kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind == "default":
-        out["rope_scaling"] = None
-    elif not raw.get("rope_scaling"):
-        rest = {k: v for k, v in parameters.items() if k not in ("rope_type", "rope_theta", "type")}
-        out["rope_scaling"] = {"type": kind, **rest}
+    rest = {k: v for k, v in parameters.items() if k not in ("rope_type", "rope_theta", "type")}
+    out["rope_scaling"] = None if kind == "default" else {"type": kind, **rest}
     return out
 
 
@@ -369,9 +379,9 @@ def _toml_table(table: Mapping[str, Any], path: list[str], lines: list[str]) -> 
 
     for key, value in table.items():
         if not isinstance(value, dict) and not is_tables(value):
-            lines.append(f"{key} = {_toml_value(value)}")
+            lines.append(f"{_toml_key(key)} = {_toml_value(value)}")
     for key, value in table.items():
-        inner = [*path, key]
+        inner = [*path, _toml_key(key)]
         if isinstance(value, dict):
             lines += ["", f"[{'.'.join(inner)}]"]
             _toml_table(value, inner, lines)
@@ -381,12 +391,18 @@ def _toml_table(table: Mapping[str, Any], path: list[str], lines: list[str]) -> 
                 _toml_table(item, inner, lines)
 
 
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml_value(key)
+
+
 def _toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, list):
         return "[" + ", ".join(_toml_value(v) for v in value) + "]"
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+    if isinstance(value, str):  # JSON's escapes are TOML's, but for DEL, which TOML wants escaped as well
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)
 
 
 def _set(table: dict[str, Any], path: list[str], value: Any, item: str) -> None:

@@ -77,7 +77,7 @@ def tensor_files(directory: Path) -> dict[str, Path]:
     shards = sorted(directory.glob("*.safetensors"))
     if not shards:
         raise CheckpointError(f"{directory} has no *.safetensors file", remedy="copy the checkpoint's weights there")
-    return {name: shard for shard in shards for name in _open(shard)}
+    return {name: shard for shard in shards for name in _names(_open(shard))}
 
 
 def _open(shard: Path) -> Any:
@@ -85,6 +85,11 @@ def _open(shard: Path) -> Any:
         return safe_open(shard, framework="pt")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{shard} is truncated or damaged: {error}", remedy="copy the shard again") from None
+
+
+def _names(opened: Any) -> list[str]:
+    """Tensor names of an open shard (it has keys() and is no mapping)."""
+    return list(opened.keys())
 
 
 def _without_promised_mtp(cfg: ModelConfig, files: Mapping[str, Path]) -> ModelConfig:
@@ -131,7 +136,7 @@ def _fill(model: Transformer, files: Mapping[str, Path]) -> None:
         )
     for shard in sorted({files[name] for name in wanted}):
         opened = _open(shard)
-        present = set(opened.keys())
+        present = set(_names(opened))
         for name, view in wanted.items():
             if files[name] != shard:
                 continue

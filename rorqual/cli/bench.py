@@ -101,7 +101,12 @@ def prefill(
     peer: Peer = True,
     json_file: JsonFile = None,
 ) -> None:
-    """Reading prompts: prompt tokens a second until the first token is there."""
+    """Reading prompts: prompt tokens a second until the first token is there.
+
+    Example:
+
+        rorqual bench prefill --model bench-cpu --prompt 512
+    """
     _generate("prefill", model, device, batch, prompt, 1, rounds, peer, json_file)
 
 

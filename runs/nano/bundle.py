@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -86,7 +87,7 @@ def examine(model: Path, exam: Path) -> tuple[dict[str, Any], list[tuple[str, st
         made = llm.chat([[{"role": "user", "content": x["question"]}] for x in asked], greedy, thinking=thinking)
         right: dict[str, list[bool]] = defaultdict(list)
         for x, c in zip(asked, made, strict=True):
-            right[x["kind"]].append(x["expect"].lower() in c.text.lower())
+            right[x["kind"]].append(says(c.text, x["expect"]))
         result[name] = sum(map(sum, right.values())) / len(asked)
         result[f"{name}_by_kind"] = {k: f"{sum(v)}/{len(v)}" for k, v in sorted(right.items())}
     samples = []
@@ -94,6 +95,11 @@ def examine(model: Path, exam: Path) -> tuple[dict[str, Any], list[tuple[str, st
         c = llm.chat([{"role": "user", "content": question}], greedy, thinking=thinking)[0]
         samples.append((question, c.reasoning.strip(), c.text.strip()))
     return result, samples
+
+
+def says(text: str, expected: str) -> bool:
+    """Whether the answer holds the expected words as words: "8" is not in "18", nor "no" in "not"."""
+    return re.search(rf"(?<!\w){re.escape(expected)}(?!\w)", text, re.IGNORECASE) is not None
 
 
 def draw(phases: dict[str, list[dict[str, Any]]], path: Path) -> None:

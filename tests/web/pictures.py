@@ -1,12 +1,15 @@
-"""Takes the pictures of the chat: `python -m tests.web.pictures DIR`, after `npm run build` in web/.
+"""Takes the pictures of the chat, after `npm run build` in web/.
 
-`chat.png` (1280x800, light) is the one for the README. The answers are the script's (scripted.py), not
-a model's: the pictures show the page.
+    python -m tests.web.pictures DIR                                                 every state of the page
+    python -m tests.web.pictures --url http://127.0.0.1:8000 --readme docs/chat.png  the README's, of a running server
+
+In DIR the answers are the script's (scripted.py), not a model's: those pictures show the page. The README's picture
+(1280x800, light) shows what the bundled model said when it was asked.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 from playwright.sync_api import Browser, Page, sync_playwright
@@ -136,5 +139,52 @@ def settings(browser: Browser, api: ScriptedApi, folder: Path) -> None:
     page.screenshot(path=folder / "settings.png")
 
 
+def readme(url: str, picture: Path) -> None:
+    """An ordinary question and an addition with its thinking open, asked of the server that runs at `url`.
+
+    The answers are drawn greedily, so that the same weights give the same picture.
+    """
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
+        size = {"width": 1280, "height": 800}
+        page = browser.new_context(base_url=url, viewport=size, color_scheme="light").new_page()  # type: ignore[arg-type]
+        page.goto("/")
+        page.get_by_test_id("model").wait_for()
+        page.get_by_test_id("settings-button").click()
+        page.get_by_test_id("temperature").fill("0")
+        page.keyboard.press("Escape")
+        ask(page, "Who are you?")
+        page.get_by_test_id("deepthink").click()
+        ask(page, "What is 47 + 38?")
+        toggle = page.get_by_test_id("thinking-toggle").last
+        if toggle.get_attribute("aria-expanded") == "false":
+            toggle.click()
+        page.get_by_test_id("thinking-text").last.wait_for()
+        page.get_by_test_id("answer").last.scroll_into_view_if_needed()
+        page.get_by_test_id("input").blur()
+        page.mouse.move(1200, 60)
+        page.wait_for_timeout(500)  # the panel unfolds
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=picture)
+        browser.close()
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.web.pictures", description="Takes pictures of the chat.")
+    parser.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="where the pictures of the script go")
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="a running server, for --readme")
+    parser.add_argument(
+        "--readme", type=Path, metavar="FILE", help="take the README's picture from the server at --url"
+    )
+    told = parser.parse_args()
+    if (told.folder is None) == (told.readme is None):
+        parser.error("name a DIR or --readme FILE")
+    return told
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    told = arguments()
+    if told.readme:
+        readme(told.url, told.readme)
+    else:
+        main(told.folder)

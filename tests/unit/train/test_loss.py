@@ -83,7 +83,7 @@ def test_schedules_follow_the_paper_in_shape() -> None:
     cfg = config(optim=OptimConfig(lr=1.0, warmup_steps=100, decay_fraction=0.5, min_lr_ratio=0.1))
     lr = [schedule.learning_rate(cfg, s) for s in range(1000)]
     assert lr[0] == pytest.approx(0.01) and lr[99] == 1.0 and lr[499] == 1.0 and lr[-1] == pytest.approx(0.1)
-    assert all(a >= b for a, b in itertools.pairwise(lr))
+    assert all(a >= b for a, b in itertools.pairwise(lr[100:]))
     cfg = config(mtp=MTPConfig(0.3, 0.1, 0.324), balance=BalanceConfig(1e-3, 0.034))
     assert [schedule.mtp_weight(cfg, s) for s in (0, 675, 677, 999)] == [0.3, 0.3, 0.1, 0.1]
     assert [schedule.gamma(cfg, s) for s in (0, 965, 967, 999)] == [1e-3, 1e-3, 0, 0]
