@@ -57,7 +57,7 @@ parity: setup-dev
 	$(BIN)/python scripts/benchmarks.py
 
 soak: setup-dev page
-	$(PYTEST) tests/unit tests/net -m "soak or not soak" -k "kill or resume or soak or concurrent" $(ARGS)
+	$(BIN)/python scripts/soak.py $(ARGS)
 
 clean:
 	rm -rf .venv web/node_modules rorqual/serve/page out

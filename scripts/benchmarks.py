@@ -20,6 +20,7 @@ def main() -> None:
     sections = [HEAD, _speed(speed)]
     sections += [_parity(r) for r in results if r["kind"] == "parity"]
     sections += [_training(r) for r in results if r["kind"] == "training record"]
+    sections += [_soak(r) for r in results if r["kind"] == "soak"]
     (FOLDER / "README.md").write_text("\n".join(s for s in sections if s), encoding="utf-8")
 
 
@@ -78,6 +79,13 @@ def _training(r: dict[str, Any]) -> str:
     for phase in r["phases"]:
         lines.append("| " + " | ".join(_cell(k, phase.get(k)) for k in keys) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _soak(r: dict[str, Any]) -> str:
+    e, rounds = r["environment"], ", ".join(f"{name}: {n}" for name, n in r["rounds"].items())
+    failed = f" **Failed: {r['failed']}.**" if r["failed"] else ""
+    where = f"{e['hardware']}, {e['commit']}, {e['date']}"
+    return f"## Soak\n\n{r['minutes']:g} minutes, rounds passed: {rounds}.{failed} {where}.\n"
 
 
 def _cell(key: str, value: Any) -> str:
