@@ -11,7 +11,8 @@ say() { printf '\033[1m%s\033[0m\n' "$*" >&2; }
 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
   echo "rorqual needs Python 3.11 or newer; $("$python" --version) is $(command -v "$python"). Set PYTHON=…" >&2; exit 1; }
-if [ -f "$stamp" ] && [ "$stamp" -nt pyproject.toml ] && [ "$stamp" -nt constraints.txt ]; then exit 0; fi
+fresh() { [ -f "$1" ] && [ "$1" -nt pyproject.toml ] && [ "$1" -nt constraints.txt ]; }
+if fresh "$stamp" || fresh $venv/.ready-dev; then exit 0; fi  # what serves is part of what develops
 
 has_torch() { "$1" -c 'import re, torch; v = re.match(r"(\d+)\.(\d+)", torch.__version__); assert tuple(map(int, v.groups())) >= (2, 11)' 2>/dev/null; }
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from rorqual.engine.api import SamplingParams
+    from rorqual.engine.llm import LLM
 
 
 def generate(
@@ -37,10 +41,13 @@ def generate(
     from rorqual.config import resolve_model
     from rorqual.engine.llm import LLM
 
-    lines = read_lines(inputs)
+    numbered = read_lines(inputs)
+    lines = list(numbered.values())
     path = resolve_model(model)
     params = sampling(path, temperature, top_p, max_tokens, seed)
     llm = LLM(path, device=device)
+    for number, line in numbered.items():
+        check_line(llm, line, params, think, f"{inputs}:{number}")
     results: list[Any] = [None] * len(lines)
     for kind in ("prompt", "messages"):
         where = [i for i, line in enumerate(lines) if kind in line]
@@ -69,8 +76,23 @@ def generate(
     out.write_text(text, encoding="utf-8") if out else typer.echo(text, nl=False)
 
 
-def read_lines(inputs: Path) -> list[dict[str, Any]]:
-    """Raises DataError naming the line that is neither a prompt nor messages."""
+def check_line(llm: LLM, line: dict[str, Any], params: SamplingParams, think: bool, where: str) -> None:
+    """Before anything is computed, so that a bad last line does not cost the work of the others. Raises DataError."""
+    from rorqual.engine.api import Request, check_request
+    from rorqual.errors import DataError, RorqualError
+
+    try:
+        if "prompt" in line:
+            ids = [llm.tokenizer.bos_id, *llm.tokenizer.encode(line["prompt"])]
+        else:
+            ids = llm.template.encode(llm.tokenizer, line["messages"], thinking=think)
+        check_request(Request("", tuple(ids), params), llm.info)
+    except RorqualError as error:
+        raise DataError(f"{where}: {error}") from None
+
+
+def read_lines(inputs: Path) -> dict[int, dict[str, Any]]:
+    """Line number -> content. Raises DataError naming the line that is neither a prompt nor messages."""
     import sys
 
     from rorqual.errors import DataError
@@ -79,7 +101,7 @@ def read_lines(inputs: Path) -> list[dict[str, Any]]:
         text = sys.stdin.read() if str(inputs) == "-" else inputs.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{inputs} cannot be read: {error}") from None
-    lines = []
+    lines = {}
     for number, row in enumerate(text.splitlines(), 1):
         if not row.strip():
             continue
@@ -91,7 +113,9 @@ def read_lines(inputs: Path) -> list[dict[str, Any]]:
             isinstance(value.get("prompt"), str) ^ isinstance(value.get("messages"), list)
         ):
             raise DataError(f'{inputs}:{number}: expected {{"prompt": "…"}} or {{"messages": […]}}')
-        lines.append(value)
+        if value.get("prompt") == "":
+            raise DataError(f"{inputs}:{number}: the prompt is empty", remedy="write some text or remove that line")
+        lines[number] = value
     if not lines:
         raise DataError(f"{inputs} has no lines")
     return lines

@@ -32,19 +32,25 @@ app.add_typer(data.app, name="data")
 app.add_typer(bench.app, name="bench")
 
 
+def print_version(asked: bool) -> None:
+    """Eager: it answers before a command is looked for."""
+    if asked:
+        from rorqual import __version__
+
+        typer.echo(f"rorqual {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=print_version)
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what is logged on the way.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Options that stand before the command."""
     logging.basicConfig(level=logging.INFO if verbose or debug else logging.WARNING, format="%(message)s")
-    if version:
-        from rorqual import __version__
-
-        typer.echo(f"rorqual {__version__}")
-        raise typer.Exit
 
 
 def main(argv: list[str] | None = None) -> None:

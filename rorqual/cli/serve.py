@@ -53,8 +53,13 @@ def serve(
     options = {"device": device, "dtype": dtype, "max_num_seqs": max_num_seqs, "threads": threads or "auto"}
     served = {name: served_model(path, name, options) for name, path in zip(names, paths, strict=True)}
     app = create_app(served, Settings(api_keys=tuple(api_key or ())))
-    typer.echo(f"loading {', '.join(names)} …", err=True)
-    run(app, host, port, on_ready=lambda url: typer.echo(f"chat: {url}   API: {url}/v1   (Ctrl-C stops)", err=True))
+    run(
+        app,
+        host,
+        port,
+        on_bound=lambda: typer.echo(f"loading {', '.join(names)} …", err=True),
+        on_ready=lambda url: typer.echo(f"chat: {url}   API: {url}/v1   (Ctrl-C stops)", err=True),
+    )
 
 
 def served_model(path: Path, name: str, options: dict[str, object]):  # type: ignore[no-untyped-def]

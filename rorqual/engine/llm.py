@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rorqual.config import resolve_model
@@ -327,7 +328,8 @@ def _per_prompt(params: SamplingParams | Sequence[SamplingParams] | None, count:
 def _progress_bar(total: int) -> Iterator[Report]:
     """A bar of finished requests with the rate of tokens."""
     columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[rate]}")) as bar:
+    # On standard error: what is generated may go to standard output.
+    with Progress(*columns, TextColumn("{task.fields[rate]}"), console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=total, rate="")
         begin = time.monotonic()
 

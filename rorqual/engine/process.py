@@ -143,11 +143,10 @@ class EngineProcess:
         if self._info is not None:  # else it is loading and reads no messages
             self._outbox.put(("stop",))
             await asyncio.to_thread(process.join, self.grace_s)
-        for force in (process.terminate, process.kill):
-            if process.exitcode is None:
-                log.warning("the engine process has not stopped by itself: using %s", force.__name__)
-                force()
-                await asyncio.to_thread(process.join, self.grace_s)
+        if process.exitcode is None:
+            log.warning("the engine process has not stopped by itself: killing it")
+            process.kill()
+            await asyncio.to_thread(process.join, self.grace_s)
         self._outbox.put(None)
 
     def _give_up(self, error: RorqualError) -> None:
@@ -210,7 +209,10 @@ def _if_open(future: asyncio.Future[Any], settle: Callable[[Any], None], value: 
 
 
 def _child(connection: Connection, build: Build, settings: EngineSettings, log_level: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides what it means
+    # Ctrl-C and a service manager's SIGTERM go to the whole group; the parent decides what they mean, and a parent that
+    # is gone shows in the pipe.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(level=log_level, format="%(levelname)s %(name)s: %(message)s")
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()

@@ -29,14 +29,18 @@ def serve(
     port: int = 8000,
     *,
     grace_s: int = 10,
+    on_bound: Callable[[], None] | None = None,
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
-    """Returns when told to stop. `on_ready` gets the URL (the default logs it); port 0 picks a free one.
+    """Returns when told to stop. `on_bound` is called once the address is taken, before models are loaded; `on_ready`
+    gets the URL (the default logs it); port 0 picks a free one.
 
     Raises ConfigError for a host or port that cannot be served, and whatever an engine raised when it was
     started.
     """
     listener = listen(app, host, port)
+    if on_bound is not None:
+        on_bound()
     try:
         Server(app, listener, grace_s=grace_s, on_ready=on_ready).run(sockets=[listener])
     except KeyboardInterrupt:  # uvicorn raises the signal again once it has stopped in good order

@@ -39,7 +39,7 @@ class Serving:
 
 
 @contextlib.contextmanager
-def serving(command: Sequence[str] = SERVE, within_s: float = 60) -> Iterator[Serving]:
+def serving(command: Sequence[str] = SERVE, within_s: float = 120) -> Iterator[Serving]:
     """Starts the server, waits for the line with its URL, and leaves nothing of it running."""
     # In a session of its own, so that whatever is left of it can be ended by that session's group.
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
