@@ -120,7 +120,8 @@ class RunConfig:
 
 
 def resolve(cfg: RunConfig, *, kind: Literal["pretrain", "sft"], cuda: bool, cores: int) -> RunConfig:
-    """Every "auto" replaced. Pure: the machine is described by the arguments."""
+    """Every "auto" replaced. Pure: the machine is described by the arguments (cores: what torch would take by itself, which
+    honours OMP_NUM_THREADS)."""
     data = cfg.data
     if data.packing == "auto":
         data = dataclasses.replace(data, packing="stream" if kind == "pretrain" else "samples")

@@ -27,7 +27,7 @@ from rorqual.model.transformer import Transformer
 from rorqual.plan.count import training_flops_per_token
 from rorqual.train import checkpoints, schedule
 from rorqual.train.config import RunConfig, Source, resolve
-from rorqual.train.hardware import describe, memory_bytes, peak_flops, physical_cores
+from rorqual.train.hardware import describe, memory_bytes, peak_flops
 from rorqual.train.record import Events, LiveLine, MetricsFile, read_metrics
 from rorqual.train.trainer import METRICS, Fetch, StepResult, Trainer
 
@@ -48,7 +48,7 @@ def pretrain(
     cfg: RunConfig, kind: Literal["pretrain", "sft"] = "pretrain", say: Callable[[str], None] = log.info
 ) -> RunRecord:
     """Run or resume `cfg`. Raises ConfigError, DataError, CheckpointError; on Ctrl-C writes a checkpoint and returns."""
-    cfg = resolve(cfg, kind=kind, cuda=torch.cuda.is_available(), cores=physical_cores())
+    cfg = resolve(cfg, kind=kind, cuda=torch.cuda.is_available(), cores=torch.get_num_threads())
     run = Path(cfg.out)
     model_cfg = model_config(cfg)
     # The data are opened first: a run that cannot start must not claim its directory.
