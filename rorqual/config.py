@@ -80,6 +80,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         self._check_sizes()
+        self._check_numbers()
         self._check_architecture()
         self._check_rope()
 
@@ -131,7 +132,7 @@ class ModelConfig:
                 return cls.from_released(json.loads(path.read_text(encoding="utf-8")), where=str(path))
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 raise ConfigError(f"{path} is not valid JSON: {error}", remedy="restore the file") from None
-        if path.suffix or len(path.parts) > 1:
+        if (path.suffix or len(path.parts) > 1) and str(source) not in presets():
             raise ConfigError(f"there is no model at {source}", remedy="name a model directory or a preset")
         preset = resources.files("rorqual.presets") / f"{source}.json"
         if not preset.is_file():
@@ -147,10 +148,10 @@ class ModelConfig:
         if not isinstance(raw, Mapping):
             raise ConfigError(f"{where}: expected an object of keys, found {type(raw).__name__}")
         kind = raw.get("model_type", "deepseek_v3")
-        if kind != "deepseek_v3":
+        if kind not in _MODEL_TYPES:
             raise ConfigError(
                 f"{where}: model_type {kind!r} is another architecture",
-                remedy="rorqual runs model_type deepseek_v3",
+                remedy=f"rorqual runs model_type {' and '.join(_MODEL_TYPES)}",
             )
         known = {f.name: f for f in dataclasses.fields(cls) if f.name != "extra"}
         values = {k: v for k, v in raw.items() if k in known}
@@ -225,6 +226,19 @@ class ModelConfig:
                 f"of {self.topk_group} groups"
             )
 
+    def _check_numbers(self) -> None:
+        for name in ("rms_norm_eps", "rope_theta", "routed_scaling_factor"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"{name} must be positive and finite, not {value}")
+        if not (math.isfinite(self.initializer_range) and self.initializer_range >= 0):
+            raise ConfigError(f"initializer_range must be finite and not negative, not {self.initializer_range}")
+        single = {"bos_token_id": self.bos_token_id, "pad_token_id": self.pad_token_id}
+        ids = [(name, i) for name, i in single.items() if i is not None]
+        for name, i in [*ids, *(("eos_token_id", i) for i in self.eos_token_ids)]:
+            if not 0 <= i < self.vocab_size:
+                raise ConfigError(f"{name} {i} is no token of a vocabulary of {self.vocab_size}")
+
     def _check_architecture(self) -> None:
         """Keys with one supported value: anything else would be computed wrongly, so it is refused."""
         for name, only in _FIXED.items():
@@ -249,9 +263,13 @@ class ModelConfig:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """An int or a finite float; JSON's true, NaN and Infinity are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
+# Kimi K2 is this architecture under a name of its own, so that engines can tell the two apart. It is written back as
+# deepseek_v3: that is what every loader of this architecture knows, and what Moonshot tells others to rename it to.
+_MODEL_TYPES = ("deepseek_v3", "kimi_k2")
 _FIXED: dict[str, Any] = {
     "scoring_func": "sigmoid",
     "topk_method": "noaux_tc",

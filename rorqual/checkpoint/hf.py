@@ -1,35 +1,38 @@
 """A model as a directory in the Hugging Face layout: config.json, generation_config.json, *.safetensors with an index.
 
-What is saved here, transformers, vLLM, SGLang and the GGUF converter read; what they save is read here. A directory
-appears whole or not at all: it is written beside its place and renamed. FP8 and four-bit weights are a later edition.
+What is saved here, transformers, vLLM, SGLang and the GGUF converter read; what they save is read here. Quantised
+weights stay as they are stored, in memory and on the way back out. On a CPU, weights of the wanted dtype are not copied
+at all: they are views of a private memory map of the file, stacks of experts included where they lie side by side (as
+`save_model` and `rorqual convert` write them), so loading costs what reading costs, and only when a page is used.
+
+A directory appears whole or not at all: it is written beside its place and renamed.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from rorqual.checkpoint.names import released_tensors, shared_copies
+from rorqual.checkpoint.names import Place, module_path, released_places, shared_copies
+from rorqual.checkpoint.shards import Planned, plan_shards, shard_names, write_index, write_json, write_shard
+from rorqual.checkpoint.source import Source, layer_of
 from rorqual.config import ModelConfig
 from rorqual.errors import CheckpointError
+from rorqual.model.quantised import Stored
 from rorqual.model.transformer import Transformer
+from rorqual.ops.formats import Plain, WeightFormat
+from rorqual.ops.fp8 import Scheme
 
-log = logging.getLogger(__name__)
-INDEX = "model.safetensors.index.json"
 SIDE_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MAX_SHARD_BYTES = 5_000_000_000
 
 
 def load_model(
@@ -37,123 +40,151 @@ def load_model(
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "cpu",
     compute_dtype: torch.dtype | None = None,
+    *,
+    activation_scheme: Scheme | Literal["auto"] = "auto",
+    dequantize: bool = False,
+    memory_map: bool = True,
     **options: Any,
 ) -> Transformer:
-    """A Transformer in eval mode from a model directory. dtype "auto" keeps what the checkpoint stores.
+    """A Transformer in eval mode from a model directory.
 
+    dtype: of the plain weights, and of the activations unless compute_dtype says otherwise; "auto" keeps what is stored.
+    Quantised weights stay quantised unless `dequantize`. activation_scheme: how FP8 weights are multiplied
+    (`ops.fp8.fp8_linear`); "auto" is weight_only on a CPU and what the config asks for on CUDA. memory_map: weights
+    that need no conversion may be views of the files (CPU; changes to them stay in memory); False copies them.
     `options` go to Transformer (backends). Raises CheckpointError naming the file or tensor at fault, ConfigError
     for a config.json that is not this architecture.
     """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise CheckpointError(f"there is no model directory {directory}")
-    cfg = ModelConfig.load(directory)
-    if cfg.quantization_config is not None:
-        raise CheckpointError(
-            f"{directory} holds quantised weights ({cfg.quantization_config.get('quant_method')})",
-            remedy="this edition reads bf16, fp16 and fp32 checkpoints: convert it to bf16 first",
-        )
-    files = tensor_files(directory)
-    cfg = _without_promised_mtp(cfg, files)
+    device = torch.device(device)
+    source = Source.open(directory, _scheme(activation_scheme, device))
+    if activation_scheme == "auto" and device.type == "cuda" and _asks_for_dynamic(source.cfg):
+        source = Source.open(directory, "dynamic")
+    plain = _resolve_dtype(dtype, source)
+    formats = {} if dequantize else _module_formats(source)
     model = Transformer(
-        cfg, dtype=_resolve_dtype(dtype, cfg, files), device=device, compute_dtype=compute_dtype, init=False, **options
+        source.cfg,
+        dtype=plain,
+        device=device,
+        compute_dtype=compute_dtype,
+        formats=formats.get,
+        allocate=False,
+        **options,
     )
-    _fill(model, files)
+    _check(model, source)
+    _fill(model, source, device, memory_map and device.type == "cpu")
     return model.eval()
 
 
-def tensor_files(directory: Path) -> dict[str, Path]:
-    """Tensor name -> file, from the index or from the shards' own headers. Raises CheckpointError for what is missing."""
-    index = directory / INDEX
-    if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{index} is damaged: {error!r}", remedy="copy the checkpoint again") from None
-        missing = sorted({f for f in weight_map.values() if not (directory / f).is_file()})
-        if missing:
-            raise CheckpointError(f"{directory} lacks {', '.join(missing)}", remedy="copy the missing shards")
-        return {name: directory / f for name, f in weight_map.items()}
-    shards = sorted(directory.glob("*.safetensors"))
-    if not shards:
-        raise CheckpointError(f"{directory} has no *.safetensors file", remedy="copy the checkpoint's weights there")
-    return {name: shard for shard in shards for name in _names(_open(shard))}
+def _scheme(asked: Scheme | Literal["auto"], device: torch.device) -> Scheme:
+    if asked not in ("auto", "weight_only", "dynamic"):
+        raise CheckpointError(f"activation_scheme {asked!r} is unknown", remedy="choose auto, weight_only or dynamic")
+    return "weight_only" if asked == "auto" else asked
 
 
-def _open(shard: Path) -> Any:
-    try:
-        return safe_open(shard, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{shard} is truncated or damaged: {error}", remedy="copy the shard again") from None
+def _asks_for_dynamic(cfg: ModelConfig) -> bool:
+    return (cfg.quantization_config or {}).get("activation_scheme") == "dynamic"
 
 
-def _names(opened: Any) -> list[str]:
-    """Tensor names of an open shard (it has keys() and is no mapping)."""
-    return list(opened.keys())
-
-
-def _without_promised_mtp(cfg: ModelConfig, files: Mapping[str, Path]) -> ModelConfig:
-    """transformers writes num_nextn_predict_layers even where it dropped the MTP weights."""
-    depth = sum(
-        f"model.layers.{cfg.num_hidden_layers + k}.eh_proj.weight" in files for k in range(cfg.num_nextn_predict_layers)
-    )
-    if depth < cfg.num_nextn_predict_layers:
-        log.warning("the config promises %d MTP modules, the checkpoint has %d", cfg.num_nextn_predict_layers, depth)
-    return cfg.replace(num_nextn_predict_layers=depth)
-
-
-def _resolve_dtype(dtype: torch.dtype | str, cfg: ModelConfig, files: Mapping[str, Path]) -> torch.dtype:
+def _resolve_dtype(dtype: torch.dtype | str, source: Source) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype != "auto":
         if dtype not in DTYPES:
             raise CheckpointError(f"dtype {dtype!r} is unknown", remedy=f"choose auto, {', '.join(DTYPES)}")
         return DTYPES[dtype]
-    if (file := files.get("model.embed_tokens.weight")) is not None:
-        name: str = _open(file).get_slice("model.embed_tokens.weight").get_dtype()
-        stored = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}.get(name)
-        if stored is not None:
+    for name in ("model.embed_tokens.weight", "model.norm.weight"):
+        if name in source.weights and (stored := source.dtype(name)) in DTYPES.values():
             return stored
-    return DTYPES.get(str(cfg.extra.get("torch_dtype", cfg.extra.get("dtype"))), torch.bfloat16)
+    return DTYPES.get(str(source.cfg.extra.get("torch_dtype", source.cfg.extra.get("dtype"))), torch.bfloat16)
 
 
-@torch.no_grad()
-def _fill(model: Transformer, files: Mapping[str, Path]) -> None:
-    """Copy every released tensor into its view, one shard open at a time."""
-    wanted = dict(released_tensors(model))
-    copies = {name for name, _ in shared_copies(model)}
-    copies |= {"lm_head.weight"} if model.cfg.tie_word_embeddings else set()
-    if missing := sorted(set(wanted) - set(files)):
+def _module_formats(source: Source) -> dict[str, WeightFormat]:
+    """Module path -> format. Raises CheckpointError where the stacked experts of a layer are stored unlike each other."""
+    formats: dict[str, WeightFormat] = {}
+    plain_experts = {
+        module_path(name, source.cfg)
+        for name, weight in source.weights.items()
+        if weight.form is None and ".mlp.experts." in name
+    }
+    for name, form in source.formats.items():
+        path = module_path(name, source.cfg)
+        if path in plain_experts:
+            raise CheckpointError(
+                f"the experts of {path} are stored partly {form.name}, partly plainly",
+                remedy="load with dequantize=True",
+            )
+        formats[path] = form
+    return formats
+
+
+def _check(model: Transformer, source: Source) -> None:
+    """Names and shapes against the model, before a byte is read."""
+    wanted = {name: place.view for name, place in released_places(model)}
+    have = {tensor for weight in source.weights.values() for tensor in weight.parts.values()} | set(source.weights)
+    if missing := sorted(set(wanted) - have):
         raise CheckpointError(
             f"the checkpoint lacks {len(missing)} tensors, among them {missing[0]}",
             remedy="config.json and weights must be of one model; copy missing shards",
         )
-    beyond = tuple(f"model.layers.{i}." for i in range(len(model.layers), len(model.layers) + 9))
-    if extra := sorted(n for n in set(files) - set(wanted) - copies if not n.startswith(beyond)):
-        raise CheckpointError(
-            f"the checkpoint has {len(extra)} tensors this config has no place for, among them {extra[0]}",
-            remedy="config.json and weights must be of one model",
-        )
-    for shard in sorted({files[name] for name in wanted}):
-        opened = _open(shard)
-        present = set(_names(opened))
-        for name, view in wanted.items():
-            if files[name] != shard:
-                continue
-            if name not in present:
-                raise CheckpointError(f"{shard} lacks {name}, which the index places there")
-            _copy(view, opened.get_tensor(name), name, shard)
+    copies = {name for name, _ in shared_copies(model)}
+    copies |= {"lm_head.weight", "lm_head.weight_packed"} if model.cfg.tie_word_embeddings else set()
+    layers = len(model.layers)
+    own = set(wanted) | {f"{n.rpartition('.')[0]}.weight" for n in wanted}
+    for name in source.weights:
+        parts = {name, *source.weights[name].parts.values()}
+        beyond = layers <= (layer_of(name) or 0) < layers + 9
+        if name not in own and not parts & copies and not beyond:
+            raise CheckpointError(
+                f"the checkpoint has {name}, which this config has no place for",
+                remedy="config.json and weights must be of one model",
+            )
+    for name, view in wanted.items():
+        shape = source.stored_shape(name) if name in source.pieces else source.shape(name)
+        if name in source.weights and view.dtype in DTYPES.values():
+            shape = source.shape(name)
+        if shape != tuple(view.shape):
+            where = source.pieces[next(iter(source.weights[name].parts.values())) if name in source.weights else name]
+            raise CheckpointError(
+                f"{name} in {where[0].file.name} is {list(shape)}, the config makes it {list(view.shape)}",
+                remedy="config.json and weights must be of one model",
+            )
 
 
-def _copy(view: Tensor, stored: Tensor, name: str, shard: Path) -> None:
-    if stored.shape != view.shape:
-        raise CheckpointError(
-            f"{name} in {shard.name} is {list(stored.shape)}, the config makes it {list(view.shape)}",
-            remedy="config.json and weights must be of one model",
-        )
-    if stored.dtype not in DTYPES.values():
-        raise CheckpointError(f"{name} in {shard.name} is stored as {stored.dtype}, which needs a quantised loader")
-    view.copy_(stored)
+@torch.no_grad()
+def _fill(model: Transformer, source: Source, device: torch.device, mapped: bool) -> None:
+    """Give every attribute its values: a view of the file where one serves, a filled new tensor otherwise."""
+    attributes: dict[tuple[int, str], list[tuple[str, Place]]] = {}
+    for name, place in released_places(model):
+        attributes.setdefault((id(place.module), place.attribute), []).append((name, place))
+    for members in attributes.values():
+        module, attribute, part = members[0][1]
+        like: Tensor = getattr(module, attribute)
+        value = _view(source, [name for name, _ in members], like, stacked=bool(part)) if mapped else None
+        if value is None:
+            value = torch.empty(like.shape, dtype=like.dtype, device=device)
+            for name, place in members:
+                target = value[place.part] if place.part else value
+                parts = isinstance(module, Stored) and not isinstance(module.form, Plain)
+                target.copy_(source.raw(name) if parts else source.dense(name))
+        if isinstance(like, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=like.requires_grad)
+        setattr(module, attribute, value)
+
+
+def _view(source: Source, names: list[str], like: Tensor, stacked: bool) -> Tensor | None:
+    """`like` as a view of the files, if they hold it just so."""
+    if any(name not in source.pieces for name in names):
+        return None
+    if stacked:
+        value = source.stacked(names, like)
+    else:
+        name = names[0]
+        same = source.entry(name).dtype == like.dtype and len(source.pieces[name]) == 1
+        value = source.raw(name) if same else None
+    if value is not None and names[0].endswith(("weight_scale_inv", "weight_scale")):
+        for name in names:
+            source.raw(name)  # refuses scales that are not finite
+    return value
 
 
 def save_model(
@@ -162,77 +193,78 @@ def save_model(
     *,
     dtype: torch.dtype | None = None,
     files_from: str | Path | None = None,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write `model` as a released-format directory, replacing one that is there, all or nothing.
 
-    dtype: of the stored weights (None: as they are); correction biases are fp32 always. files_from: a directory whose
-    tokenizer, template and generation files come along. Raises CheckpointError where the place cannot be written.
+    dtype: of the stored plain weights (None: as they are); correction biases are fp32 always, quantised weights stay
+    as they are. files_from: a directory whose tokenizer, template and generation files come along. Raises
+    CheckpointError where the place cannot be written.
     """
     directory = Path(directory)
     building = directory.with_name(f".{directory.name}.writing")
     try:
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
-        stored = _stored_tensors(model, dtype)
-        _write_shards(stored, building, max_shard_bytes)
-        _write_side_files(model, building, next(iter(stored.values())).dtype, files_from)
-        _move_into_place(building, directory)
+        plain = dtype or model.dtype
+        stored = dict(_stored_tensors(model, dtype))
+        planned = [Planned(name, _stored_dtype(name, t, dtype), tuple(t.shape)) for name, t in stored.items()]
+        shards = plan_shards(planned, max_shard_bytes)
+        files = dict(zip(shard_names(len(shards)), shards, strict=True))
+        for file, tensors in files.items():
+            write_shard(building / file, tensors, (stored[t.name].to("cpu", t.dtype) for t in tensors))
+        write_index(building, files)
+        cfg = model.cfg.replace(quantization_config=_quantization(model, planned))
+        write_side_files(cfg, building, plain, files_from)
+        move_into_place(building, directory)
     except OSError as error:
         raise CheckpointError(f"cannot write {directory}: {error}", remedy="check space and permissions") from error
 
 
-def _stored_tensors(model: Transformer, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    out = {}
-    for name, view in [*released_tensors(model), *shared_copies(model)]:
-        keep = name.endswith("e_score_correction_bias")
-        out[name] = view.detach().to("cpu", None if keep else dtype).contiguous()
-    return out
+def _stored_tensors(model: Transformer, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    for name, place in (*released_places(model), *shared_copies(model)):
+        yield name, place.view
+        if name.endswith(".weight_packed") and isinstance(place.module, Stored):
+            shape = place.module.shape[-2:]
+            yield name.replace(".weight_packed", ".weight_shape"), torch.tensor(shape, dtype=torch.int64)
 
 
-def _write_shards(stored: Mapping[str, Tensor], directory: Path, max_shard_bytes: int) -> None:
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in stored.items():
-        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
-            shards.append({})
-            size = 0
-        # Tensors that share storage (tied or stored again) must be separate in the file.
-        shards[-1][name] = tensor.clone()
-        size += tensor.nbytes
-    weight_map = {}
-    for i, shard in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, directory / file, metadata={"format": "pt"})
-        (directory / file).chmod(0o644)  # safetensors leaves its files to their owner alone
-        _sync(directory / file)
-        weight_map.update(dict.fromkeys(shard, file))
-    total = sum(t.nbytes for t in stored.values())
-    _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+def _stored_dtype(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    keep = dtype is None or name.endswith(("e_score_correction_bias", "weight_scale_inv", "weight_scale"))
+    return tensor.dtype if keep or tensor.dtype not in DTYPES.values() else dtype or tensor.dtype
 
 
-def _write_side_files(model: Transformer, directory: Path, dtype: torch.dtype, files_from: str | Path | None) -> None:
+def _quantization(model: Transformer, planned: list[Planned]) -> dict[str, Any] | None:
+    """The block that says how the weights are stored: the one they came with, or a new one; none for plain weights."""
+    forms = [m.form for m in model.modules() if isinstance(m, Stored) and not isinstance(m.form, Plain)]
+    if not forms:
+        return None
+    if model.cfg.quantization_config is not None:
+        return dict(model.cfg.quantization_config)
+    return forms[0].describe(plain_modules(planned))
+
+
+def plain_modules(planned: list[Planned]) -> list[str]:
+    """Released module names of the matrices that are stored plainly."""
+    quantised = {t.name.rpartition(".")[0] for t in planned if t.name.endswith(("_packed", "_scale_inv"))}
+    matrices = [t.name.removesuffix(".weight") for t in planned if t.name.endswith(".weight") and len(t.shape) == 2]
+    return [name for name in matrices if name not in quantised]
+
+
+def write_side_files(cfg: ModelConfig, directory: Path, dtype: torch.dtype, files_from: str | Path | None) -> None:
+    """config.json, generation_config.json, and what comes along from another directory."""
     name = str(dtype).removeprefix("torch.")
-    _write_json(directory / "config.json", {**model.cfg.to_json(), "torch_dtype": name})
+    write_json(directory / "config.json", {**cfg.to_json(), "torch_dtype": name})
     for file in SIDE_FILES:
         if files_from is not None and (source := Path(files_from) / file).is_file():
             shutil.copyfile(source, directory / file)
     if not (directory / "generation_config.json").is_file():
-        ids = {"bos_token_id": model.cfg.bos_token_id, "eos_token_id": model.cfg.to_json()["eos_token_id"]}
-        _write_json(directory / "generation_config.json", {**ids, "do_sample": True, "temperature": 0.6, "top_p": 0.95})
+        ids = {"bos_token_id": cfg.bos_token_id, "eos_token_id": cfg.to_json()["eos_token_id"]}
+        write_json(directory / "generation_config.json", {**ids, "do_sample": True, "temperature": 0.6, "top_p": 0.95})
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _move_into_place(building: Path, directory: Path) -> None:
+def move_into_place(building: Path, directory: Path) -> None:
+    """Replace a directory by a finished one."""
     old = directory.with_name(f".{directory.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if directory.exists():

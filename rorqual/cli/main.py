@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from rorqual.cli import bench, chat, data, generate, inspect, serve, sft, tokenizer, train
+from rorqual.cli import bench, chat, convert, data, generate, handoff, inspect, serve, sft, tokenizer, train
 from rorqual.errors import RorqualError
 
 app = typer.Typer(
@@ -25,6 +25,8 @@ app.command("serve")(serve.serve)
 app.command("chat")(chat.chat)
 app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)
+app.command("convert")(convert.convert)
+app.command("handoff")(handoff.handoff)
 app.command("train")(train.train)
 app.command("sft")(sft.sft)
 app.add_typer(tokenizer.app, name="tokenizer")

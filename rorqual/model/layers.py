@@ -23,6 +23,25 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
 
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight as plain numbers, for who multiplies in another order (`mla.absorbed`)."""
+        return self.weight.to(dtype)
+
+
+class Embedding(nn.Module):
+    """weight [V, D]: looked up on the way in, and multiplied by on the way out where the head is tied."""
+
+    def __init__(self, vocab: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab, dim))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight)
+
+    def project(self, h: Tensor) -> Tensor:
+        """The tied head: h [..., D] -> logits [..., V]."""
+        return F.linear(h, self.weight.to(h.dtype))
+
 
 class RMSNorm(nn.Module):
     """weight [D]; see ops.rms_norm."""

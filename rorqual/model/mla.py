@@ -88,7 +88,7 @@ class MLA(nn.Module):
 
     def absorbed(self, q_nope: Tensor, q_rope: Tensor, latents_BSX: Tensor, visible_BTS: Tensor) -> Tensor:
         """All heads over the latent itself. Returns [B, T, H, U]."""
-        kv_b = self.kv_b_proj.weight.to(q_nope.dtype).view(self.H, self.N + self.U, self.C)
+        kv_b = self.kv_b_proj.dense(q_nope.dtype).view(self.H, self.N + self.U, self.C)
         q_latent = torch.einsum("bthn,hnc->bthc", q_nope, kv_b[:, : self.N])
         o_latent = attend_latent(torch.cat((q_latent, q_rope), -1), latents_BSX, self.C, self.scale, visible_BTS)
         return torch.einsum("bthc,huc->bthu", o_latent, kv_b[:, self.N :])

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rorqual.config import ModelConfig
 from rorqual.model.batch import Batch, Routing
 from rorqual.model.block import Block
-from rorqual.model.layers import Linear, RMSNorm
+from rorqual.model.layers import Embedding, Linear, RMSNorm
 from rorqual.model.mtp import MTP
+from rorqual.model.quantised import Choose, use_formats
 from rorqual.ops.rope import cos_sin, inverse_frequencies
 
 
@@ -27,6 +27,9 @@ class Transformer(nn.Module):
     dtype: of the parameters; compute_dtype: of the activations (None: the same). fp32 parameters under bf16 activations
     are the training form. Initialised as in the paper (section 4.2): every weight N(0, initializer_range), norms 1,
     correction biases 0; the caller seeds torch. experts: "auto" is the grouped op on CUDA and the loop on CPU.
+    formats: which weights stay quantised (`quantised.use_formats`); the config's quantization_config says how a
+    checkpoint is stored and builds nothing by itself. allocate=False leaves every weight on the meta device, for a
+    loader that brings its own.
     """
 
     def __init__(
@@ -38,7 +41,9 @@ class Transformer(nn.Module):
         compute_dtype: torch.dtype | None = None,
         experts: str = "auto",
         attention: str = "sdpa",
+        formats: Choose | None = None,
         init: bool = True,
+        allocate: bool = True,
     ) -> None:
         super().__init__()
         self.cfg, self.compute_dtype = cfg, compute_dtype
@@ -46,9 +51,7 @@ class Transformer(nn.Module):
         if experts == "auto":
             experts = "grouped" if device.type == "cuda" else "loop"
         with torch.device("meta"):
-            self.embed_tokens = nn.Embedding(
-                cfg.vocab_size, cfg.hidden_size, _weight=torch.empty(cfg.vocab_size, cfg.hidden_size)
-            )
+            self.embed_tokens = Embedding(cfg.vocab_size, cfg.hidden_size)
             self.layers = nn.ModuleList(Block(cfg, i, experts, attention) for i in range(cfg.num_hidden_layers))
             self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
             if not cfg.tie_word_embeddings:
@@ -56,19 +59,21 @@ class Transformer(nn.Module):
             depths = range(cfg.num_hidden_layers, cfg.num_hidden_layers + cfg.num_nextn_predict_layers)
             self.mtp = nn.ModuleList(MTP(cfg, i, experts, attention) for i in depths)
         speeds, self.rope_factor = inverse_frequencies(cfg.qk_rope_head_dim, cfg.rope_theta, cfg.rope_scaling)
-        self._materialise(device, dtype)
+        self._set_dtype(dtype)
+        if formats is not None:
+            use_formats(self, formats)
+        if allocate and device.type != "meta":
+            self.to_empty(device=device)
         self.rope_speeds: Tensor
         self.register_buffer("rope_speeds", torch.tensor(speeds, dtype=torch.float32, device=device), persistent=False)
-        if init and device.type != "meta":
+        if init and allocate and device.type != "meta":
             self.init_weights()
 
-    def _materialise(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Parameters in `dtype` on `device`, values undefined; fp32 buffers stay fp32."""
+    def _set_dtype(self, dtype: torch.dtype) -> None:
+        """Of the parameters; fp32 buffers stay fp32."""
         if dtype != torch.float32:
             for parameter in self.parameters():
                 parameter.data = parameter.data.to(dtype)
-        if device.type != "meta":
-            self.to_empty(device=device)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -84,11 +89,11 @@ class Transformer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.embed_tokens.weight.device
+        return self.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embed_tokens.weight.dtype
+        return self.norm.weight.dtype
 
     def forward(self, tokens_BT: Tensor, batch: Batch | None = None) -> Tensor:
         """Logits [B, T, V] in the compute dtype."""
@@ -131,7 +136,7 @@ class Transformer(nn.Module):
     def head(self, h_BTD: Tensor) -> Tensor:
         """Logits over the vocabulary; the tied form uses the embedding."""
         if self.cfg.tie_word_embeddings:
-            return F.linear(h_BTD, self.embed_tokens.weight.to(h_BTD.dtype))
+            return self.embed_tokens.project(h_BTD)
         return self.lm_head(h_BTD)
 
     def _rope(self, tokens_BT: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -30,22 +30,31 @@ def _combine(y_MD: Tensor, rows_M: Tensor, gates_NK: Tensor) -> Tensor:
     return (y_NKD.float() * gates_NK[..., None]).sum(1).to(y_MD.dtype)
 
 
+def by_expert(
+    x_ND: Tensor, gates_NK: Tensor, chosen_NK: Tensor, experts: int, run: Callable[[int, Tensor], Tensor]
+) -> Tensor:
+    """The loop itself, for any way of storing experts: run(expert, its rows [n, D]) -> [n, D], for those chosen."""
+    order_M = chosen_NK.flatten().argsort(stable=True)
+    counts = torch.bincount(chosen_NK.flatten(), minlength=experts).tolist()
+    x_MD = x_ND[order_M // chosen_NK.shape[1]]
+    out, start = [], 0
+    for expert, count in enumerate(counts):
+        if count:
+            out.append(run(expert, x_MD[start : start + count]))
+            start += count
+    return _combine(torch.cat(out) if out else x_MD, order_M, gates_NK)
+
+
 @experts_backends.register("loop")
 def experts_loop(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, gates_NK: Tensor, chosen_NK: Tensor) -> Tensor:
     """x [N, D], gate and up projections [E, 2F, D] (gate first), down projections [E, D, F], gates [N, K] fp32,
     chosen [N, K] int64 -> [N, D] in x's dtype. Waits for the device once, to learn the load."""
-    order_M = chosen_NK.flatten().argsort(stable=True)
-    counts = torch.bincount(chosen_NK.flatten(), minlength=down_EDF.shape[0]).tolist()
-    x_MD = x_ND[order_M // chosen_NK.shape[1]]
-    out, start = [], 0
-    for expert, count in enumerate(counts):
-        if not count:
-            continue
-        gate, up = F.linear(x_MD[start : start + count], gate_up_E2FD[expert].to(x_ND.dtype)).chunk(2, -1)
-        out.append(F.linear(F.silu(gate) * up, down_EDF[expert].to(x_ND.dtype)))
-        start += count
-    y_MD = torch.cat(out) if out else x_MD
-    return _combine(y_MD, order_M, gates_NK)
+
+    def run(expert: int, rows: Tensor) -> Tensor:
+        gate, up = F.linear(rows, gate_up_E2FD[expert].to(rows.dtype)).chunk(2, -1)
+        return F.linear(F.silu(gate) * up, down_EDF[expert].to(rows.dtype))
+
+    return by_expert(x_ND, gates_NK, chosen_NK, down_EDF.shape[0], run)
 
 
 @experts_backends.register("grouped")

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,7 +37,7 @@ YARN = {
     "mscale": 1.0,
     "mscale_all_dim": 1.0,
 }
-# The released config.json, key by key (quantization_config apart: it describes the stored weights, not the network).
+# The released config.json, key by key.
 RELEASED: dict[str, Any] = {
     "hidden_size": 7168,
     "num_hidden_layers": 61,
@@ -72,6 +73,12 @@ RELEASED: dict[str, Any] = {
     "rope_theta": 10000.0,
     "rope_scaling": YARN,
     "tie_word_embeddings": False,
+    "quantization_config": {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+    },
 }
 EVERYWHERE = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -102,6 +109,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 
 def test_the_presets_are_those_that_are_promised() -> None:
     assert {"deepseek-v3", "v3-16b", "bench-gpu", "bench-cpu", "nano", "test"} <= set(presets())
+    assert {"deepseek-v3-0324", "deepseek-r1", "deepseek-v3.1", "moonlight-16b-a3b", "kimi-k2"} <= set(presets())
 
 
 @pytest.mark.parametrize("name", presets())
@@ -120,6 +128,49 @@ def test_deepseek_v3_has_the_released_values() -> None:
     written = cfg.to_json()
     assert {key: written[key] for key in EVERYWHERE | RELEASED} == EVERYWHERE | RELEASED
     assert ModelConfig.load(released()) == cfg.replace(extra={})
+
+
+def test_the_family_differs_from_deepseek_v3_where_it_was_published_to() -> None:
+    """R1 and V3-0324 are V3 key for key; V3.1 says that its scales are powers of two."""
+    v3 = ModelConfig.load("deepseek-v3")
+    assert ModelConfig.load("deepseek-r1") == ModelConfig.load("deepseek-v3-0324") == v3
+    scales = {**RELEASED["quantization_config"], "scale_fmt": "ue8m0"}
+    assert ModelConfig.load("deepseek-v3.1") == v3.replace(quantization_config=scales)
+
+
+def test_moonlight_has_the_published_values() -> None:
+    """Moonlight-16B-A3B-Instruct's config.json: no query latent, no groups, no YaRN, no MTP, plain bf16."""
+    v3 = ModelConfig.load("deepseek-v3")
+    published = v3.replace(
+        vocab_size=163840, hidden_size=2048, num_hidden_layers=27, num_attention_heads=16, q_lora_rank=None,
+        intermediate_size=11264, moe_intermediate_size=1408, n_routed_experts=64, n_shared_experts=2, num_experts_per_tok=6,
+        n_group=1, topk_group=1, first_k_dense_replace=1, routed_scaling_factor=2.446, num_nextn_predict_layers=0,
+        max_position_embeddings=8192, rope_theta=50000.0, rope_scaling=None, rms_norm_eps=1e-5,
+        bos_token_id=163584, eos_token_id=163586, quantization_config=None,
+    )  # fmt: skip
+    assert ModelConfig.load("moonlight-16b-a3b") == published
+
+
+def test_kimi_k2_is_the_same_architecture_under_its_own_name() -> None:
+    """Read as kimi_k2, written as deepseek_v3, which every loader of the architecture knows."""
+    raw = json.loads(resources.files("rorqual.presets").joinpath("kimi-k2.json").read_text(encoding="utf-8"))
+    assert raw["model_type"] == "kimi_k2" and raw["architectures"] == ["DeepseekV3ForCausalLM"]
+    cfg = ModelConfig.load(raw)
+    assert cfg == ModelConfig.load("kimi-k2")
+    assert cfg.to_json()["model_type"] == "deepseek_v3" and ModelConfig.load(cfg.to_json()) == cfg
+    assert cfg.rope_scaling == {**YARN, "factor": 32, "beta_fast": 1}
+    assert cfg == ModelConfig.load("deepseek-v3").replace(
+        vocab_size=163840, num_attention_heads=64, n_routed_experts=384, n_group=1, topk_group=1, first_k_dense_replace=1,
+        routed_scaling_factor=2.827, num_nextn_predict_layers=0, max_position_embeddings=131072, rope_theta=50000.0,
+        rope_scaling=cfg.rope_scaling, bos_token_id=163584, eos_token_id=163585,
+    )  # fmt: skip
+
+
+def test_a_preset_may_have_a_point_in_its_name_and_a_file_still_wins(tmp_path: Path) -> None:
+    assert ModelConfig.load("deepseek-v3.1").quantization_config is not None
+    for missing in ("deepseek-v3.2", str(tmp_path / "config.json"), "models/none.d"):
+        with pytest.raises(ConfigError, match="there is no model at"):
+            ModelConfig.load(missing)
 
 
 def test_what_follows_from_the_keys() -> None:
@@ -163,9 +214,10 @@ def configs(draw: st.DrawFn) -> ModelConfig:
             "mscale_all_dim": st.floats(0.1, 2),
         },
     )
-    ids = st.integers(0, 1 << 18)
+    vocab_size = draw(sizes)
+    ids = st.integers(0, vocab_size - 1)
     return ModelConfig(
-        vocab_size=draw(sizes),
+        vocab_size=vocab_size,
         hidden_size=draw(sizes),
         num_hidden_layers=layers,
         num_attention_heads=draw(sizes),
@@ -306,6 +358,19 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("text for YaRN", {"rope_scaling": "yarn"}, "rope_scaling"),
     ("text for rope_parameters", {"rope_parameters": "default"}, "rope_parameters"),
     ("no head count", {"num_attention_heads": ...}, "num_attention_heads"),
+    *[(f"{name} = {value}", {name: value}, f"{name} must be positive and finite")
+      for name in ("rms_norm_eps", "rope_theta", "routed_scaling_factor")
+      for value in (0, 0.0, -1e-6, math.nan, math.inf, -math.inf)],
+    *[(f"initializer_range = {value}", {"initializer_range": value}, "initializer_range")
+      for value in (-0.02, math.nan, math.inf)],
+    *[(f"{name} = {value}", {name: value}, name)
+      for name in ("bos_token_id", "eos_token_id", "pad_token_id") for value in (-1, 129280, True, 1.5)],
+    ("one id of several beyond the vocabulary", {"eos_token_id": [1, 129280]}, "eos_token_id"),
+    ("a negative id among several", {"eos_token_id": [-1, 1]}, "eos_token_id"),
+    *[(f"rope_scaling {key} = {value}", {"rope_scaling": {**YARN, key: value}}, key)
+      for key in without(YARN, "type") for value in (True, math.nan, math.inf)],
+    ("a rope_theta of true", {"rope_theta": True}, "rope_theta"),
+    ("a rope_theta of true, elsewhere", {"rope_parameters": {"rope_type": "default", "rope_theta": True}}, "rope_theta"),
 ]  # fmt: skip
 
 
@@ -315,6 +380,16 @@ def test_what_cannot_be_right_is_refused_by_name(changes: dict[str, Any], key: s
     raw = {k: v for k, v in released(**changes).items() if v is not ...}
     with pytest.raises(ConfigError, match=key):
         ModelConfig.load(raw)
+
+
+def test_the_edges_of_what_is_refused_are_allowed() -> None:
+    """Nothing that a published configuration has is refused with them: null ids, the last token, no initial spread."""
+    cfg = ModelConfig.load(
+        released(pad_token_id=None, eos_token_id=[1, 129279], bos_token_id=None, initializer_range=0)
+    )
+    assert (cfg.pad_token_id, cfg.eos_token_ids, cfg.bos_token_id) == (None, (1, 129279), None)
+    assert cfg.initializer_range == 0.0
+    assert ModelConfig.load(released(pad_token_id=128815)).pad_token_id == 128815
 
 
 @pytest.mark.parametrize("raw", [[], "text", 7])

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from rorqual.checkpoint import load_model
+from rorqual.checkpoint.names import released_tensors
 from tests.parity import build, draw, twin
 
 SEEDS = range(14)
@@ -55,7 +56,10 @@ def test_what_transformers_saves_loads_here(seed: int, tmp_path: Path) -> None:
     peer.save_pretrained(tmp_path / "theirs")
     again = load_model(tmp_path / "theirs")
     tokens = torch.randint(0, cfg.vocab_size, (1, 40))
-    assert torch.equal(again(tokens), model(tokens))
+    ours = dict(released_tensors(model))
+    assert all(torch.equal(view, ours[name]) for name, view in released_tensors(again))
+    # Not to the bit: a matrix product may add in another order where the file aligns a weight differently.
+    assert torch.allclose(again(tokens), model(tokens), atol=1e-5)
 
 
 def test_every_feature_is_drawn() -> None:

@@ -1,0 +1,111 @@
+"""Layers whose weights stay in a quantised format, and how a model gets them.
+
+The network is built plainly; `use_formats` then replaces those layers whose weights a checkpoint stores quantised, one
+by one by released name, so a checkpoint may mix formats as it likes. A quantised layer computes what the plain one
+would with the expanded weight (`ops.formats.WeightFormat`). Its tensors are buffers: they are not trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from rorqual.model.layers import Embedding, Linear
+from rorqual.model.moe import RoutedExperts
+from rorqual.ops.formats import Plain, WeightFormat, experts_by_linear
+from rorqual.ops.fp8 import Fp8Blocks
+
+Choose = Callable[[str], WeightFormat | None]
+"""Module path in our model ("layers.0.self_attn.o_proj", "layers.3.mlp.experts.down") -> its format, None for plain."""
+
+
+class Stored(nn.Module):
+    """One quantised matrix, or a stack of them: its parts as buffers under their released suffixes."""
+
+    def __init__(self, form: WeightFormat, shape: tuple[int, ...], device: torch.device | str) -> None:
+        super().__init__()
+        self.form, self.shape = form, shape
+        self.names = tuple(form.parts(shape))
+        for name, (part, dtype) in form.parts(shape).items():
+            self.register_buffer(name, torch.empty(part, dtype=dtype, device=device))
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self.names}
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return self.form.dense(self.parts, dtype)
+
+
+class QuantizedLinear(nn.Module):
+    """`layers.Linear` over a stored weight."""
+
+    def __init__(self, form: WeightFormat, shape: tuple[int, ...], device: torch.device | str) -> None:
+        super().__init__()
+        self.stored = Stored(form, shape, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stored.form.linear(x, self.stored.parts)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return self.stored.dense(dtype)
+
+
+class QuantizedEmbedding(nn.Module):
+    """`layers.Embedding` over a stored weight: only the rows that are asked for are expanded."""
+
+    def __init__(
+        self, form: WeightFormat, shape: tuple[int, ...], device: torch.device | str, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.stored, self.dtype = Stored(form, shape, device), dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = {name: part[ids.flatten()] for name, part in self.stored.parts.items()}
+        return self.stored.form.dense(rows, self.dtype).view(*ids.shape, -1)
+
+    def project(self, h: Tensor) -> Tensor:
+        return self.stored.form.linear(h, self.stored.parts)
+
+
+class QuantizedExperts(nn.Module):
+    """`moe.RoutedExperts` over stored stacks: gate_up [E, 2, F, D], down [E, D, F], each in its own format."""
+
+    def __init__(self, gate_up: WeightFormat, down: WeightFormat, plain: RoutedExperts) -> None:
+        super().__init__()
+        E, D, width = plain.down_proj.shape
+        device = plain.down_proj.device
+        self.gate_up = Stored(gate_up, (E, 2, width, D), device)
+        self.down = Stored(down, (E, D, width), device)
+
+    def forward(self, x_ND: Tensor, gates_NK: Tensor, chosen_NK: Tensor) -> Tensor:
+        form = self.gate_up.form
+        if form == self.down.form and isinstance(form, Fp8Blocks) and form.groups_experts(x_ND):
+            from rorqual.ops.triton.fp8 import fp8_experts
+
+            dynamic = form.activation_scheme == "dynamic"
+            return fp8_experts(x_ND, self.gate_up.parts, self.down.parts, gates_NK, chosen_NK, dynamic)
+        gate_up, down = ((stored.form, stored.parts) for stored in (self.gate_up, self.down))
+        return experts_by_linear(x_ND, gates_NK, chosen_NK, gate_up, down)
+
+
+def use_formats(model: nn.Module, choose: Choose) -> None:
+    """Replace every layer that `choose` gives a format, in place; the new layers' values are undefined."""
+    for path, module in list(model.named_modules()):
+        new: nn.Module | None = None
+        if isinstance(module, RoutedExperts):
+            forms = choose(f"{path}.gate_up"), choose(f"{path}.down")
+            if any(forms):
+                plain = Plain(module.down_proj.dtype)
+                new = QuantizedExperts(forms[0] or plain, forms[1] or plain, module)
+        elif isinstance(module, Linear | Embedding) and (form := choose(path)) is not None:
+            shape, device = tuple(module.weight.shape), module.weight.device
+            new = (
+                QuantizedLinear(form, shape, device)
+                if isinstance(module, Linear)
+                else QuantizedEmbedding(form, shape, device, module.weight.dtype)
+            )
+        if new is not None:
+            model.set_submodule(path, new)

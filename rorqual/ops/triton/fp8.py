@@ -1,0 +1,160 @@
+"""Products with block-scaled FP8 weights in Triton: one kernel for a linear layer and for all routed experts.
+
+Rows are sorted by expert (a linear layer is one expert) and cut into tiles of BLOCK_M rows of one expert. Each program
+computes a tile of y^T = W x^T: the weight is the left operand because a matrix unit wants 64 or more rows of it while
+decoding has few tokens; expanded weights go from registers straight into it. The k-loop steps by 128, the width of a
+scale block, and scales each block's product in fp32, so that a weight is never rounded after scaling. With two
+halves (gate and up) the SwiGLU is applied before anything is written.
+
+The reduction over k is one fixed loop, so a row's result does not depend on the rows beside it for a given BLOCK_M.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rorqual.ops.formats import Parts
+
+BLOCK = 128
+
+
+@triton.jit
+def _tile(
+    x, x_scale, w, w_scale, source, in_range, n, k_size, n_size,
+    stride_x, stride_xs, stride_w, stride_ws,
+    DYNAMIC: tl.constexpr, EXACT: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """acc[n, m] = sum over k of w[n, k] x[m, k], scaled block by block."""
+    k = tl.arange(0, 128)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    x_rows = x + source[:, None] * stride_x + k[None, :]
+    w_rows = w + n[:, None].to(tl.int64) * stride_w + k[None, :]
+    w_scales = w_scale + tl.min(n, 0) // 128 * stride_ws
+    for block in range(0, tl.cdiv(k_size, 128)):
+        at = block * 128
+        if EVEN_K:
+            x_tile = tl.load(x_rows + at, mask=in_range[:, None], other=0.0)
+            w_tile = tl.load(w_rows + at, mask=(n < n_size)[:, None], other=0.0)
+        else:
+            inside = (at + k < k_size)[None, :]
+            x_tile = tl.load(x_rows + at, mask=in_range[:, None] & inside, other=0.0)
+            w_tile = tl.load(w_rows + at, mask=(n < n_size)[:, None] & inside, other=0.0)
+        scale = tl.load(w_scales + block)
+        if DYNAMIC:
+            token_scale = tl.load(x_scale + source * stride_xs + block, mask=in_range, other=0.0)
+            acc += tl.dot(w_tile, tl.trans(x_tile)) * (scale * token_scale)[None, :]
+        elif EXACT:
+            acc += tl.dot(w_tile.to(tl.float32), tl.trans(x_tile), input_precision="ieee") * scale
+        else:
+            acc += tl.dot(w_tile.to(x_tile.dtype), tl.trans(x_tile)) * scale
+    return acc
+
+
+@triton.jit
+def _rows_kernel(
+    x, x_scale, w, w_scale, y, gather, tile_expert, tile_begin, row_end,
+    experts, k_size, n_size,
+    stride_x, stride_xs, stride_we, stride_wh, stride_w, stride_se, stride_sh, stride_ws, stride_y,
+    GATED: tl.constexpr, GATHER: tl.constexpr, DYNAMIC: tl.constexpr, EXACT: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(1)
+    expert = tl.load(tile_expert + tile)
+    if expert < experts:
+        rows = tl.load(tile_begin + tile) + tl.arange(0, BLOCK_M)
+        in_range = rows < tl.load(row_end + expert)
+        source = rows.to(tl.int64)
+        if GATHER:
+            source = tl.load(gather + rows, mask=in_range, other=0).to(tl.int64)
+        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        w += expert.to(tl.int64) * stride_we
+        w_scale += expert.to(tl.int64) * stride_se
+        acc = _tile(
+            x, x_scale, w, w_scale, source, in_range, n, k_size, n_size, stride_x, stride_xs, stride_w, stride_ws,
+            DYNAMIC, EXACT, EVEN_K, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        if GATED:
+            up = _tile(
+                x, x_scale, w + stride_wh, w_scale + stride_sh, source, in_range, n, k_size, n_size,
+                stride_x, stride_xs, stride_w, stride_ws, DYNAMIC, EXACT, EVEN_K, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            acc = acc * tl.sigmoid(acc) * up
+        place = y + rows.to(tl.int64)[:, None] * stride_y + n[None, :]
+        tl.store(place, tl.trans(acc).to(y.dtype.element_ty), mask=in_range[:, None] & (n < n_size)[None, :])
+
+
+def _launch(
+    x: Tensor, codes: Tensor, scale: Tensor, tiles: tuple[Tensor, Tensor, Tensor], gather: Tensor | None, rows: int,
+    dynamic: bool, block_m: int,
+) -> Tensor:  # fmt: skip
+    """codes [E, halves, N, K], scale [E, halves, GN, GK] -> [rows, N], SwiGLU applied where there are two halves."""
+    experts, halves, n_size, k_size = codes.shape
+    tile_expert, tile_begin, row_end = tiles
+    y = torch.empty(rows, n_size, dtype=x.dtype, device=x.device)
+    x_scale = scale
+    if dynamic:
+        from rorqual.ops.fp8 import quantize_tiles
+
+        x, x_scale = quantize_tiles(x)
+    # Few, small tiles would leave most of the device idle: narrow ones spread the weight over it.
+    block_n = 128 if block_m >= 64 else 64 if n_size * tile_expert.numel() >= 64 * 264 else 32
+    _rows_kernel[(triton.cdiv(n_size, block_n), tile_expert.numel())](
+        x, x_scale, codes, scale, y, gather, tile_expert, tile_begin, row_end, experts, k_size, n_size,
+        x.stride(0), x_scale.stride(-2), codes.stride(0), codes.stride(1), codes.stride(2),
+        scale.stride(0), scale.stride(1), scale.stride(2), y.stride(0),
+        GATED=halves == 2, GATHER=gather is not None, DYNAMIC=dynamic, EXACT=x.dtype == torch.float32,
+        EVEN_K=k_size % BLOCK == 0, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4, num_stages=4 if block_m <= 32 else 3,
+    )  # fmt: skip
+    return y
+
+
+def _block_m(rows_per_expert: float) -> int:
+    return 16 if rows_per_expert <= 16 else 32 if rows_per_expert <= 32 else 64
+
+
+def _tiles(counts_E: Tensor, rows: int, block_m: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Expert and first row of every tile, and each expert's end, all int32; surplus tiles name expert E. No tile count
+    comes back to the host: at most one tile a row, and one ragged tile an expert."""
+    experts = counts_E.numel()
+    end_E = counts_E.cumsum(0)
+    tile_end_E = ((counts_E + block_m - 1) // block_m).cumsum(0)
+    tile = torch.arange(min(rows, rows // block_m + experts), device=counts_E.device)
+    expert = torch.searchsorted(tile_end_E, tile, right=True)
+    known = expert.clamp_max(experts - 1)
+    first = tile_end_E[known] - (counts_E[known] + block_m - 1) // block_m
+    begin = end_E[known] - counts_E[known] + (tile - first) * block_m
+    return expert.to(torch.int32), begin.to(torch.int32), end_E.to(torch.int32)
+
+
+def fp8_rows(x: Tensor, codes: Tensor, scale: Tensor, dynamic: bool) -> Tensor:
+    """x [..., K] times one weight, codes [N, K] with scale [ceil(N/128), ceil(K/128)] -> [..., N] in x's dtype."""
+    flat = x.reshape(-1, x.shape[-1])
+    rows = flat.shape[0]
+    block_m = _block_m(rows)
+    begin = torch.arange(0, rows, block_m, device=x.device, dtype=torch.int32)
+    tiles = (torch.zeros_like(begin), begin, torch.full((1,), rows, dtype=torch.int32, device=x.device))
+    y = _launch(flat, codes[None, None], scale[None, None], tiles, None, rows, dynamic, block_m)
+    return y.view(*x.shape[:-1], -1)
+
+
+def fp8_experts(
+    x_ND: Tensor, gate_up: Parts, down: Parts, gates_NK: Tensor, chosen_NK: Tensor, dynamic: bool
+) -> Tensor:
+    """The routed experts of `ops.experts`; gate_up [E, 2, F, D], down [E, D, F]. A token's slots are added in order."""
+    K, experts = chosen_NK.shape[1], down["weight"].shape[0]
+    flat_M = chosen_NK.flatten()
+    order_M = flat_M.argsort(stable=True)
+    counts_E = (flat_M[:, None] == torch.arange(experts, device=x_ND.device)).sum(0)
+    rows = flat_M.numel()
+    block_m = _block_m(rows / experts)
+    tiles = _tiles(counts_E, rows, block_m)
+    token_M = (order_M // K).to(torch.int32)
+    h = _launch(x_ND, gate_up["weight"], gate_up["weight_scale_inv"], tiles, token_M, rows, dynamic, block_m)
+    y = _launch(
+        h, down["weight"][:, None], down["weight_scale_inv"][:, None], tiles, None, rows, dynamic, block_m
+    )  # fmt: skip
+    y_NKD = torch.empty_like(y).index_copy_(0, order_M, y).view(*chosen_NK.shape, -1)
+    return (y_NKD.float() * gates_NK[..., None]).sum(1).to(x_ND.dtype)
