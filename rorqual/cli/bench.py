@@ -245,3 +245,101 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+
+
+@app.command()
+def layer(
+    model: Annotated[str, typer.Option(help="A preset whose dimensions the layers have.")] = "deepseek-v3",
+    device: Device = "cuda",
+    part: Annotated[list[str] | None, typer.Option(help="dense, moe or mtp; default: all three.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Sequences in a decoding step; default 1, 32, 256.")] = None,
+    context: Annotated[int, typer.Option(help="Cached tokens of each sequence.")] = 1024,
+    tokens: Annotated[int, typer.Option(help="Tokens of the row compared with transformers.")] = 64,
+    peer: Peer = True,
+    json_file: JsonFile = None,
+) -> None:
+    """One layer of each kind at true size, random FP8 weights: agreement with transformers' layer, and the time of a
+    decoding step against the bytes and operations it must cost.
+
+    Example:
+
+        rorqual bench layer --model deepseek-v3 --device cuda --json benchmarks/layers.json
+    """
+    import torch
+
+    from rorqual.cli import layers
+    from rorqual.config import ModelConfig
+    from rorqual.train.hardware import peak_flops
+
+    cfg = ModelConfig.load(model)
+    bandwidth = layers.copy_bandwidth(device)
+    peak = peak_flops(torch.device(device))[0]
+    agreement: list[dict[str, Any]] = []
+    times: list[dict[str, Any]] = []
+    for name in part or layers.PARTS:
+        if peer:
+            agreement += layers.agreement(cfg, name, device, tokens)
+        one = layers.Layer(cfg, name, device)
+        for scheme in ("weight_only", "dynamic"):
+            one.use(torch.bfloat16, scheme)
+            for n in batch or (1, 32, 256):
+                with torch.inference_mode():
+                    seconds = layers.timed(layers.decode_step(one, n, context, device))
+                moved = layers.step_bytes(one, n, context)
+                bound = max(moved / bandwidth, layers.step_flops(one, n, context) / peak)
+                times.append(
+                    {
+                        "part": name, "activations": scheme, "batch": n, "microseconds": seconds * 1e6,
+                        "gigabytes": moved / 1e9, "gigabytes_per_s": moved / seconds / 1e9,
+                        "bound_microseconds": bound * 1e6, "of_bound": bound / seconds,
+                    }
+                )  # fmt: skip
+        del one
+        if device.startswith("cuda"):
+            torch.cuda.empty_cache()
+    result = {
+        "kind": "layers", "model": model, "context": context, "copy_bytes_per_s": bandwidth, "peak_flops": peak,
+        "agreement": agreement, "times": times, "environment": environment(device),
+    }  # fmt: skip
+    for title, rows in (("agreement with transformers in fp32", agreement), ("a decoding step", times)):
+        print_rows(title, rows)
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=1) + "\n")
+    if any(row["error"] > row["bound"] for row in agreement):
+        raise typer.Exit(1)
+
+
+@app.command()
+def ops(
+    model: Annotated[str, typer.Option(help="A preset whose dimensions the weights have.")] = "deepseek-v3",
+    device: Device = "cuda",
+    rows: Annotated[list[int] | None, typer.Option(help="Rows of the activations.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Products with block-scaled FP8 weights by every backend and shape, in microseconds, with their errors.
+
+    Example:
+
+        rorqual bench ops --model deepseek-v3 --rows 1 --rows 4096
+    """
+    from rorqual.cli import layers
+    from rorqual.config import ModelConfig
+
+    table = layers.products(ModelConfig.load(model), device, rows or [1, 16, 64, 256, 1024, 4096])
+    print_rows("microseconds of x W^T", table)
+    result = {"kind": "fp8 products", "model": model, "rows": table, "environment": environment(device)}
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def print_rows(title: str, rows: list[dict[str, Any]]) -> None:
+    """Dictionaries of equal keys as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    if not rows:
+        return
+    table = Table(*rows[0], title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
+    Console().print(table)

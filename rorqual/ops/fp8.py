@@ -132,6 +132,14 @@ def _scaled_mm_missing() -> str | None:
     return None
 
 
+def _tiles_fast(x: Tensor) -> tuple[Tensor, Tensor]:
+    if _triton_missing() is None:
+        from rorqual.ops.triton.fp8 import quantize_rows
+
+        return quantize_rows(x)
+    return quantize_tiles(x)
+
+
 @dynamic_backends.register("scaled_mm", _scaled_mm_missing)
 def dynamic_scaled_mm(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """PyTorch's block-wise GEMM (1 x 128 times 128 x 128). Shapes it does not take (in or out no multiple of 128)
@@ -142,13 +150,13 @@ def dynamic_scaled_mm(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     if out % BLOCK or width % BLOCK:
         codes = F.pad(codes.view(torch.uint8), (0, -width % BLOCK, 0, -out % BLOCK)).view(E4M3)
         x = F.pad(x, (0, -width % BLOCK))
-    x8, x_scale = quantize_tiles(x.flatten(0, -2))
+    x8, x_scale = _tiles_fast(x.reshape(-1, x.shape[-1]))
     x_scale = x_scale.t().contiguous().t()  # it reads scales along tokens
     y = scaled_mm(
         x8, codes.t(), x_scale, ScalingType.BlockWise1x128, scale.t(), ScalingType.BlockWise128x128,
         output_dtype=torch.bfloat16,
     )  # fmt: skip
-    return y[:, :out].to(x.dtype).unflatten(0, x.shape[:-1])
+    return y[:, :out].to(x.dtype).reshape(*x.shape[:-1], out)
 
 
 def _triton_missing() -> str | None:

@@ -11,7 +11,9 @@ import torch
 from rorqual.checkpoint import save_model
 from rorqual.config import ModelConfig
 from rorqual.data.packing import Rows
-from rorqual.ops import attention, experts
+from rorqual.ops import attention, experts, fp8
+from rorqual.ops.formats import experts_by_linear
+from rorqual.ops.triton.fp8 import fp8_experts, quantize_rows
 from rorqual.train.config import DataConfig, RunConfig, Source
 from rorqual.train.pretrain import build_model
 from rorqual.train.trainer import Trainer
@@ -94,3 +96,41 @@ def test_the_engine_on_a_gpu_says_what_it_says_on_a_cpu(tmp_path: Path) -> None:
                 tokens.setdefault(out.request_id, []).extend(out.token_ids)
         said.append(tokens)
     assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("scheme", ["weight_only", "dynamic"])
+@pytest.mark.parametrize(
+    "shape", [(1, 576, 7168), (5, 192, 320), (33, 1536, 7168), (300, 7168, 2048), (1000, 130, 300)]
+)
+def test_fp8_backends_equal_their_reference(shape: tuple[int, int, int], scheme: fp8.Scheme) -> None:
+    rows, out, width = shape
+    codes, scale = fp8.quantize_blocks(torch.randn(out, width, device=CUDA))
+    table = fp8.weight_only_backends if scheme == "weight_only" else fp8.dynamic_backends
+    for dtype, bound in fp8.BOUND[scheme].items():
+        x = torch.randn(rows, width, device=CUDA, dtype=dtype)
+        want = fp8.fp8_linear(x.float(), codes, scale, scheme, "reference")
+        for backend in table.names():
+            got = fp8.fp8_linear(x, codes, scale, scheme, backend)
+            # scaled_mm answers in bf16 whatever it is asked.
+            allowed = fp8.BOUND[scheme][torch.bfloat16] if backend == "scaled_mm" else bound
+            assert got.dtype == dtype and (got.float() - want).norm() <= allowed * want.norm(), (backend, dtype)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("n", "k"), [(1, 8), (32, 8), (700, 4)])
+def test_grouped_fp8_experts_equal_the_loop(n: int, k: int, dynamic: bool) -> None:
+    E, D, width = 40, 1024, 320
+    form = fp8.Fp8Blocks("dynamic" if dynamic else "weight_only", backend="reference")
+    gate_up = form.pack(torch.randn(E, 2, width, D, device=CUDA) / D**0.5)
+    down = form.pack(torch.randn(E, D, width, device=CUDA) / width**0.5)
+    x, gates = torch.randn(n, D, device=CUDA), torch.rand(n, k, device=CUDA)
+    chosen = torch.rand(n, E, device=CUDA).topk(k).indices
+    want = experts_by_linear(x, gates, chosen, (form, gate_up), (form, down))
+    got = fp8_experts(x.bfloat16(), gate_up, down, gates, chosen, dynamic)
+    assert (got.float() - want).norm() <= 1.5e-2 * want.norm()
+
+
+def test_triton_quantises_rows_to_the_same_bits() -> None:
+    x = torch.randn(300, 1000, device=CUDA) * torch.rand(300, 1, device=CUDA) ** 6
+    for got, want in zip(quantize_rows(x), fp8.quantize_tiles(x), strict=True):
+        assert torch.equal(got.float(), want.float())

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rorqual.ops.formats import Parts
+from rorqual.ops.fp8 import quantize_tiles
 
 BLOCK = 128
 
@@ -86,6 +87,31 @@ def _rows_kernel(
         tl.store(place, tl.trans(acc).to(y.dtype.element_ty), mask=in_range[:, None] & (n < n_size)[None, :])
 
 
+@triton.jit
+def _quantize_kernel(x, codes, scales, rows, k_size, stride_x, stride_s, BLOCK_M: tl.constexpr):
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.program_id(1) * 128 + tl.arange(0, 128)
+    inside = (m < rows)[:, None] & (k < k_size)[None, :]
+    value = tl.load(x + m.to(tl.int64)[:, None] * stride_x + k[None, :], mask=inside, other=0.0).to(tl.float32)
+    largest = tl.max(tl.abs(value), 1)
+    scale = tl.where(largest > 0, tl.maximum(tl.div_rn(largest, 448.0), 1.1754943508222875e-38), 1.0)
+    value = tl.div_rn(value, tl.broadcast_to(scale[:, None], value.shape))
+    value = tl.minimum(tl.maximum(value, -448.0), 448.0)
+    tl.store(codes + m.to(tl.int64)[:, None] * k_size + k[None, :], value.to(codes.dtype.element_ty), mask=inside)
+    tl.store(scales + m.to(tl.int64) * stride_s + tl.program_id(1), scale, mask=m < rows)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`ops.fp8.quantize_tiles` of a matrix [M, K] in one pass: the same codes and scales, to the bit."""
+    rows, k_size = x.shape
+    codes = torch.empty(rows, k_size, dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty(rows, triton.cdiv(k_size, BLOCK), dtype=torch.float32, device=x.device)
+    block_m = 16 if rows > 16 else 1
+    grid = (triton.cdiv(rows, block_m), triton.cdiv(k_size, BLOCK))
+    _quantize_kernel[grid](x, codes, scales, rows, k_size, x.stride(0), scales.stride(0), BLOCK_M=block_m)
+    return codes, scales
+
+
 def _launch(
     x: Tensor, codes: Tensor, scale: Tensor, tiles: tuple[Tensor, Tensor, Tensor], gather: Tensor | None, rows: int,
     dynamic: bool, block_m: int,
@@ -94,18 +120,17 @@ def _launch(
     experts, halves, n_size, k_size = codes.shape
     tile_expert, tile_begin, row_end = tiles
     y = torch.empty(rows, n_size, dtype=x.dtype, device=x.device)
-    x_scale = scale
+    x_scale, exact = scale, x.dtype == torch.float32
     if dynamic:
-        from rorqual.ops.fp8 import quantize_tiles
-
-        x, x_scale = quantize_tiles(x)
+        # Triton's interpreter rounds to FP8 wrongly where a carry reaches the exponent (3.8).
+        x, x_scale = quantize_rows(x) if x.is_cuda else quantize_tiles(x)
     # Few, small tiles would leave most of the device idle: narrow ones spread the weight over it.
     block_n = 128 if block_m >= 64 else 64 if n_size * tile_expert.numel() >= 64 * 264 else 32
     _rows_kernel[(triton.cdiv(n_size, block_n), tile_expert.numel())](
         x, x_scale, codes, scale, y, gather, tile_expert, tile_begin, row_end, experts, k_size, n_size,
         x.stride(0), x_scale.stride(-2), codes.stride(0), codes.stride(1), codes.stride(2),
         scale.stride(0), scale.stride(1), scale.stride(2), y.stride(0),
-        GATED=halves == 2, GATHER=gather is not None, DYNAMIC=dynamic, EXACT=x.dtype == torch.float32,
+        GATED=halves == 2, GATHER=gather is not None, DYNAMIC=dynamic, EXACT=exact,
         EVEN_K=k_size % BLOCK == 0, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4, num_stages=4 if block_m <= 32 else 3,
     )  # fmt: skip
     return y
