@@ -278,14 +278,16 @@ def layer(
     times: list[dict[str, Any]] = []
     for name in part or layers.PARTS:
         if peer:
-            agreement += layers.agreement(cfg, name, device, tokens)
+            for std in (0.006, 0.02):
+                agreement += layers.agreement(cfg, name, device, std, tokens)
         one = layers.Layer(cfg, name, device)
         for scheme in ("weight_only", "dynamic"):
             one.use(torch.bfloat16, scheme)
             for n in batch or (1, 32, 256):
                 with torch.inference_mode():
-                    seconds = layers.timed(layers.decode_step(one, n, context, device))
-                moved = layers.step_bytes(one, n, context)
+                    step = layers.decode_step(one, n, context, device)
+                    seconds = layers.timed(step)
+                    moved = layers.step_bytes(one, n, context, step()[1])
                 bound = max(moved / bandwidth, layers.step_flops(one, n, context) / peak)
                 times.append(
                     {
@@ -305,7 +307,7 @@ def layer(
         print_rows(title, rows)
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=1) + "\n")
-    if any(row["error"] > row["bound"] for row in agreement):
+    if any(row["error"] > row["bound"] for row in agreement if row["std"] == 0.006):
         raise typer.Exit(1)
 
 

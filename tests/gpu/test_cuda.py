@@ -13,7 +13,7 @@ from rorqual.config import ModelConfig
 from rorqual.data.packing import Rows
 from rorqual.ops import attention, experts, fp8
 from rorqual.ops.formats import experts_by_linear
-from rorqual.ops.triton.fp8 import fp8_experts, quantize_rows
+from rorqual.ops.triton.fp8 import expand, fp8_experts, quantize_rows
 from rorqual.train.config import DataConfig, RunConfig, Source
 from rorqual.train.pretrain import build_model
 from rorqual.train.trainer import Trainer
@@ -134,3 +134,12 @@ def test_triton_quantises_rows_to_the_same_bits() -> None:
     x = torch.randn(300, 1000, device=CUDA) * torch.rand(300, 1, device=CUDA) ** 6
     for got, want in zip(quantize_rows(x), fp8.quantize_tiles(x), strict=True):
         assert torch.equal(got.float(), want.float())
+
+
+def test_weights_quantise_and_expand_as_on_a_cpu() -> None:
+    weight = torch.randn(700, 1000)
+    for got, want in zip(fp8.quantize_blocks(weight.to(CUDA)), fp8.quantize_blocks(weight), strict=True):
+        assert torch.equal(got.cpu().float(), want.float())
+    codes, scale = fp8.quantize_blocks(weight.to(CUDA))
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(expand(codes, scale, dtype), fp8.dequantize_blocks(codes, scale, dtype))
