@@ -163,22 +163,31 @@ def _tiles_fast(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @dynamic_backends.register("scaled_mm", _scaled_mm_missing)
 def dynamic_scaled_mm(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """PyTorch's block-wise GEMM (1 x 128 times 128 x 128). Shapes it does not take (in or out no multiple of 128)
-    are padded; bf16 out of the product."""
+    """PyTorch's block-wise GEMM (1 x 128 times 128 x 128), bf16 out of the product.
+
+    cuBLAS takes whole blocks, four of them along the input, and rows in sixteens: what is less is padded with zeros,
+    the weight at every call, so `fp8_linear` chooses this one only where nothing of the weight needs padding.
+    """
     from torch.nn.functional import ScalingType, scaled_mm
 
     out, width = codes.shape
-    if out % BLOCK or width % BLOCK:
-        codes = F.pad(codes.view(torch.uint8), (0, -width % BLOCK, 0, -out % BLOCK)).view(E4M3)
-        x = F.pad(x, (0, -width % BLOCK))
-    x8, x_scale = _tiles_fast(x.reshape(-1, x.shape[-1]))
-    tokens, blocks = x_scale.shape
-    x_scale = torch.empty_strided((tokens, blocks), (1, tokens), device=x.device).copy_(x_scale)  # read along tokens
+    if width % (4 * BLOCK) or out % BLOCK:
+        codes, scale = _pad_blocks(codes, scale)
+    flat = x.reshape(-1, width)
+    tokens = flat.shape[0]
+    x8, x_scale = _tiles_fast(F.pad(flat, (0, codes.shape[1] - width, 0, -tokens % 16)))
+    along_tokens = torch.empty_strided(x_scale.shape, (1, x_scale.shape[0]), device=x.device).copy_(x_scale)
     y = scaled_mm(
-        x8, codes.t(), x_scale, ScalingType.BlockWise1x128, scale.t(), ScalingType.BlockWise128x128,
+        x8, codes.t(), along_tokens, ScalingType.BlockWise1x128, scale.t(), ScalingType.BlockWise128x128,
         output_dtype=torch.bfloat16,
     )  # fmt: skip
-    return y[:, :out].to(x.dtype).reshape(*x.shape[:-1], out)
+    return y[:tokens, :out].to(x.dtype).reshape(*x.shape[:-1], out)
+
+
+def _pad_blocks(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    out, width = codes.shape
+    codes = F.pad(codes.view(torch.uint8), (0, -width % (4 * BLOCK), 0, -out % BLOCK)).view(E4M3)
+    return codes, F.pad(scale, (0, codes.shape[1] // BLOCK - scale.shape[1]), value=1.0)
 
 
 @weight_only_backends.register("triton", _triton_missing)
@@ -207,7 +216,7 @@ def fp8_linear(
     """
     table = weight_only_backends if activation_scheme == "weight_only" else dynamic_backends
     if backend == "auto":
-        backend = _fastest(x, activation_scheme, table)
+        backend = _fastest(x, codes, activation_scheme, table)
     return table.get(backend)(x, codes, scale)
 
 
@@ -215,12 +224,14 @@ MANY_ROWS = {"weight_only": 512, "dynamic": 256}
 """From this many rows on, expanding a weight once (weight_only) or cuBLAS (dynamic) beats our kernel on an H100."""
 
 
-def _fastest(x: Tensor, scheme: Scheme, table: Backends[Product]) -> str:
+def _fastest(x: Tensor, codes: Tensor, scheme: Scheme, table: Backends[Product]) -> str:
     if not x.is_cuda or x.dtype == torch.float32:
         return "reference"
+    whole = codes.shape[0] % BLOCK == 0 and codes.shape[1] % (4 * BLOCK) == 0
     many = x.numel() // x.shape[-1] >= MANY_ROWS[scheme]
-    wide = "expand" if scheme == "weight_only" else "scaled_mm"
-    order = (wide, "triton") if many else ("triton", wide)
+    order = ["triton", "expand"] if scheme == "weight_only" else ["triton", "scaled_mm"]
+    if many and (scheme == "weight_only" or whole):
+        order.reverse()
     return next((name for name in order if name in table.names()), "reference")
 
 

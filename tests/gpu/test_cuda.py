@@ -123,11 +123,12 @@ def test_grouped_fp8_experts_equal_the_loop(n: int, k: int, dynamic: bool) -> No
     form = fp8.Fp8Blocks("dynamic" if dynamic else "weight_only", backend="reference")
     gate_up = form.pack(torch.randn(E, 2, width, D, device=CUDA) / D**0.5)
     down = form.pack(torch.randn(E, D, width, device=CUDA) / width**0.5)
-    x, gates = torch.randn(n, D, device=CUDA), torch.rand(n, k, device=CUDA)
+    x, gates = torch.randn(n, D, device=CUDA).bfloat16(), torch.rand(n, k, device=CUDA)
     chosen = torch.rand(n, E, device=CUDA).topk(k).indices
-    want = experts_by_linear(x, gates, chosen, (form, gate_up), (form, down))
-    got = fp8_experts(x.bfloat16(), gate_up, down, gates, chosen, dynamic)
-    assert (got.float() - want).norm() <= 1.5e-2 * want.norm()
+    want = experts_by_linear(x.float(), gates, chosen, (form, gate_up), (form, down))
+    got = fp8_experts(x, gate_up, down, gates, chosen, dynamic)
+    # In between, h is rounded to bf16, which moves some of its FP8 codes by one.
+    assert (got.float() - want).norm() <= (2.5e-2 if dynamic else 8e-3) * want.norm()
 
 
 def test_triton_quantises_rows_to_the_same_bits() -> None:

@@ -184,8 +184,9 @@ def _launch(
         rows, experts, k_size, n_size, triton.cdiv(blocks, how.splits),
         x.stride(0), x_scale.stride(-2), codes.stride(0), codes.stride(1), codes.stride(2),
         scale.stride(0), scale.stride(1), scale.stride(2), y.stride(-2), rows * n_size,
-        ONE=tiles is None, GATED=halves == 2, GATHER=gather is not None,
-        DYNAMIC=dynamic, EXACT=exact, EVEN_K=k_size % BLOCK == 0, BLOCK_M=how.block_m, BLOCK_N=how.block_n, num_warps=how.warps, num_stages=how.stages,
+        ONE=tiles is None, GATED=halves == 2, GATHER=gather is not None, DYNAMIC=dynamic, EXACT=exact,
+        EVEN_K=k_size % BLOCK == 0, BLOCK_M=how.block_m, BLOCK_N=how.block_n,
+        num_warps=how.warps, num_stages=how.stages,
     )  # fmt: skip
     return y if how.splits == 1 else y.sum(0).to(out_dtype)
 
