@@ -130,7 +130,7 @@ class ModelConfig:
         if path.is_file():
             try:
                 return cls.from_released(json.loads(path.read_text(encoding="utf-8")), where=str(path))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            except (ValueError, RecursionError) as error:
                 raise ConfigError(f"{path} is not valid JSON: {error}", remedy="restore the file") from None
         if (path.suffix or len(path.parts) > 1) and str(source) not in presets():
             raise ConfigError(f"there is no model at {source}", remedy="name a model directory or a preset")

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rorqual.checkpoint.hf import MAX_SHARD_BYTES, move_into_place, plain_modules, write_side_files
+from rorqual.checkpoint.hf import MAX_SHARD_BYTES, check, move_into_place, plain_modules, write_side_files
 from rorqual.checkpoint.shards import Planned, plan_shards, shard_names, write_index, write_json, write_shard
 from rorqual.checkpoint.source import Source, layer_of
 from rorqual.config import ModelConfig
@@ -128,6 +128,7 @@ def convert(
     if dst.exists():
         raise CheckpointError(f"{dst} exists", remedy="choose another name or remove it")
     source = Source.open(src)
+    check(source)
     conversion = plan(source, to, scale_fmt=scale_fmt, embeddings=embeddings, max_shard_bytes=max_shard_bytes)
     building = dst.with_name(f".{dst.name}.converting")
     try:
@@ -176,7 +177,8 @@ def _values(
 def _pack(source: Source, form: WeightFormat | None, name: str) -> dict[str, Tensor]:
     assert form is not None
     if (weight := source.weights[name]).form == form:  # stored so already: the bytes pass through
-        return {suffix: source.raw(tensor) for suffix, tensor in weight.parts.items()}
+        wanted = form.parts(source.shape(name))
+        return {suffix: source.raw(tensor).to(wanted[suffix][1]) for suffix, tensor in weight.parts.items()}
     try:
         return form.pack(source.dense(name))
     except ValueError as error:

@@ -26,7 +26,7 @@ from rorqual.errors import CheckpointError
 from rorqual.model.quantised import Stored
 from rorqual.model.transformer import Transformer
 from rorqual.ops.formats import Plain, WeightFormat
-from rorqual.ops.fp8 import Scheme
+from rorqual.ops.fp8 import Fp8Blocks, Scheme
 
 SIDE_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json",
@@ -70,7 +70,7 @@ def load_model(
         allocate=False,
         **options,
     )
-    _check(model, source)
+    check(source, model)
     _fill(model, source, device, memory_map and device.type == "cpu")
     return model.eval()
 
@@ -107,6 +107,8 @@ def _module_formats(source: Source) -> dict[str, WeightFormat]:
         if weight.form is None and ".mlp.experts." in name
     }
     for name, form in source.formats.items():
+        if isinstance(form, Fp8Blocks) and name.endswith("embed_tokens.weight"):
+            continue  # a row of a block is no block: an embedding that someone stored so is expanded
         path = module_path(name, source.cfg)
         if path in plain_experts:
             raise CheckpointError(
@@ -117,8 +119,11 @@ def _module_formats(source: Source) -> dict[str, WeightFormat]:
     return formats
 
 
-def _check(model: Transformer, source: Source) -> None:
-    """Names and shapes against the model, before a byte is read."""
+def check(source: Source, model: Transformer | None = None) -> None:
+    """Names and shapes against the model (by default one on the meta device), before a value is read. Raises
+    CheckpointError naming the tensor that is missing, misshapen, or has no place."""
+    if model is None:
+        model = Transformer(source.cfg, device="meta", formats=_module_formats(source).get)
     wanted = {name: place.view for name, place in released_places(model)}
     have = {tensor for weight in source.weights.values() for tensor in weight.parts.values()} | set(source.weights)
     if missing := sorted(set(wanted) - have):
@@ -133,7 +138,8 @@ def _check(model: Transformer, source: Source) -> None:
     for name in source.weights:
         parts = {name, *source.weights[name].parts.values()}
         beyond = layers <= (layer_of(name) or 0) < layers + 9
-        if name not in own and not parts & copies and not beyond:
+        leftover = name.endswith("rotary_emb.inv_freq")  # a table that some exporters wrote and the config implies
+        if name not in own and not parts & copies and not beyond and not leftover:
             raise CheckpointError(
                 f"the checkpoint has {name}, which this config has no place for",
                 remedy="config.json and weights must be of one model",

@@ -105,13 +105,14 @@ def read_header(path: Path) -> dict[str, Entry]:
         size = path.stat().st_size
         with path.open("rb") as file:
             head = file.read(8)
-            if head.startswith(_PICKLES):
+            length = int.from_bytes(head, "little")
+            impossible = len(head) < 8 or length > min(size - 8, MAX_HEADER_BYTES)
+            if impossible and head.startswith(_PICKLES):
                 raise CheckpointError(
                     f"{path} is a pickle, not safetensors: loading it could run anything",
                     remedy="get the safetensors weights of this model",
                 )
-            length = int.from_bytes(head, "little")
-            if len(head) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            if impossible:
                 raise CheckpointError(
                     f"{path} is truncated or damaged: its header claims {length:,} bytes, the file has {size:,}",
                     remedy=again,
@@ -134,8 +135,11 @@ def _entry(path: Path, name: str, value: Any, start: int, size: int) -> Entry:
     try:
         dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
         numbers = [*shape, begin, end]
-        assert all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers)
-    except (TypeError, KeyError, ValueError, AssertionError):
+        sound = all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**63 for n in numbers)
+        sound = sound and isinstance(dtype, str) and len(shape) <= 16
+    except (TypeError, KeyError, ValueError):
+        sound = False
+    if not sound:
         raise CheckpointError(f"{path}: the header's entry of {name} is malformed", remedy=again) from None
     if dtype not in DTYPES:
         raise CheckpointError(
@@ -193,11 +197,11 @@ def _read_index(directory: Path, index: Path) -> dict[str, Path]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = {name: str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise CheckpointError(f"{index} is damaged: {error!r}", remedy="copy the checkpoint again") from None
     if outside := sorted({f for f in names.values() if Path(f).name != f}):
         raise CheckpointError(f"{index} names a file outside its directory: {outside[0]}", remedy="mend the index")
-    if missing := sorted({f for f in names.values() if not (directory / f).is_file()}):
+    if missing := sorted({f for f in names.values() if not os.path.isfile(directory / f)}):  # noqa: PTH113
         raise CheckpointError(f"{directory} lacks {', '.join(missing)}", remedy="copy the missing shards")
     return {name: directory / file for name, file in names.items()}
 

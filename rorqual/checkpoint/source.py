@@ -12,7 +12,7 @@ import json
 import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from rorqual.ops.packed import PackedIntegers
 
 OPEN_SHARDS = 2
 """Shards mapped at a time, so that a conversion never holds more than these."""
+VALUES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SCALES = ("weight_scale_inv", "weight_scale")
 
 
@@ -101,8 +102,12 @@ class Source:
     def stored_shape(self, tensor: str) -> tuple[int, ...]:
         shape = list(self.entry(tensor).shape)
         if len(pieces := self.pieces[tensor]) > 1:
-            dim = self.split_dims[tensor]
-            shape[dim] = sum(self._header(p.file)[p.name].shape[dim] for p in pieces)
+            dim, slices = self.split_dims[tensor], [self._header(p.file)[p.name] for p in pieces]
+            rest = [(*e.shape[:dim], *e.shape[dim + 1 :], e.dtype) for e in slices]
+            if any(other != rest[0] or len(e.shape) <= dim for e, other in zip(slices, rest, strict=True)):
+                shapes = ", ".join(str(list(e.shape)) for e in slices)
+                raise CheckpointError(f"the ranks' slices of {tensor} do not fit: {shapes}", remedy="copy them again")
+            shape[dim] = sum(e.shape[dim] for e in slices)
         return tuple(shape)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -198,6 +203,11 @@ class Source:
                 weights[tensor] = Weight(fp8, {"weight": tensor, "weight_scale_inv": f"{tensor}_scale_inv"})
             elif f"{tensor}_scale_inv" in self.pieces or f"{tensor}_scale" in self.pieces:
                 raise CheckpointError(f"{tensor} has scales, but is {self.entry(tensor).dtype}", remedy=_TO_BF16)
+            elif self.entry(tensor).dtype not in VALUES:
+                raise CheckpointError(
+                    f"{self.pieces[tensor][0].file}: {tensor} is {self.entry(tensor).dtype} without scales",
+                    remedy="that is no released storage: copy or convert the checkpoint again",
+                )
             else:
                 weights[tensor] = Weight(None, {"weight": tensor})
         return weights
@@ -207,7 +217,9 @@ class Source:
         file = self.pieces[tensor][0].file
         if scale not in self.pieces:
             raise CheckpointError(f"{file}: {tensor} is FP8 without {scale}", remedy="copy the checkpoint again")
-        out, width = self.stored_shape(tensor)
+        if len(shape := self.stored_shape(tensor)) != 2:
+            raise CheckpointError(f"{file}: {tensor} is FP8 and no matrix: {list(shape)}", remedy=_TO_BF16)
+        out, width = shape
         grid = (-(-out // BLOCK), -(-width // BLOCK))
         if self.stored_shape(scale) != grid:
             raise CheckpointError(
@@ -220,14 +232,18 @@ class Source:
             raise CheckpointError(f"{base}.weight_packed needs its quantization_config", remedy="restore config.json")
         if f"{base}.weight_scale" not in self.pieces:
             raise CheckpointError(f"{base}.weight_packed has no weight_scale", remedy="copy the checkpoint again")
+        packed, scales = self.entry(f"{base}.weight_packed"), self.entry(f"{base}.weight_scale")
+        if len(packed.shape) != 2 or packed.dtype != torch.int32 or not scales.dtype.is_floating_point:
+            raise CheckpointError(f"{base}.weight_packed is no int32 matrix with float scales", remedy=_TO_BF16)
         out, words = self.stored_shape(f"{base}.weight_packed")
-        scale = (out, words * 32 // form.bits // form.group)
-        if self.stored_shape(f"{base}.weight_scale") != scale:
+        width = words * 32 // form.bits
+        scale = (out, width // form.group)
+        if width % form.group or self.stored_shape(f"{base}.weight_scale") != scale:
             raise CheckpointError(
                 f"{base}.weight_scale is {list(self.stored_shape(f'{base}.weight_scale'))}, {form.bits} bits in groups "
                 f"of {form.group} need {list(scale)}", remedy="config.json and weights must be of one model",
             )  # fmt: skip
-        return form
+        return replace(form, scale_dtype=scales.dtype)
 
 
 _TO_BF16 = "dequantise it to bf16 with the tool that wrote it"
@@ -239,9 +255,14 @@ def _read_config(directory: Path) -> dict[str, Any]:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{directory} has no config.json", remedy="copy the model's config.json there") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON: {error}", remedy="restore the file") from None
-    return demo_config(raw) if isinstance(raw, dict) and "dim" in raw and "n_layers" in raw else raw
+    if not (isinstance(raw, dict) and "dim" in raw and "n_layers" in raw):
+        return raw
+    try:
+        return demo_config(raw)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path} holds the demo's arguments, one of them no number: {error}") from None
 
 
 def _released_pieces(files: Mapping[str, Path]) -> dict[str, tuple[Piece, ...]]:
@@ -295,15 +316,25 @@ def _packed(cfg: ModelConfig) -> PackedIntegers | None:
     quantization = cfg.quantization_config or {}
     if quantization.get("quant_method") != "compressed-tensors":
         return None
-    groups = [g.get("weights") or {} for g in (quantization.get("config_groups") or {}).values()]
     wanted = {"type": "int", "symmetric": True, "strategy": "group"}
-    good = len(groups) == 1 and all(groups[0].get(k) == v for k, v in wanted.items())
-    if not good or groups[0].get("num_bits") not in (4, 8) or quantization.get("format") != "pack-quantized":
+    try:
+        (group,) = (quantization.get("config_groups") or {}).values()
+        weights = group["weights"]
+        bits, size = weights["num_bits"], weights["group_size"]
+        good = (
+            all(weights.get(k) == v for k, v in wanted.items())
+            and bits in (4, 8)
+            and isinstance(size, int)
+            and size > 0
+        )
+    except (AttributeError, KeyError, TypeError, ValueError):
+        good = False
+    if not good or quantization.get("format") != "pack-quantized":
         raise CheckpointError(
             "of compressed-tensors, pack-quantized symmetric integers of 4 or 8 bits in groups are read",
             remedy=_TO_BF16,
         )
-    return PackedIntegers(groups[0]["num_bits"], groups[0]["group_size"])
+    return PackedIntegers(bits, size)
 
 
 def layer_of(name: str) -> int | None:

@@ -8,7 +8,21 @@ from typing import Annotated
 
 import typer
 
-from rorqual.cli import bench, chat, convert, data, generate, handoff, inspect, serve, sft, tokenizer, train
+from rorqual.cli import (
+    bench,
+    chat,
+    convert,
+    data,
+    generate,
+    handoff,
+    inspect,
+    lint,
+    serve,
+    sft,
+    tokenizer,
+    train,
+    verify,
+)
 from rorqual.errors import RorqualError
 
 app = typer.Typer(
@@ -26,6 +40,8 @@ app.command("chat")(chat.chat)
 app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)
 app.command("convert")(convert.convert)
+app.command("lint")(lint.lint)
+app.command("verify")(verify.verify)
 app.command("handoff")(handoff.handoff)
 app.command("train")(train.train)
 app.command("sft")(sft.sft)

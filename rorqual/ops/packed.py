@@ -55,6 +55,7 @@ class PackedIntegers:
 
     bits: int
     group: int = GROUP
+    scale_dtype: torch.dtype = torch.bfloat16
 
     @property
     def name(self) -> str:
@@ -63,7 +64,7 @@ class PackedIntegers:
     def parts(self, shape: Sequence[int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         *lead, width = shape
         packed, scale = (*lead, width * self.bits // 32), (*lead, width // self.group)
-        return {"weight_packed": (packed, torch.int32), "weight_scale": (scale, torch.bfloat16)}
+        return {"weight_packed": (packed, torch.int32), "weight_scale": (scale, self.scale_dtype)}
 
     def shape(self, parts: Parts) -> tuple[int, ...]:
         *lead, words = parts["weight_packed"].shape
@@ -71,7 +72,7 @@ class PackedIntegers:
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         codes, scale = quantize_groups(weight, self.bits, self.group)
-        return {"weight_packed": pack_codes(codes, self.bits), "weight_scale": scale}
+        return {"weight_packed": pack_codes(codes, self.bits), "weight_scale": scale.to(self.scale_dtype)}
 
     def dense(self, parts: Parts, dtype: torch.dtype) -> Tensor:
         codes, scale = unpack_codes(parts["weight_packed"], self.bits), parts["weight_scale"]
