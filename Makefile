@@ -4,8 +4,9 @@
 #   make check      lint, types, import directions, generated docs up to date
 #   make speedrun   train a tiny model from text to chat on two cores in under ten minutes, with a report
 #   make bench      the CPU benchmark table, pairwise against installed peers
+#   make interop    builds llama.cpp and compares our exports with it and with transformers
 #   make soak       the long tests: kills, load
-.PHONY: serve test check setup setup-dev page docs speedrun bench soak parity clean
+.PHONY: serve test check setup setup-dev page docs speedrun bench soak parity interop clean
 SHELL := /bin/bash
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -q
@@ -54,6 +55,10 @@ bench: setup-dev
 
 parity: setup-dev
 	$(BIN)/python -m tests.parity --json benchmarks/parity.json
+	$(BIN)/python scripts/benchmarks.py
+
+interop: setup-dev
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/interop.py $(ARGS)
 	$(BIN)/python scripts/benchmarks.py
 
 soak: setup-dev page
