@@ -25,7 +25,7 @@ def main() -> None:
         _rows(r, "Products with FP8 weights: microseconds of x W^T, and relative errors")
         for r in results
         if r["kind"] == "fp8 products"
-    ]  # noqa: E501
+    ]
     sections += [
         _rows(r, "Interoperation: relative error of logits by engine") for r in results if r["kind"] == "interop"
     ]

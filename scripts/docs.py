@@ -17,7 +17,8 @@ from rorqual.train.config import RunConfig
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "docs" / "reference.md"
 COMMANDS = (
-    "serve", "chat", "generate", "inspect", "convert", "lint", "verify", "handoff", "tokenizer train", "data prepare", "train", "sft",
+    "serve", "chat", "generate", "inspect", "convert", "lint", "verify", "handoff",
+    "tokenizer train", "data prepare", "train", "sft",
     "bench train", "bench decode", "bench prefill", "bench layer", "bench ops",
 )  # fmt: skip
 
