@@ -119,11 +119,10 @@ def test_a_chain_of_conversions_loses_only_what_quantising_loses(made: Made, tmp
     for i, to in enumerate(["fp8", "fp32", "fp8", "int4", "fp32", "int4", "bf16"], 10):
         convert(last, last := tmp_path / f"{i}", to)
     assert expanded(last).keys() == expanded(made("bf16", 2)).keys()
-    # What was quantised once is a fixed point: expanding and quantising again gives the same values.
-    for first, second in ((10, 12), (13, 15)):
-        a, b = expanded(tmp_path / f"{first}"), expanded(tmp_path / f"{second}")
-        for name, value in a.items():
-            assert torch.allclose(value, b[name], rtol=0.01, atol=1e-6), name
+    # FP8 blocks hold their largest value at a fixed code, so expanding and quantising again gives the same values.
+    a, b = expanded(tmp_path / "10"), expanded(tmp_path / "12")
+    for name, value in a.items():
+        assert torch.allclose(value, b[name], rtol=0.01, atol=1e-6), name
 
 
 @pytest.mark.parametrize("to", TARGETS)
