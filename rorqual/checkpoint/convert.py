@@ -154,24 +154,24 @@ def convert(
 
 def _values(
     source: Source, conversion: Conversion, tensors: list[Planned], written: int, progress: Progress | None
-) -> Iterator[Tensor]:
-    """The values of one shard, in order; a weight's parts are made together and kept until the last was taken."""
-    kept: dict[str, dict[str, Tensor]] = {}
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, value) of one shard's tensors, weight by weight: a weight's parts are made once, and none is kept."""
+    weights: dict[str, list[Planned]] = {}
     for tensor in tensors:
-        name, suffix = conversion.makers[tensor.name]
-        if not suffix:
-            yield source.dense(name, tensor.dtype)
-        elif suffix == "weight_shape":
-            yield torch.tensor(source.shape(name), dtype=torch.int64)
-        else:
-            if suffix not in kept.get(name, {}):
-                kept[name] = _pack(source, conversion.form, name)
-            yield kept[name].pop(suffix)
-            if not kept[name]:
-                del kept[name]
-        written += tensor.nbytes
-        if progress is not None:
-            progress(written, conversion.total_bytes)
+        weights.setdefault(conversion.makers[tensor.name][0], []).append(tensor)
+    for name in sorted(weights, key=_order):
+        wanted = {conversion.makers[t.name][1]: t for t in weights[name]}
+        parts = _pack(source, conversion.form, name) if set(wanted) - {"", "weight_shape"} else {}
+        for suffix, tensor in wanted.items():
+            if suffix == "":
+                yield tensor.name, source.dense(name, tensor.dtype)
+            elif suffix == "weight_shape":
+                yield tensor.name, torch.tensor(source.shape(name), dtype=torch.int64)
+            else:
+                yield tensor.name, parts[suffix]
+            written += tensor.nbytes
+            if progress is not None:
+                progress(written, conversion.total_bytes)
 
 
 def _pack(source: Source, form: WeightFormat | None, name: str) -> dict[str, Tensor]:
@@ -251,7 +251,11 @@ def verify_sums(directory: Path) -> bool:
     path = directory / SUMS
     if not path.is_file():
         return False
-    for line in path.read_text(encoding="utf-8").splitlines():
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise CheckpointError(f"{path} is damaged: it is no text", remedy="copy it again, or remove it") from None
+    for line in lines:
         digest, _, file = line.partition(" ")
         file = file.lstrip(" *")
         if Path(file).name != file or not (directory / file).is_file():

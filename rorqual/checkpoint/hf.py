@@ -218,7 +218,7 @@ def save_model(
         shards = plan_shards(planned, max_shard_bytes)
         files = dict(zip(shard_names(len(shards)), shards, strict=True))
         for file, tensors in files.items():
-            write_shard(building / file, tensors, (stored[t.name].to("cpu", t.dtype) for t in tensors))
+            write_shard(building / file, tensors, ((t.name, stored[t.name].to("cpu", t.dtype)) for t in tensors))
         write_index(building, files)
         cfg = model.cfg.replace(quantization_config=_quantization(model, planned))
         write_side_files(cfg, building, plain, files_from)

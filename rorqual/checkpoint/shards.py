@@ -244,8 +244,12 @@ def shard_names(count: int) -> list[str]:
     return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
-def write_shard(path: Path, planned: Sequence[Planned], tensors: Iterable[Tensor]) -> str:
-    """Write one file, tensor by tensor, flushed to disk; returns its SHA-256. `tensors` yields in the planned order."""
+def write_shard(path: Path, planned: Sequence[Planned], tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Write one file, tensor by tensor, flushed to disk; returns its SHA-256.
+
+    `tensors` yields (name, value) for each planned tensor once, in any order: each goes to its own place, so that
+    what is made together (a weight's codes and scales) need not be kept until its turn.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, dtype, shape in planned:
@@ -253,19 +257,20 @@ def write_shard(path: Path, planned: Sequence[Planned], tensors: Iterable[Tensor
         header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-(len(text) + 8) % _ALIGNMENT)
-    digest = hashlib.sha256()
-    with path.open("wb") as file:
-        for part in (len(text).to_bytes(8, "little"), text):
-            file.write(part)
-            digest.update(part)
-        for plan, tensor in zip(planned, tensors, strict=True):
+    left = {plan.name: plan for plan in planned}
+    with path.open("w+b") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+        for name, tensor in tensors:
+            plan = left.pop(name)
             assert tensor.dtype == plan.dtype and tuple(tensor.shape) == plan.shape, plan
-            raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-            file.write(raw.data)
-            digest.update(raw.data)
+            file.seek(8 + len(text) + header[name]["data_offsets"][0])
+            file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        assert not left, left
         file.flush()
         os.fsync(file.fileno())
-    return digest.hexdigest()
+        file.seek(0)
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_index(directory: Path, shards: Mapping[str, Sequence[Planned]]) -> None:
