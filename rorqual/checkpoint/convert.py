@@ -74,6 +74,8 @@ def plan(
     """The output of a conversion to one of TARGETS, from headers alone. Raises CheckpointError for an unknown target."""
     if to not in TARGETS:
         raise CheckpointError(f"cannot convert to {to!r}", remedy=f"choose {', '.join(TARGETS)} or gguf")
+    if scale_fmt not in (None, "ue8m0"):
+        raise CheckpointError(f"scale_fmt {scale_fmt!r} is unknown", remedy="choose ue8m0 or leave it out")
     form = Fp8Blocks(scale_fmt=scale_fmt) if to == "fp8" else FORMATS.get(to)
     dtype = PLAIN.get(to, torch.bfloat16)
     planned: list[Planned] = []
@@ -190,6 +192,8 @@ def _finish(building: Path, dst: Path, src: Path, conversion: Conversion, sums: 
     write_side_files(conversion.cfg, building, conversion.dtype, src)
     text = "".join(f"{digest}  {file}\n" for file, digest in sorted(sums.items()))
     (building / SUMS).write_text(text, encoding="ascii")
+    if dst.exists():  # whoever took the name meanwhile keeps what is there
+        raise CheckpointError(f"{dst} exists by now", remedy=f"move it away and call again; the work is in {building}")
     for leftover in (building / JOURNAL, *building.glob("*.part")):
         leftover.unlink(missing_ok=True)
     move_into_place(building, dst)
