@@ -168,7 +168,7 @@ def _tensors(directory: Path, change: Callable[[Tensors], object]) -> None:
 
 def _write(directory: Path, file: str, tensors: Tensors, index: bool = True) -> None:
     planned = sorted((Planned(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()), key=lambda p: -p.dtype.itemsize)
-    write_shard(directory / file, planned, (tensors[p.name] for p in planned))
+    write_shard(directory / file, planned, ((p.name, tensors[p.name]) for p in planned))
     if index:
         write_index(directory, {file: planned})
 

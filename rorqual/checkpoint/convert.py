@@ -127,7 +127,7 @@ def convert(
     cannot be quantised, and where dst exists or cannot be written; what was written so far stays and is resumed from.
     """
     src, dst = Path(src), Path(dst)
-    if dst.exists():
+    if os.path.lexists(dst):
         raise CheckpointError(f"{dst} exists", remedy="choose another name or remove it")
     source = Source.open(src)
     check(source)
@@ -192,11 +192,12 @@ def _finish(building: Path, dst: Path, src: Path, conversion: Conversion, sums: 
     write_side_files(conversion.cfg, building, conversion.dtype, src)
     text = "".join(f"{digest}  {file}\n" for file, digest in sorted(sums.items()))
     (building / SUMS).write_text(text, encoding="ascii")
-    if dst.exists():  # whoever took the name meanwhile keeps what is there
+    if os.path.lexists(dst):  # whoever took the name meanwhile keeps what is there
         raise CheckpointError(f"{dst} exists by now", remedy=f"move it away and call again; the work is in {building}")
-    for leftover in (building / JOURNAL, *building.glob("*.part")):
+    for leftover in building.glob("*.part"):
         leftover.unlink(missing_ok=True)
     move_into_place(building, dst)
+    (dst / JOURNAL).unlink(missing_ok=True)  # last: without it the shards would not be known
 
 
 class _Journal:

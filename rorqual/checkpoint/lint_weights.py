@@ -400,7 +400,7 @@ RULES = (
          "correct the config, or copy the weights", "whole", _shapes),
     Rule("tensors-unknown", "error", OTHERS, "tensors that have no place: loaders stop at them",
          "remove them, or correct the config", "whole", _unknown),
-    Rule("tensors-leftover", "note", (),
+    Rule("tensors-leftover", "note", ENGINES,
          "rotary tables of old exports: every loader skips them", "remove them", "headers",
          _leftovers),
     Rule("torch-dtype", "warning", ("transformers", "vLLM", "SGLang"),

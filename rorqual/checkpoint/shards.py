@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -73,8 +74,7 @@ class Shard:
     def strided(self, dtype: torch.dtype, begin: int, shape: Sequence[int], strides: Sequence[int]) -> Tensor:
         """A view with strides (in elements) from byte `begin`; a copy where the file leaves the dtype unaligned."""
         if self._bytes is None:
-            size = self.path.stat().st_size
-            self._bytes = torch.from_file(str(self.path), shared=False, size=size, dtype=torch.uint8)
+            self._bytes = self._map()
         if math.prod(shape) == 0:
             return torch.empty(*shape, dtype=dtype)
         span = (1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))) * dtype.itemsize
@@ -82,6 +82,17 @@ class Shard:
         if begin % dtype.itemsize:
             run = run.clone()
         return run.view(dtype).as_strided(shape, strides, None)
+
+    def _map(self) -> Tensor:
+        """The file's bytes, private and writable. No swap is reserved for it (as torch.from_file would), so that a file
+        may be larger than the memory."""
+        flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
+        try:
+            with self.path.open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.path} cannot be mapped: {error}", remedy="check the file") from None
+        return torch.frombuffer(mapped, dtype=torch.uint8)
 
     def close(self) -> None:
         """Let go of the map; tensors that were handed out keep it alive."""

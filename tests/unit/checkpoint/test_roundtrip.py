@@ -503,3 +503,16 @@ def test_transformers_runs_packed_dense_layers_itself(storage: str, tmp_path: Pa
     ours, tokens = load_model(tmp_path / "packed", dtype=torch.float32), tokens_for(model, 2, 40)
     with torch.inference_mode():
         assert (ours(tokens) - peer(tokens).logits).abs().max() <= 1e-3
+
+
+def test_a_file_larger_than_memory_is_mapped(tmp_path: Path) -> None:
+    """A map of it takes no memory; the kernel must not be asked to promise any. (The file is sparse: it takes no disk.)"""
+    from rorqual.checkpoint.shards import Shard
+
+    memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    size = sum(int(memory[key].split()[0]) for key in ("MemTotal", "SwapTotal")) * 1024 * 2
+    text = json.dumps({"x": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + size)
+    assert Shard(tmp_path / "model.safetensors").tensor("x")[-1] == 0
