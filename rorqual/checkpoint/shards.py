@@ -15,6 +15,7 @@ import json
 import math
 import mmap
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +35,8 @@ DTYPES: dict[str, torch.dtype] = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAP_NORESERVE = 0x4000
+"""Linux's constant, which Python's mmap has not."""
 _ALIGNMENT = 4096
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
@@ -86,7 +89,7 @@ class Shard:
     def _map(self) -> Tensor:
         """The file's bytes, private and writable. No swap is reserved for it (as torch.from_file would), so that a file
         may be larger than the memory."""
-        flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
+        flags = mmap.MAP_PRIVATE | (MAP_NORESERVE if sys.platform == "linux" else 0)
         try:
             with self.path.open("rb") as file:
                 mapped = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
