@@ -213,11 +213,12 @@ def _read_index(directory: Path, index: Path) -> dict[str, Path]:
         names = {name: str(file) for name, file in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise CheckpointError(f"{index} is damaged: {error!r}", remedy="copy the checkpoint again") from None
-    if outside := sorted({f for f in names.values() if Path(f).name != f}):
+    paths = {file: directory / file for file in sorted(set(names.values()))}
+    if outside := [file for file, path in paths.items() if path.name != file]:
         raise CheckpointError(f"{index} names a file outside its directory: {outside[0]}", remedy="mend the index")
-    if missing := sorted({f for f in names.values() if not os.path.isfile(directory / f)}):  # noqa: PTH113
+    if missing := [file for file, path in paths.items() if not os.path.isfile(path)]:  # noqa: PTH113
         raise CheckpointError(f"{directory} lacks {', '.join(missing)}", remedy="copy the missing shards")
-    return {name: directory / file for name, file in names.items()}
+    return {name: paths[file] for name, file in names.items()}
 
 
 # ---- writing ------------------------------------------------------------------------------------------------------

@@ -58,6 +58,7 @@ class Source:
     split_dims: Mapping[str, int] = field(default_factory=dict)
     _shards: OrderedDict[Path, Shard] = field(default_factory=OrderedDict)
     _headers: dict[Path, Mapping[str, Entry]] = field(default_factory=dict)
+    _entries: dict[str, Entry] = field(default_factory=dict)
 
     @classmethod
     def open(cls, directory: str | Path, scheme: Scheme = "weight_only") -> Source:
@@ -91,13 +92,15 @@ class Source:
 
     def entry(self, tensor: str) -> Entry:
         """The header entry of a stored tensor (of its first piece). Raises CheckpointError if its shard lacks it."""
+        if (known := self._entries.get(tensor)) is not None:
+            return known
         piece = self.pieces[tensor][0]
         header = self._header(piece.file)
         if piece.name not in header:
             raise CheckpointError(
                 f"{piece.file} lacks {piece.name}, which the index places there", remedy="copy the shard again"
             )
-        return header[piece.name]
+        return self._entries.setdefault(tensor, header[piece.name])
 
     def stored_shape(self, tensor: str) -> tuple[int, ...]:
         shape = list(self.entry(tensor).shape)
