@@ -97,7 +97,8 @@ def _int4(folder: Path, name: str, also: tuple[str, ...] = (), **changes: Any) -
     def quantise(tensors: Tensors) -> None:
         for weight in [n for n, t in tensors.items() if n.endswith(".weight") and t.dim() == 2]:
             module = weight.removesuffix(".weight")
-            if not weight.endswith(("_proj.weight", "_mqa.weight")) and module not in also:
+            linear = weight.endswith(("_proj.weight", "_mqa.weight")) and tensors[weight].shape[-1] % 32 == 0
+            if not linear and module not in also:
                 plain.append(module)
                 continue
             value = tensors.pop(weight)
@@ -126,6 +127,7 @@ BASES: dict[str, Callable[[Path, str], Path]] = {
     "int4-embedding": functools.partial(_int4, also=("model.embed_tokens",)),
     "int4-tied": functools.partial(_int4, also=("model.embed_tokens",), tie_word_embeddings=True),
     "int4-head": functools.partial(_int4, also=("lm_head",)),
+    "int4-odd": functools.partial(_int4, moe_intermediate_size=48),
 }
 
 
@@ -444,6 +446,7 @@ BREAKERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "packed-plain-only": ("int4", _packed_router),
     "packed-ignored": ("int4", _ignore(lambda names: [*names, f"{LAYER}self_attn.o_proj"])),
     "plain-not-ignored": ("int4", _ignore(lambda names: [n for n in names if n != "lm_head"])),
+    "experts-mixed": ("int4-odd", _nothing),
     "embedding-packed": ("int4-embedding", _nothing),
     "embedding-packed-tied": ("int4-tied", _nothing),
     "head-packed": ("int4-head", _nothing),

@@ -57,8 +57,6 @@ def load_model(
     """
     device = torch.device(device)
     source = Source.open(directory, _scheme(activation_scheme, device))
-    if activation_scheme == "auto" and device.type == "cuda" and _asks_for_dynamic(source.cfg):
-        source = Source.open(directory, "dynamic")
     plain = _resolve_dtype(dtype, source)
     formats = {} if dequantize else _module_formats(source)
     model = Transformer(
@@ -75,14 +73,13 @@ def load_model(
     return model.eval()
 
 
-def _scheme(asked: Scheme | Literal["auto"], device: torch.device) -> Scheme:
+def _scheme(asked: Scheme | Literal["auto"], device: torch.device) -> Scheme | None:
+    """None leaves it to the config."""
     if asked not in ("auto", "weight_only", "dynamic"):
         raise CheckpointError(f"activation_scheme {asked!r} is unknown", remedy="choose auto, weight_only or dynamic")
-    return "weight_only" if asked == "auto" else asked
-
-
-def _asks_for_dynamic(cfg: ModelConfig) -> bool:
-    return (cfg.quantization_config or {}).get("activation_scheme") == "dynamic"
+    if asked != "auto":
+        return asked
+    return None if device.type == "cuda" else "weight_only"
 
 
 def _resolve_dtype(dtype: torch.dtype | str, source: Source) -> torch.dtype:
@@ -133,11 +130,12 @@ def check(source: Source, model: Transformer | None = None) -> None:
         )
     copies = {name for name, _ in shared_copies(model)}
     copies |= {"lm_head.weight", "lm_head.weight_packed"} if model.cfg.tie_word_embeddings else set()
-    layers = len(model.layers)
+    modules = {i for n in source.weights if n.endswith(".eh_proj.weight") and (i := layer_of(n)) is not None}
     own = set(wanted) | {f"{n.rpartition('.')[0]}.weight" for n in wanted}
     for name in source.weights:
         parts = {name, *source.weights[name].parts.values()}
-        beyond = layers <= (layer_of(name) or 0) < layers + 9
+        # MTP modules that the config does not promise stay on disk; a layer it does not count is a wrong config.
+        beyond = (layer := layer_of(name)) is not None and layer >= len(model.layers) and layer in modules
         leftover = name.endswith("rotary_emb.inv_freq")  # a table that some exporters wrote and the config implies
         if name not in own and not parts & copies and not beyond and not leftover:
             raise CheckpointError(

@@ -299,6 +299,16 @@ def _write_ignore(config: Config, s: Subject) -> None:
     config["quantization_config"] = block
 
 
+def _mixed_experts(s: Subject) -> str | None:
+    """transformers stacks a layer's experts: packed ones it expands, plain ones beside them it does not find."""
+    packed, plain = ({_EXPERT.sub(r"\1\2", n) for n in names if _EXPERT.match(n)} for names in (s.packed, s.plain))
+    mixed = sorted({p.rpartition(".")[0] for p in packed} & {p.rpartition(".")[0] for p in plain})
+    return f"experts partly packed, partly plain in {len(mixed)} layers: {listed(mixed)}" if mixed else None
+
+
+_EXPERT = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.\d+(\.\w+)\.weight$")
+
+
 def _table(name: str) -> Callable[[Subject], str | None]:
     def check(s: Subject) -> str | None:
         found = [n for n in s.packed if n == name]
@@ -361,6 +371,9 @@ RULES = (
          _packed_ignored, _write_ignore),
     Rule("plain-not-ignored", "error", BUILDERS, "plain modules are missing from the ignore list", "put them on",
          "whole", _plain_not_ignored, _write_ignore),
+    Rule("experts-mixed", "warning", ("transformers",),
+         "transformers 5.23 leaves the plain ones among packed experts freshly initialised: wrong logits",
+         "choose an expert width that is a multiple of 32, or keep the experts plain", "headers", _mixed_experts),
     Rule("embedding-packed", "warning", ("transformers", "SGLang"),
          "a packed embedding: transformers 5.23 raises, SGLang serves zeros in silence, vLLM reads it since June 2026",
          "store it plain for these", "headers", _table("model.embed_tokens.weight")),

@@ -158,19 +158,22 @@ def _bias_missing(s: Subject) -> str | None:
     return f"{len(layers)} layers lack {BIAS}: {listed(map(str, layers))}" if layers else None
 
 
-def _tensors_missing(s: Subject) -> str | None:
-    """What no finer rule tells."""
-    z = s.size()
+def _lost(s: Subject, counts: Callable[[int | None, str], bool]) -> str | None:
+    """Absent tensors that count, those of experts that are gone altogether aside."""
     gone = {(layer, e) for text in _experts(s)[0] for layer, e in [_numbers(text)]}
     lost = []
     for name in _absent(s):
         layer, inside = _inside(name)
         expert = _EXPERT.match(inside)
-        if layer is None:
-            lost += [] if name == "lm_head.weight" else [name]
-        elif layer in s.by_layer and layer < z.num_hidden_layers and inside != BIAS:
-            lost += [] if expert and (layer, int(expert[1])) in gone else [name]
+        if counts(layer, inside) and not (expert and (layer, int(expert[1])) in gone) and name != "lm_head.weight":
+            lost.append(name)
     return f"{len(lost):,} absent: {listed(lost)}" if lost else None
+
+
+def _tensors_missing(s: Subject) -> str | None:
+    """What no finer rule tells."""
+    layers = s.size().num_hidden_layers
+    return _lost(s, lambda i, inside: i is None or (i in s.by_layer and i < layers and inside != BIAS))
 
 
 def _numbers(text: str) -> tuple[int, int]:
@@ -205,15 +208,8 @@ def _count_mtp(config: Config, s: Subject) -> None:
 
 
 def _mtp_incomplete(s: Subject) -> str | None:
-    z = s.size()
-    gone = {(layer, e) for text in _experts(s)[0] for layer, e in [_numbers(text)]}
-    lost = []
-    for name in _absent(s):
-        layer, inside = _inside(name)
-        expert = _EXPERT.match(inside)
-        if layer is not None and layer >= z.num_hidden_layers and layer in s.by_layer:
-            lost += [] if expert and (layer, int(expert[1])) in gone else [name]
-    return f"{len(lost):,} absent: {listed(lost)}" if lost else None
+    layers = s.size().num_hidden_layers
+    return _lost(s, lambda i, _: i is not None and i >= layers and i in s.by_layer)
 
 
 def _mtp_depth(s: Subject) -> str | None:

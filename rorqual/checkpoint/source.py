@@ -9,6 +9,7 @@ which at most two are held.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,7 @@ from rorqual.ops.formats import WeightFormat
 from rorqual.ops.fp8 import BLOCK, E4M3, Fp8Blocks, Scheme
 from rorqual.ops.packed import PackedIntegers
 
+log = logging.getLogger(__name__)
 OPEN_SHARDS = 2
 """Shards mapped at a time, so that a conversion never holds more than these."""
 VALUES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -61,8 +63,11 @@ class Source:
     _entries: dict[str, Entry] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, directory: str | Path, scheme: Scheme = "weight_only") -> Source:
-        """Raises CheckpointError naming file or tensor, ConfigError for another architecture. Reads no values."""
+    def open(cls, directory: str | Path, scheme: Scheme | None = "weight_only") -> Source:
+        """scheme: how FP8 weights will be multiplied; None is what the config asks for. Reads no values.
+
+        Raises CheckpointError naming file or tensor, ConfigError for another architecture.
+        """
         directory = Path(directory)
         if not directory.is_dir():
             raise CheckpointError(f"there is no model directory {directory}", remedy="name a directory")
@@ -187,7 +192,7 @@ class Source:
         self._shards[file] = Shard(file)
         return self._shards[file]
 
-    def _recognise(self, scheme: Scheme) -> dict[str, Weight]:
+    def _recognise(self, scheme: Scheme | None) -> dict[str, Weight]:
         """Logical weights from stored tensors. Raises CheckpointError for a storage that would be misread."""
         fp8, packed = _fp8(self.cfg, scheme), _packed(self.cfg)
         weights: dict[str, Weight] = {}
@@ -304,11 +309,15 @@ def _without_promised_mtp(cfg: ModelConfig, names: Mapping[str, Weight]) -> Mode
     depth = sum(
         f"model.layers.{cfg.num_hidden_layers + k}.eh_proj.weight" in names for k in range(cfg.num_nextn_predict_layers)
     )
+    if depth < cfg.num_nextn_predict_layers:
+        log.warning("the config promises %d MTP modules, the checkpoint has %d", cfg.num_nextn_predict_layers, depth)
     return cfg.replace(num_nextn_predict_layers=depth)
 
 
-def _fp8(cfg: ModelConfig, scheme: Scheme) -> Fp8Blocks:
+def _fp8(cfg: ModelConfig, scheme: Scheme | None) -> Fp8Blocks:
     quantization = cfg.quantization_config or {}
+    if scheme is None:
+        scheme = "dynamic" if quantization.get("activation_scheme") == "dynamic" else "weight_only"
     if (block := quantization.get("weight_block_size", [BLOCK, BLOCK])) != [BLOCK, BLOCK]:
         raise CheckpointError(f"FP8 blocks of {block} are not read", remedy="blocks of [128, 128] are")
     return Fp8Blocks(scheme, quantization.get("scale_fmt"))

@@ -212,9 +212,9 @@ def fp8_linear(
     """x [..., in] times a block-scaled weight (codes [out, in] E4M3, scale [ceil(out/128), ceil(in/128)] fp32), x W^T.
 
     Result in x's dtype. backend "auto": the reference on a CPU, on CUDA what measured fastest by shape. Raises
-    BackendUnavailable for a named backend that cannot run here.
+    BackendUnavailable for a named backend that cannot run here, KeyError for another scheme.
     """
-    table = weight_only_backends if activation_scheme == "weight_only" else dynamic_backends
+    table = {"weight_only": weight_only_backends, "dynamic": dynamic_backends}[activation_scheme]
     if backend == "auto":
         backend = _fastest(x, codes, activation_scheme, table)
     return table.get(backend)(x, codes, scale)

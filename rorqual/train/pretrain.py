@@ -98,7 +98,8 @@ def build_model(cfg: RunConfig, model_cfg: ModelConfig, device: torch.device) ->
     """fp32 parameters under activations of cfg.dtype; seeded initialisation or the weights of init_from."""
     compute = None if cfg.dtype == "float32" else DTYPES[cfg.dtype]
     if cfg.init_from:
-        return load_model(cfg.init_from, dtype=torch.float32, device=device, compute_dtype=compute).train()
+        # Quantised weights are no parameters, and a view of a file is no place for an optimiser's updates.
+        return load_model(cfg.init_from, torch.float32, device, compute, dequantize=True, memory_map=False).train()
     # Drawn on the CPU, so that a seed means the same weights on every machine.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
