@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Literal, Protocol
 
 
 class FinishReason(StrEnum):
@@ -22,6 +22,15 @@ class FinishReason(StrEnum):
     LENGTH = "length"  # max_tokens or the context is used up
     ABORT = "abort"  # the caller went away
     ERROR = "error"  # the engine failed; `Output.error` says how
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What the generated text must match. kind "json_object" takes no text; "json_schema" a JSON schema, "regex" a
+    regular expression, "lark" a Lark grammar. Compiled by `engine.grammar`."""
+
+    kind: Literal["json_object", "json_schema", "regex", "lark"]
+    text: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +76,17 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One completion to produce. `prompt` is token ids, beginning-of-sequence included where the model wants it."""
+    """One completion to produce. `prompt` is token ids, beginning-of-sequence included where the model wants it.
+
+    priority: lower numbers go first, equal ones by arrival; salt: cached pages are shared only with requests of the same
+    salt, so that one tenant cannot learn from timing what another has asked.
+    """
 
     id: str
     prompt: tuple[int, ...]
     params: SamplingParams = field(default_factory=SamplingParams)
+    priority: int = 0
+    salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +99,29 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestStats:
+    """Where a request's time and memory went. Seconds: waiting (again after a preemption), reading the prompt, and
+    decoding. cached_tokens: prompt tokens found in memory, disk_tokens: those among them that came from disk;
+    pages: the most it held at once; drafted and accepted: tokens proposed by speculation, and those that stood."""
+
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    steps: int = 0
+    preemptions: int = 0
+    cached_tokens: int = 0
+    disk_tokens: int = 0
+    pages: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Output:
     """News of one request: the tokens since the last news.
 
     cached_tokens: how many prompt tokens came from the prefix cache (known from the first output on).
-    The end-of-sequence token that stopped a request is included in `token_ids`.
+    The end-of-sequence token that stopped a request is included in `token_ids`. stats come with the last output.
     """
 
     request_id: str
@@ -97,6 +130,7 @@ class Output:
     cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     error: Exception | None = None
+    stats: RequestStats | None = None
 
 
 @dataclass(frozen=True, slots=True)
