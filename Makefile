@@ -51,6 +51,7 @@ bench: setup-dev
 	$(BIN)/rorqual bench decode --model bench-cpu --prompt 512 --json benchmarks/cpu-decode-1.json
 	$(BIN)/rorqual bench decode --model bench-cpu --prompt 64 --batch 8 --json benchmarks/cpu-decode-8.json
 	$(BIN)/rorqual bench train --model bench-cpu --batch 8 --seq-len 512 --rounds 3 --json benchmarks/cpu-train.json
+	$(BIN)/rorqual bench load --model bench-gpu --json benchmarks/load.json
 	$(BIN)/python scripts/benchmarks.py
 
 parity: setup-dev

@@ -29,6 +29,7 @@ def main() -> None:
     sections += [
         _rows(r, "Interoperation: relative error of logits by engine") for r in results if r["kind"] == "interop"
     ]
+    sections += [_load(r) for r in results if r["kind"] == "load"]
     sections += [_soak(r) for r in results if r["kind"] == "soak"]
     (FOLDER / "README.md").write_text("\n".join(s for s in sections if s), encoding="utf-8")
 
@@ -108,6 +109,16 @@ def _rows(r: dict[str, Any], title: str) -> str:
     return f"## {title}\n\n{e['hardware']}, torch {e['torch']}, commit {e['commit']}, {e['date']}.\n\n" + _table(
         r["rows"]
     )
+
+
+def _load(r: dict[str, Any]) -> str:
+    e = r["environment"]
+    return (
+        f"## Loading {r['model']}\n\n{r['tensors']:,} tensors in bf16, {r['bytes'] / 1e9:.2f} GB; medians of {r['rounds']} "
+        f"rounds. {e['hardware']}, {e['processor']}, torch {e['torch']}, commit {e['commit']}, {e['date']}. `read`: every "
+        "byte into a buffer; `map`: a byte of each page of a fresh map; `load_model`: a byte of each page of the loaded "
+        "weights. Cold is dropped from the page cache; ratio is load_model's time by the row's, in the same round.\n\n"
+    ) + _table(r["rows"])
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

@@ -19,7 +19,7 @@ TARGET = ROOT / "docs" / "reference.md"
 COMMANDS = (
     "serve", "chat", "generate", "inspect", "convert", "lint", "verify", "handoff",
     "tokenizer train", "data prepare", "train", "sft",
-    "bench train", "bench decode", "bench prefill", "bench layer", "bench ops",
+    "bench train", "bench decode", "bench prefill", "bench layer", "bench ops", "bench load",
 )  # fmt: skip
 
 

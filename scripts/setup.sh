@@ -35,4 +35,5 @@ fi
 extras=serve; [ "$want" = dev ] && extras=serve,train,teacher,dev
 say "installing rorqual[$extras]"
 "${pip[@]}" -c constraints.txt -e ".[$extras]"
+"$venv/bin/python" -m rorqual.ops.native >&2  # compiled now, so that the first start does not wait for it
 touch "$stamp"

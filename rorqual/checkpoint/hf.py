@@ -98,12 +98,14 @@ def _resolve_dtype(dtype: torch.dtype | str, source: Source) -> torch.dtype:
 def _module_formats(source: Source) -> dict[str, WeightFormat]:
     """Module path -> format. Raises CheckpointError where the stacked experts of a layer are stored unlike each other."""
     formats: dict[str, WeightFormat] = {}
+    if not (stored := source.formats):
+        return formats
     plain_experts = {
         module_path(name, source.cfg)
         for name, weight in source.weights.items()
         if weight.form is None and ".mlp.experts." in name
     }
-    for name, form in source.formats.items():
+    for name, form in stored.items():
         if isinstance(form, Fp8Blocks) and name.endswith("embed_tokens.weight"):
             continue  # a row of a block is no block: an embedding that someone stored so is expanded
         path = module_path(name, source.cfg)
@@ -121,9 +123,9 @@ def check(source: Source, model: Transformer | None = None) -> None:
     CheckpointError naming the tensor that is missing, misshapen, or has no place."""
     if model is None:
         model = Transformer(source.cfg, device="meta", formats=_module_formats(source).get)
-    wanted = {name: place.view for name, place in released_places(model)}
+    wanted = dict(released_places(model))
     have = {tensor for weight in source.weights.values() for tensor in weight.parts.values()} | set(source.weights)
-    if missing := sorted(set(wanted) - have):
+    if missing := sorted(wanted.keys() - have):
         raise CheckpointError(
             f"the checkpoint lacks {len(missing)} tensors, among them {missing[0]}",
             remedy="config.json and weights must be of one model; copy missing shards",
@@ -131,25 +133,25 @@ def check(source: Source, model: Transformer | None = None) -> None:
     copies = {name for name, _ in shared_copies(model)}
     copies |= {"lm_head.weight", "lm_head.weight_packed"} if model.cfg.tie_word_embeddings else set()
     modules = {i for n in source.weights if n.endswith(".eh_proj.weight") and (i := layer_of(n)) is not None}
-    own = set(wanted) | {f"{n.rpartition('.')[0]}.weight" for n in wanted}
-    for name in source.weights:
+    own = wanted.keys() | {f"{n.rpartition('.')[0]}.weight" for n in wanted if not n.endswith(".weight")}
+    for name in sorted(source.weights.keys() - own):
         parts = {name, *source.weights[name].parts.values()}
         # MTP modules that the config does not promise stay on disk; a layer it does not count is a wrong config.
         beyond = (layer := layer_of(name)) is not None and layer >= len(model.layers) and layer in modules
         leftover = name.endswith("rotary_emb.inv_freq")  # a table that some exporters wrote and the config implies
-        if name not in own and not parts & copies and not beyond and not leftover:
+        if not parts & copies and not beyond and not leftover:
             raise CheckpointError(
                 f"the checkpoint has {name}, which this config has no place for",
                 remedy="config.json and weights must be of one model",
             )
-    for name, view in wanted.items():
-        shape = source.stored_shape(name) if name in source.pieces else source.shape(name)
-        if name in source.weights and view.dtype in DTYPES.values():
-            shape = source.shape(name)
-        if shape != tuple(view.shape):
+    quantised = source.formats
+    for name, place in wanted.items():
+        expanded = name in quantised and (name not in source.pieces or place.whole.dtype in DTYPES.values())
+        shape = source.shape(name) if expanded else source.stored_shape(name)
+        if shape != place.shape:
             where = source.pieces[next(iter(source.weights[name].parts.values())) if name in source.weights else name]
             raise CheckpointError(
-                f"{name} in {where[0].file.name} is {list(shape)}, the config makes it {list(view.shape)}",
+                f"{name} in {where[0].file.name} is {list(shape)}, the config makes it {list(place.shape)}",
                 remedy="config.json and weights must be of one model",
             )
 
@@ -161,9 +163,9 @@ def _fill(model: Transformer, source: Source, device: torch.device, mapped: bool
     for name, place in released_places(model):
         attributes.setdefault((id(place.module), place.attribute), []).append((name, place))
     for members in attributes.values():
-        module, attribute, part = members[0][1]
-        like: Tensor = getattr(module, attribute)
-        value = _view(source, [name for name, _ in members], like, stacked=bool(part)) if mapped else None
+        first = members[0][1]
+        module, like = first.module, first.whole
+        value = _view(source, [name for name, _ in members], like, stacked=bool(first.part)) if mapped else None
         if value is None:
             value = torch.empty(like.shape, dtype=like.dtype, device=device)
             for name, place in members:
@@ -172,7 +174,7 @@ def _fill(model: Transformer, source: Source, device: torch.device, mapped: bool
                 target.copy_(source.raw(name) if parts else source.dense(name))
         if isinstance(like, nn.Parameter):
             value = nn.Parameter(value, requires_grad=like.requires_grad)
-        setattr(module, attribute, value)
+        setattr(module, first.attribute, value)
 
 
 def _view(source: Source, names: list[str], like: Tensor, stacked: bool) -> Tensor | None:

@@ -21,16 +21,21 @@ from rorqual.model.transformer import Transformer
 
 
 class Place(NamedTuple):
-    """`getattr(module, attribute)[part]`; an empty part is the whole."""
+    """`getattr(module, attribute)[part]`, which has this shape; an empty part is the whole."""
 
     module: nn.Module
     attribute: str
+    shape: tuple[int, ...]
     part: tuple[int | slice, ...] = ()
 
     @property
+    def whole(self) -> Tensor:
+        attribute: Tensor = getattr(self.module, self.attribute)
+        return attribute
+
+    @property
     def view(self) -> Tensor:
-        whole: Tensor = getattr(self.module, self.attribute)
-        return whole[self.part] if self.part else whole
+        return self.whole[self.part] if self.part else self.whole
 
 
 def released_places(model: Transformer) -> Iterator[tuple[str, Place]]:
@@ -41,17 +46,17 @@ def released_places(model: Transformer) -> Iterator[tuple[str, Place]]:
     yield from _matrix("model.embed_tokens.", model.embed_tokens)
     for i, layer in enumerate(model.layers):
         yield from _block(f"model.layers.{i}.", layer)
-    yield "model.norm.weight", Place(model.norm, "weight")
+    yield "model.norm.weight", _whole(model.norm, "weight")
     if not model.cfg.tie_word_embeddings:
         yield from _matrix("lm_head.", model.lm_head)
     for i, module in enumerate(model.mtp, len(model.layers)):
         assert isinstance(module, MTP)
         prefix = f"model.layers.{i}."
-        yield f"{prefix}enorm.weight", Place(module.enorm, "weight")
-        yield f"{prefix}hnorm.weight", Place(module.hnorm, "weight")
+        yield f"{prefix}enorm.weight", _whole(module.enorm, "weight")
+        yield f"{prefix}hnorm.weight", _whole(module.hnorm, "weight")
         yield from _matrix(f"{prefix}eh_proj.", module.eh_proj)
         yield from _block(prefix, module.block)
-        yield f"{prefix}shared_head.norm.weight", Place(module.shared_head.norm, "weight")
+        yield f"{prefix}shared_head.norm.weight", _whole(module.shared_head.norm, "weight")
 
 
 def released_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
@@ -87,8 +92,8 @@ def _block(prefix: str, block: nn.Module) -> Iterator[tuple[str, Place]]:
     for name, module in block.named_modules():
         if isinstance(module, MoE):
             gate = module.gate
-            yield f"{prefix}{name}.gate.weight", Place(gate, "weight")
-            yield f"{prefix}{name}.gate.e_score_correction_bias", Place(gate, "e_score_correction_bias")
+            yield f"{prefix}{name}.gate.weight", _whole(gate, "weight")
+            yield f"{prefix}{name}.gate.e_score_correction_bias", _whole(gate, "e_score_correction_bias")
             yield from _experts(f"{prefix}{name}.experts.", module.experts)
         elif isinstance(module, Linear | QuantizedLinear | RMSNorm):
             yield from _matrix(f"{prefix}{name}.", module)
@@ -97,26 +102,33 @@ def _block(prefix: str, block: nn.Module) -> Iterator[tuple[str, Place]]:
 def _experts(prefix: str, experts: nn.Module) -> Iterator[tuple[str, Place]]:
     """Expert by expert: gate, up, down."""
     if isinstance(experts, QuantizedExperts):
+        gate_up = {suffix: tuple(part.shape[2:]) for suffix, part in experts.gate_up.parts.items()}
+        down = {suffix: tuple(part.shape[1:]) for suffix, part in experts.down.parts.items()}
         for e in range(experts.down.shape[0]):
             for half, name in enumerate(("gate_proj", "up_proj")):
-                for suffix in experts.gate_up.names:
-                    yield f"{prefix}{e}.{name}.{suffix}", Place(experts.gate_up, suffix, (e, half))
-            for suffix in experts.down.names:
-                yield f"{prefix}{e}.down_proj.{suffix}", Place(experts.down, suffix, (e,))
+                for suffix, shape in gate_up.items():
+                    yield f"{prefix}{e}.{name}.{suffix}", Place(experts.gate_up, suffix, shape, (e, half))
+            for suffix, shape in down.items():
+                yield f"{prefix}{e}.down_proj.{suffix}", Place(experts.down, suffix, shape, (e,))
         return
     assert isinstance(experts, RoutedExperts)
-    count, _, width = experts.down_proj.shape
+    count, D, F = experts.down_proj.shape
+    gate, up = slice(0, F), slice(F, 2 * F)
     for e in range(count):
-        yield f"{prefix}{e}.gate_proj.weight", Place(experts, "gate_up_proj", (e, slice(0, width)))
-        yield f"{prefix}{e}.up_proj.weight", Place(experts, "gate_up_proj", (e, slice(width, 2 * width)))
-        yield f"{prefix}{e}.down_proj.weight", Place(experts, "down_proj", (e,))
+        yield f"{prefix}{e}.gate_proj.weight", Place(experts, "gate_up_proj", (F, D), (e, gate))
+        yield f"{prefix}{e}.up_proj.weight", Place(experts, "gate_up_proj", (F, D), (e, up))
+        yield f"{prefix}{e}.down_proj.weight", Place(experts, "down_proj", (D, F), (e,))
 
 
 def _matrix(prefix: str, module: nn.Module) -> Iterator[tuple[str, Place]]:
     if isinstance(module, QuantizedLinear | QuantizedEmbedding):
         stored: Stored = module.stored
         for suffix in stored.names:
-            yield f"{prefix}{suffix}", Place(stored, suffix)
+            yield f"{prefix}{suffix}", _whole(stored, suffix)
     else:
         assert isinstance(module, Linear | Embedding | RMSNorm)
-        yield f"{prefix}weight", Place(module, "weight")
+        yield f"{prefix}weight", _whole(module, "weight")
+
+
+def _whole(module: nn.Module, attribute: str) -> Place:
+    return Place(module, attribute, tuple(getattr(module, attribute).shape))

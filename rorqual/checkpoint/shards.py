@@ -57,10 +57,11 @@ class Entry(NamedTuple):
 class Shard:
     """One safetensors file. The header is read and checked at once, the data mapped when the first tensor is asked for."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises CheckpointError for a file that is missing, truncated, a pickle, or whose header cannot be true."""
+    def __init__(self, path: Path, entries: Mapping[str, Entry] | None = None) -> None:
+        """entries: its header, where that was read already. Raises CheckpointError for a file that is missing,
+        truncated, a pickle, or whose header cannot be true."""
         self.path = path
-        self.entries = read_header(path)
+        self.entries = read_header(path) if entries is None else entries
         self._bytes: Tensor | None = None
 
     def tensor(self, name: str) -> Tensor:
@@ -149,17 +150,17 @@ def _entry(path: Path, name: str, value: Any, start: int, size: int) -> Entry:
     try:
         dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
         numbers = [*shape, begin, end]
-        sound = all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**63 for n in numbers)
-        sound = sound and isinstance(dtype, str) and len(shape) <= 16
+        sound = isinstance(dtype, str) and len(shape) <= 16 and set(map(type, numbers)) == {int}  # a bool is none
+        sound = sound and min(numbers) >= 0 and max(numbers) < 2**63
     except (TypeError, KeyError, ValueError):
         sound = False
     if not sound:
         raise CheckpointError(f"{path}: the header's entry of {name} is malformed", remedy=again) from None
-    if dtype not in DTYPES:
+    if (kind := DTYPES.get(dtype)) is None:
         raise CheckpointError(
             f"{path}: {name} is stored as {dtype!r}, which rorqual does not read", remedy="convert it to bf16 first"
         )
-    claimed = math.prod(shape) * DTYPES[dtype].itemsize
+    claimed = math.prod(shape) * kind.itemsize
     if end - begin != claimed:
         raise CheckpointError(
             f"{path}: {name} {shape} {dtype} needs {claimed:,} bytes, its header gives it {end - begin:,}", remedy=again
@@ -168,7 +169,7 @@ def _entry(path: Path, name: str, value: Any, start: int, size: int) -> Entry:
         raise CheckpointError(
             f"{path} is truncated: {name} ends at byte {start + end:,} of a file of {size:,}", remedy=again
         )
-    return Entry(DTYPES[dtype], tuple(shape), start + begin, start + end)
+    return Entry(kind, tuple(shape), start + begin, start + end)
 
 
 def _check_overlap(path: Path, entries: Mapping[str, Entry]) -> None:

@@ -14,6 +14,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +62,7 @@ class Source:
     _shards: OrderedDict[Path, Shard] = field(default_factory=OrderedDict)
     _headers: dict[Path, Mapping[str, Entry]] = field(default_factory=dict)
     _entries: dict[str, Entry] = field(default_factory=dict)
+    """Of each stored tensor's first piece."""
 
     @classmethod
     def open(cls, directory: str | Path, scheme: Scheme | None = "weight_only") -> Source:
@@ -78,8 +80,7 @@ class Source:
             pieces, dims, headers = _released_pieces(find_shards(directory)), {}, {}
         cfg = ModelConfig.from_released(raw, where=str(directory / "config.json"))
         source = cls(directory, cfg, {}, pieces, dims, _headers=headers)
-        for name in pieces:
-            source.entry(name)  # an index that names a tensor its shard lacks is found now
+        source._find_entries()
         source.weights = source._recognise(scheme)
         source.cfg = _without_promised_mtp(cfg, source.weights)
         return source
@@ -96,27 +97,19 @@ class Source:
         return {name: weight.form for name, weight in self.weights.items() if weight.form is not None}
 
     def entry(self, tensor: str) -> Entry:
-        """The header entry of a stored tensor (of its first piece). Raises CheckpointError if its shard lacks it."""
-        if (known := self._entries.get(tensor)) is not None:
-            return known
-        piece = self.pieces[tensor][0]
-        header = self._header(piece.file)
-        if piece.name not in header:
-            raise CheckpointError(
-                f"{piece.file} lacks {piece.name}, which the index places there", remedy="copy the shard again"
-            )
-        return self._entries.setdefault(tensor, header[piece.name])
+        """The header entry of a stored tensor (of its first piece)."""
+        return self._entries[tensor]
 
     def stored_shape(self, tensor: str) -> tuple[int, ...]:
-        shape = list(self.entry(tensor).shape)
-        if len(pieces := self.pieces[tensor]) > 1:
-            dim, slices = self.split_dims[tensor], [self._header(p.file)[p.name] for p in pieces]
-            rest = [(*e.shape[:dim], *e.shape[dim + 1 :], e.dtype) for e in slices]
-            if any(other != rest[0] or len(e.shape) <= dim for e, other in zip(slices, rest, strict=True)):
-                shapes = ", ".join(str(list(e.shape)) for e in slices)
-                raise CheckpointError(f"the ranks' slices of {tensor} do not fit: {shapes}", remedy="copy them again")
-            shape[dim] = sum(e.shape[dim] for e in slices)
-        return tuple(shape)
+        shape = self._entries[tensor].shape
+        if len(pieces := self.pieces[tensor]) == 1:
+            return shape
+        dim, slices = self.split_dims[tensor], [self._header(p.file)[p.name] for p in pieces]
+        rest = [(*e.shape[:dim], *e.shape[dim + 1 :], e.dtype) for e in slices]
+        if any(other != rest[0] or len(e.shape) <= dim for e, other in zip(slices, rest, strict=True)):
+            shapes = ", ".join(str(list(e.shape)) for e in slices)
+            raise CheckpointError(f"the ranks' slices of {tensor} do not fit: {shapes}", remedy="copy them again")
+        return (*shape[:dim], sum(e.shape[dim] for e in slices), *shape[dim + 1 :])
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a logical weight, [out, in] for a matrix."""
@@ -157,8 +150,9 @@ class Source:
     def stacked(self, tensors: Sequence[str], like: Tensor) -> Tensor | None:
         """`like` [groups, ...] as one view of a map, when these tensors (in the order of its memory, an equal number
         for each group) lie side by side in one shard at an even step; None when they do not. Nothing is copied."""
-        pieces = [self.pieces[tensor] for tensor in tensors]
-        if any(len(p) != 1 or p[0].file != pieces[0][0].file for p in pieces):
+        pieces = [piece for tensor in tensors for piece in self.pieces[tensor]]
+        files = [piece.file for piece in pieces]
+        if len(pieces) != len(tensors) or files.count(files[0]) != len(files):
             return None
         entries = [self.entry(tensor) for tensor in tensors]
         groups, size = like.shape[0], like.dtype.itemsize
@@ -166,17 +160,24 @@ class Source:
         heads = [e.begin for e in entries[::per]]
         step = heads[1] - heads[0] if groups > 1 else sum(e.nbytes for e in entries)
         even = all(head == heads[0] + i * step for i, head in enumerate(heads))
-        adjacent = all(
-            entries[i + 1].begin == entries[i].end for g in range(groups) for i in range(g * per, g * per + per - 1)
-        )
+        adjacent = all(e.end == after.begin for i, (e, after) in enumerate(pairwise(entries), 1) if i % per)
         if not (even and adjacent and step > 0 and all(e.dtype == like.dtype for e in entries)):
             return None
         if step % size or heads[0] % size:
             return None
         inner = list(torch.empty(like.shape[1:], device="meta").stride())
-        return self._shard(pieces[0][0].file).strided(like.dtype, heads[0], like.shape, [step // size, *inner])
+        return self._shard(files[0]).strided(like.dtype, heads[0], like.shape, [step // size, *inner])
 
     # ---- inside -------------------------------------------------------------------------------------------------
+
+    def _find_entries(self) -> None:
+        """Raises CheckpointError where an index names a tensor that its shard lacks."""
+        for tensor, (piece, *_) in self.pieces.items():
+            if (entry := self._header(piece.file).get(piece.name)) is None:
+                raise CheckpointError(
+                    f"{piece.file} lacks {piece.name}, which the index places there", remedy="copy the shard again"
+                )
+            self._entries[tensor] = entry
 
     def _header(self, file: Path) -> Mapping[str, Entry]:
         if file not in self._headers:
@@ -189,7 +190,7 @@ class Source:
             return self._shards[file]
         while len(self._shards) >= OPEN_SHARDS:
             self._shards.popitem(last=False)[1].close()
-        self._shards[file] = Shard(file)
+        self._shards[file] = Shard(file, self._headers.get(file))
         return self._shards[file]
 
     def _recognise(self, scheme: Scheme | None) -> dict[str, Weight]:

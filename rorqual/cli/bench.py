@@ -6,7 +6,7 @@ import json
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +18,14 @@ Model = Annotated[str, typer.Option(help="A preset (random weights by seed) or a
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Rounds = Annotated[int, typer.Option(help="Rounds; the engines take turns in each, medians are reported.", min=1)]
 Peer = Annotated[bool, typer.Option("--peer/--no-peer", help="Measure transformers in the same run, where installed.")]
+
+Dtype = Annotated[
+    str, typer.Option(help="Our weights: float32, bfloat16, int8 or int4; default float32 on CPU, bfloat16 on GPU.")
+]
+Threads = Annotated[int, typer.Option(help="CPU threads of every engine; 0 means all physical cores.", min=0)]
+Llama = Annotated[
+    bool, typer.Option("--llama/--no-llama", help="Measure llama.cpp at the same bits, where llama-cpp-python is.")
+]
 
 
 @app.callback()
@@ -78,17 +86,20 @@ def decode(
     batch: Annotated[int, typer.Option(help="Sequences side by side.")] = 1,
     prompt: Annotated[int, typer.Option(help="Prompt tokens of each.")] = 512,
     new: Annotated[int, typer.Option(help="Tokens to generate for each.")] = 64,
+    dtype: Dtype = "",
+    threads: Threads = 0,
     rounds: Rounds = 5,
     peer: Peer = True,
+    llama: Llama = True,
     json_file: JsonFile = None,
 ) -> None:
     """Greedy decoding through the engine: tokens a second after the prompt.
 
     Example:
 
-        rorqual bench decode --model bench-cpu --prompt 512 --batch 8
+        rorqual bench decode --model bench-cpu --prompt 512 --batch 8 --dtype int8
     """
-    _generate("decode", model, device, batch, prompt, new, rounds, peer, json_file)
+    _generate("decode", model, device, (batch, prompt, new), dtype, threads, rounds, peer, llama, json_file)
 
 
 @app.command()
@@ -97,8 +108,11 @@ def prefill(
     device: Device = "cpu",
     batch: Annotated[int, typer.Option(help="Prompts.")] = 1,
     prompt: Annotated[int, typer.Option(help="Tokens of each.")] = 512,
+    dtype: Dtype = "",
+    threads: Threads = 0,
     rounds: Rounds = 5,
     peer: Peer = True,
+    llama: Llama = True,
     json_file: JsonFile = None,
 ) -> None:
     """Reading prompts: prompt tokens a second until the first token is there.
@@ -107,36 +121,139 @@ def prefill(
 
         rorqual bench prefill --model bench-cpu --prompt 512
     """
-    _generate("prefill", model, device, batch, prompt, 1, rounds, peer, json_file)
+    _generate("prefill", model, device, (batch, prompt, 1), dtype, threads, rounds, peer, llama, json_file)
 
 
 def _generate(
     kind: str,
     model: str,
     device: str,
-    batch: int,
-    prompt: int,
-    new: int,
+    shape: tuple[int, int, int],
+    dtype: str,
+    threads: int,
     rounds: int,
     peer: bool,
+    llama: bool,
     json_file: Path | None,
 ) -> None:
-    from rorqual.cli.benchmarks import Generation, PeerGeneration, generation_bound
-    from rorqual.config import ModelConfig
+    import torch
 
-    cfg = ModelConfig.load(model)
-    ours = Generation(cfg, model, device, batch, prompt, new)
+    from rorqual.cli import benchmarks as b
+    from rorqual.engine.load import physical_cores
+
+    on_cpu = device == "cpu"
+    dtype = dtype or ("float32" if on_cpu else "bfloat16")
+    if dtype not in b.BYTES:
+        raise typer.BadParameter(f"{dtype!r} is not one of {', '.join(b.BYTES)}", param_hint="--dtype")
+    work, weights = b.Work(*shape), b.Weights(model)
+    count = threads or physical_cores()
+    ours = b.Generation(weights, device, work, dtype, count)
     engines: dict[str, Callable[[], float | None]] = {"rorqual": ours.run}
+    if llama and on_cpu and dtype in b.LlamaGeneration.KINDS and b.llama_python():
+        other = b.LlamaGeneration(weights, work, dtype, count)
+        engines[f"llama.cpp {other.kind}"] = other.run
     if peer:
-        engines["transformers"] = PeerGeneration(cfg, model, device, batch, prompt, new).run
-    tokens = batch * (prompt if kind == "prefill" else new)
-    bound, source = generation_bound(cfg, kind, device, batch, prompt, new)
+        engines["transformers"] = b.Threads(b.PeerGeneration(weights, device, work).run, count).run
+    tokens = work.batch * (work.prompt if kind == "prefill" else work.new)
+    if on_cpu:
+        torch.set_num_threads(count)
+    bound, source = b.generation_bound(weights.cfg, kind, device, work, dtype)
     rates = {name: [tokens / s for s in seconds] for name, seconds in interleaved(engines, rounds, device).items()}
-    facts = {"model": model, "batch": batch, "prompt": prompt, "new": new}
+    facts = {"model": model, **work._asdict(), "dtype": dtype}
+    if on_cpu:
+        facts["threads"] = count
     report(kind, facts, rates, bound, source, device, json_file)
 
 
-def interleaved(engines: dict[str, Callable[[], float | None]], rounds: int, device: str) -> dict[str, list[float]]:
+@app.command()
+def serve(
+    model: Model = "bench-cpu",
+    device: Device = "cpu",
+    requests: Annotated[int, typer.Option(help="Requests, all there at the start.", min=1)] = 64,
+    dtype: Dtype = "",
+    threads: Threads = 0,
+    max_num_seqs: Annotated[int, typer.Option(help="Most requests computed at once.", min=1)] = 32,
+    rounds: Annotated[int, typer.Option(help="Rounds; medians are reported.", min=1)] = 3,
+    json_file: JsonFile = None,
+) -> None:
+    """Continuous batching: mixed requests (prompts of 16 to 1,024 tokens, answers of 16 to 256), against the time of the
+    same forwards back to back; what lies above 1 is the engine's own.
+
+    Example:
+
+        rorqual bench serve --model bench-cpu --dtype int8
+    """
+    from rorqual.cli import benchmarks as b
+    from rorqual.cli import serving
+
+    dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
+    weights, traffic = b.Weights(model), serving.Traffic(requests)
+    core = b.engine(weights, device, max_num_seqs, dtype, threads)
+    serving.serve(core, serving.Traffic(4), 0)
+    done = [serving.serve(core, traffic, seed) for seed in range(1, rounds + 1)]
+
+    def middle(pick: Callable[[serving.Served], float]) -> float:
+        return statistics.median(map(pick, done))
+
+    def centile(values: list[float], share: int) -> float:
+        return 1000 * statistics.quantiles(values, n=100, method="inclusive")[share - 1]
+
+    rows = [
+        {
+            "tokens/s": middle(lambda s: s.tokens / s.seconds),
+            "prompt tokens/s": middle(lambda s: s.prompt_tokens / s.seconds),
+            "steps": middle(lambda s: s.steps),
+            "time / forwards": middle(lambda s: s.seconds / s.steps_s if s.steps_s else float("nan")),
+            "first token ms, median": middle(lambda s: centile(s.first_s, 50)),
+            "p99 ": middle(lambda s: centile(s.first_s, 99)),
+            "next token ms, median": middle(lambda s: centile(s.gap_s, 50)),
+            "p99": middle(lambda s: centile(s.gap_s, 99)),
+        }
+    ]
+    facts = {"model": model, "requests": requests, "max_num_seqs": max_num_seqs, "dtype": dtype, "rounds": rounds}
+    _finish("serve", facts, rows, device, json_file)
+
+
+@app.command()
+def mtp(
+    model: Annotated[str, typer.Option(help="A model directory with an MTP module that was trained.")],
+    prompts: Annotated[int, typer.Option(help="Prompts: beginnings of paragraphs of --text.", min=1)] = 16,
+    new: Annotated[int, typer.Option(help="Tokens after each.", min=2)] = 128,
+    text: Annotated[Path, typer.Option(help="Where the prompts come from.")] = Path("README.md"),
+    dtype: Dtype = "bfloat16",
+    threads: Threads = 0,
+    json_file: JsonFile = None,
+) -> None:
+    """Speculation by the MTP module: acceptance, costs, and how much of the speed-up they allow is reached.
+
+    Example:
+
+        rorqual bench mtp --model models/rorqual-nano
+    """
+    from rorqual.cli import benchmarks as b
+    from rorqual.cli import serving
+    from rorqual.data.tokenizer import Tokenizer
+
+    weights = b.Weights(model)
+    tokenizer = Tokenizer.load(weights.path)
+    paragraphs = [p for p in text.read_text(encoding="utf-8").split("\n\n") if len(p) > 100]
+    starts = [(tokenizer.bos_id, *tokenizer.encode(p)[:24]) for p in paragraphs[:prompts]]
+    drafted, plain = (b.engine(weights, "cpu", 1, dtype, threads, speculation=k) for k in (1, 0))
+    row = serving.mtp(drafted, plain, starts, new)
+    facts = {"model": model, "prompts": len(starts), "new": new, "dtype": dtype}
+    _finish("mtp", facts, [row], "cpu", json_file)
+
+
+def _finish(kind: str, facts: dict[str, Any], rows: list[dict[str, Any]], device: str, json_file: Path | None) -> None:
+    """The table, where it was measured, and the JSON."""
+    where = environment(device)
+    print_rows(f"{kind}: " + ", ".join(f"{k} {v}" for k, v in facts.items()), rows)
+    typer.echo(", ".join(f"{k} {v}" for k, v in where.items()))
+    if json_file is not None:
+        json_file.write_text(json.dumps({"kind": kind, **facts, "rows": rows, "environment": where}, indent=1) + "\n")
+
+
+def interleaved(engines: Mapping[str, Callable[[], float | None]], rounds: int, device: str) -> dict[str, list[float]]:
     """Seconds of each engine's work, one after another within a round, after one unmeasured call each. An engine that
     times a part of its work itself returns those seconds."""
     import torch
@@ -331,6 +448,40 @@ def ops(
     print_rows("microseconds of x W^T", table)
     result = {"kind": "fp8 products", "model": model, "rows": table, "environment": environment(device)}
     if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=1) + "\n")
+
+
+@app.command()
+def load(
+    model: Model = "bench-cpu",
+    rounds: Rounds = 5,
+    json_file: JsonFile = None,
+) -> None:
+    """Loading a checkpoint until its weights are in memory, against reading the same bytes: into a buffer, and through a
+    map. Cold (from disk) and warm (from the page cache); ratio is the time of load_model by the row's.
+
+    A preset is written to a temporary folder in bf16 first; TMPDIR says where.
+
+    Example:
+
+        rorqual bench load --model bench-gpu --json benchmarks/load.json
+    """
+    from rorqual.checkpoint.shards import find_shards
+    from rorqual.cli import loading
+
+    with loading.checkpoint(model) as directory:
+        files = find_shards(directory)
+        facts = {
+            "model": model,
+            "tensors": len(files),
+            "bytes": sum(file.stat().st_size for file in set(files.values())),
+        }
+        seconds = interleaved(loading.works(directory), rounds, "cpu")
+    rows, where = loading.table(seconds), environment("cpu")
+    print_rows("load: " + ", ".join(f"{k} {v}" for k, v in facts.items()), rows)
+    typer.echo(", ".join(f"{k} {v}" for k, v in where.items()))
+    if json_file is not None:
+        result = {"kind": "load", **facts, "rounds": rounds, "rows": rows, "seconds": seconds, "environment": where}
         json_file.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import os
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +19,10 @@ import torch
 from rorqual.checkpoint import save_model
 from rorqual.config import ModelConfig
 from rorqual.data.packing import Rows
+from rorqual.engine.api import Request, SamplingParams
+from rorqual.engine.core import EngineCore
+from rorqual.engine.settings import EngineSettings
+from rorqual.errors import BackendUnavailable
 from rorqual.model.transformer import Transformer
 from rorqual.plan.count import forward_flops_per_token, parts, totals
 from rorqual.train.config import DataConfig, RunConfig, Source
@@ -82,56 +92,140 @@ def peer_model(cfg: ModelConfig, dtype: torch.dtype, device: str, source: str | 
     return peer.to(device, dtype)
 
 
-class Generation:
-    """Our engine core on random prompts of token ids. Prefill: seconds until every prompt has its first token; decode:
-    from there to the last, scaled to `new` tokens."""
+class Work(NamedTuple):
+    """What the engines generate: `batch` random prompts of `prompt` ids, `new` greedy tokens after each."""
 
-    def __init__(self, cfg: ModelConfig, source: str, device: str, batch: int, prompt: int, new: int) -> None:
-        from rorqual.engine.load import load_core
-        from rorqual.engine.settings import EngineSettings
+    batch: int
+    prompt: int
+    new: int
 
-        self.batch, self.prompt, self.new, self.vocab = batch, prompt, new, cfg.vocab_size
-        self.folder = tempfile.TemporaryDirectory()
-        if not Path(source).is_dir():
+    def seconds(self, prefill: float, decode: float) -> float:
+        """Prefill: until every prompt has its first token. Decode: from there to the last, scaled to `new` tokens."""
+        return prefill if self.new == 1 else decode * self.new / (self.new - 1)
+
+
+class Weights:
+    """One checkpoint for every engine: a directory, or a preset's random weights by seed, written once, bf16."""
+
+    def __init__(self, model: str) -> None:
+        self.folder: tempfile.TemporaryDirectory[str] | None = None
+        if Path(model).is_dir():
+            self.path = Path(model)
+        else:
+            self.folder = tempfile.TemporaryDirectory()
+            self.path = Path(self.folder.name) / "model"
             torch.manual_seed(0)
-            save_model(Transformer(cfg), self.folder.name + "/model")
-            source = self.folder.name + "/model"
-        dtype = "bfloat16" if device.startswith("cuda") else "float32"
-        settings = EngineSettings(source, dtype=dtype, device=device, max_num_seqs=batch, prefix_cache=False)
-        self.core = load_core(settings)
+            save_model(Transformer(ModelConfig.load(model), dtype=torch.bfloat16), self.path)
+        self.cfg = ModelConfig.load(str(self.path))
+
+    def gguf(self, kind: str) -> Path:
+        from rorqual.checkpoint.gguf import export_gguf
+        from rorqual.checkpoint.source import Source
+
+        self.folder = self.folder or tempfile.TemporaryDirectory()
+        file = Path(self.folder.name) / f"{kind}.gguf"
+        if not file.exists():
+            export_gguf(Source.open(self.path), file, kind)
+        return file
+
+
+def engine(
+    weights: Weights, device: str, max_num_seqs: int, dtype: str, threads: int, speculation: int = 0
+) -> EngineCore:
+    """Our engine core. threads: on a CPU, 0 for what is fastest."""
+    from rorqual.engine.load import load_core
+
+    told = EngineSettings(
+        str(weights.path), dtype, device, max_num_seqs=max_num_seqs, prefix_cache=False, speculation=speculation,
+        threads=threads or "auto",
+    )  # fmt: skip
+    return load_core(told)
+
+
+class Generation:
+    """Our engine core on random prompts of token ids."""
+
+    def __init__(self, weights: Weights, device: str, work: Work, dtype: str, threads: int) -> None:
+        self.work, self.vocab = work, weights.cfg.vocab_size
+        self.core = engine(weights, device, work.batch, dtype, threads)
         self.seed = 0
 
     def run(self) -> float:
-        from rorqual.engine.api import Request, SamplingParams
-
         self.seed += 1
-        params = SamplingParams(temperature=0, max_tokens=self.new, ignore_eos=True)
-        ids = np.random.default_rng(self.seed).integers(2, self.vocab, (self.batch, self.prompt)).tolist()
+        work = self.work
+        params = SamplingParams(temperature=0, max_tokens=work.new, ignore_eos=True)
+        ids = np.random.default_rng(self.seed).integers(2, self.vocab, (work.batch, work.prompt)).tolist()
         start = time.perf_counter()
         for i, row in enumerate(ids):
             self.core.add(Request(str(i), tuple(row), params))
         begun: set[str] = set()
-        while len(begun) < self.batch:
+        while len(begun) < work.batch:
             begun |= {out.request_id for out in self.core.step() if out.token_ids}
         first = time.perf_counter()
         left = 0
         while self.core.busy:
             left += sum(len(out.token_ids) for out in self.core.step())
-        if self.new == 1:
+        if work.new == 1:
             return first - start
-        return (time.perf_counter() - first) * self.new * self.batch / left
+        # Short prompts have begun to decode while long ones were read: what is left is what was timed.
+        return (time.perf_counter() - first) * work.new * work.batch / left
+
+
+class LlamaGeneration:
+    """llama.cpp on the same weights, in a process of its own (`llama_worker`). kind: a GGUF type, or none where the
+    weights cannot be exported to it. Raises BackendUnavailable without llama-cpp-python."""
+
+    KINDS: ClassVar = {"float32": "f32", "bfloat16": "bf16", "int8": "q8_0", "int4": "q4_0"}
+
+    def __init__(self, weights: Weights, work: Work, dtype: str, threads: int) -> None:
+        python = llama_python()
+        if python is None:
+            raise BackendUnavailable("llama-cpp-python is not installed", remedy="`make interop` builds it in .peers")
+        self.work, self.kind, self.seed = work, self.KINDS[dtype], 0
+        context = work.batch * (work.prompt + work.new + 64)
+        self.process = subprocess.Popen(
+            [
+                *(python, "-P", str(Path(__file__).with_name("llama_worker.py")), str(weights.gguf(self.kind))),
+                *(str(threads), str(context), str(work.batch)),
+            ],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self._read()
+
+    def run(self) -> float:
+        self.seed += 1
+        assert self.process.stdin is not None
+        print(json.dumps({**self.work._asdict(), "seed": self.seed}), file=self.process.stdin, flush=True)
+        answer = self._read()
+        return self.work.seconds(answer["prefill"], answer["decode"])
+
+    def _read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise BackendUnavailable("the llama.cpp worker ended")
+        return dict(json.loads(line))
+
+
+def llama_python() -> str | None:
+    """A Python that has llama_cpp: $LLAMA_PYTHON, this one, or that of `make interop`."""
+    if named := os.environ.get("LLAMA_PYTHON"):
+        return named
+    if importlib.util.find_spec("llama_cpp"):
+        return sys.executable
+    built = Path(__file__).resolve().parents[2] / ".peers" / "bin" / "python"
+    return str(built) if built.exists() else None
 
 
 class PeerGeneration:
     """transformers' generate, timed the same way."""
 
-    def __init__(self, cfg: ModelConfig, source: str, device: str, batch: int, prompt: int, new: int) -> None:
-        self.batch, self.prompt, self.new, self.vocab, self.device = batch, prompt, new, cfg.vocab_size, device
+    def __init__(self, weights: Weights, device: str, work: Work) -> None:
+        self.work, self.vocab, self.device, self.seed = work, weights.cfg.vocab_size, device, 0
         dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-        self.model = peer_model(cfg, dtype, device, source if Path(source).is_dir() else None).eval()
+        self.model = peer_model(weights.cfg, dtype, device, str(weights.path)).eval()
         self.model.generation_config.eos_token_id = None
         self.model.generation_config.pad_token_id = 1
-        self.seed = 0
 
     def run(self) -> float:
         from transformers import StoppingCriteria, StoppingCriteriaList
@@ -146,34 +240,51 @@ class PeerGeneration:
                 return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
         self.seed += 1
-        rng = np.random.default_rng(self.seed)
-        ids = torch.from_numpy(rng.integers(2, self.vocab, (self.batch, self.prompt))).to(self.device)
+        work, rng = self.work, np.random.default_rng(self.seed)
+        ids = torch.from_numpy(rng.integers(2, self.vocab, (work.batch, work.prompt))).to(self.device)
         start = time.perf_counter()
         self.model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=self.new, min_new_tokens=self.new,
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=work.new, min_new_tokens=work.new,
             do_sample=False, stopping_criteria=StoppingCriteriaList([Clock()]),
         )  # fmt: skip
-        if self.new == 1:
-            return ticks[0] - start
-        return (ticks[-1] - ticks[0]) * self.new / (self.new - 1)
+        return work.seconds(ticks[0] - start, ticks[-1] - ticks[0])
 
 
-def generation_bound(cfg: ModelConfig, kind: str, device: str, batch: int, prompt: int, new: int) -> tuple[float, str]:
+class Threads:
+    """Runs a torch peer with as many threads as is best for it, and gives torch back as it was."""
+
+    def __init__(self, work: Callable[[], float], threads: int) -> None:
+        self.work, self.threads = work, threads
+
+    def run(self) -> float:
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            return self.work()
+        finally:
+            torch.set_num_threads(before)
+
+
+BYTES = {"float32": 4.0, "bfloat16": 2.0, "fp8": 1.0, "int8": 8.5 / 8, "int4": 4.5 / 8}
+"""Of one stored weight, scales included."""
+
+
+def generation_bound(cfg: ModelConfig, kind: str, device: str, work: Work, dtype: str) -> tuple[float, str]:
     """Tokens/s that the hardware allows: operations over the matrix rate for prefill; for decode the weights a step
     must read (distinct experts under uniform routing, no embedding table) and the cache, over measured bandwidth."""
     where = torch.device(device)
     if kind == "prefill":
         peak, source = peak_flops(where)
-        return peak / forward_flops_per_token(cfg, prompt), source
-    size = 2 if where.type == "cuda" else 4
+        return peak / forward_flops_per_token(cfg, work.prompt), source
     total, _ = totals(cfg)
     routed = next(p for p in parts(cfg) if p.name == "routed experts")
-    distinct = 1 - (1 - cfg.num_experts_per_tok / cfg.n_routed_experts) ** batch
+    distinct = 1 - (1 - cfg.num_experts_per_tok / cfg.n_routed_experts) ** work.batch
     embedding = 0 if cfg.tie_word_embeddings else cfg.vocab_size * cfg.hidden_size
-    weights = (total - routed.total - embedding + routed.total * distinct) * size
-    cache = batch * (prompt + new / 2) * cfg.num_hidden_layers * cfg.cache_dim * size
+    weights = (total - routed.total - embedding + routed.total * distinct) * BYTES[dtype]
+    cached = work.batch * (work.prompt + work.new / 2) * cfg.num_hidden_layers * cfg.cache_dim
+    cache = cached * (4 if where.type == "cpu" else 2)
     rate = read_bandwidth(where, int(weights))
-    return batch / ((weights + cache) / rate), f"bytes a step must read at {rate / 1e9:.0f} GB/s, measured here"
+    return work.batch / ((weights + cache) / rate), f"bytes a step must read at {rate / 1e9:.0f} GB/s, measured here"
 
 
 def read_bandwidth(device: torch.device, size: int) -> float:

@@ -9,10 +9,10 @@ Life of a request: `generate(request)` yields `Output`s as tokens appear. Exactl
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 
 class FinishReason(StrEnum):
@@ -24,24 +24,37 @@ class FinishReason(StrEnum):
     ERROR = "error"  # the engine failed; `Output.error` says how
 
 
+GrammarKind = Literal["json_object", "json_schema", "regex", "lark"]
+
+
 @dataclass(frozen=True, slots=True)
 class Grammar:
     """What the generated text must match. kind "json_object" takes no text; "json_schema" a JSON schema, "regex" a
     regular expression, "lark" a Lark grammar. Compiled by `engine.grammar`."""
 
-    kind: Literal["json_object", "json_schema", "regex", "lark"]
+    kind: GrammarKind
     text: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to choose tokens.
+    """How to choose tokens. `engine.sampler` says in which order the fields act.
 
-    temperature: 0 is greedy; top_p in (0, 1]; top_k: 0 considers every token; max_tokens: None means up to the
-    context's end; stop: strings that end the text and are cut from it; stop_token_ids: further ids that end it;
+    temperature: 0 is greedy; top_p in (0, 1]; top_k: 0 considers every token; min_p: of the best token's probability,
+    what another must have at least; max_tokens: None means up to the context's end; stop: strings that end the text
+    and are cut from it; stop_token_ids: further ids that end it; min_tokens: no end or stop token is drawn before;
     seed: None draws one from the engine; a seed and a position give the same draw whatever else is in the batch;
     ignore_eos: run to max_tokens (benchmarks); logprobs: None, or how many alternatives (0 to 20) to report beside
-    the chosen token's log-probability, taken from the raw distribution (before temperature and truncation).
+    the chosen token's log-probability, taken from the raw distribution (before anything below, temperature and
+    truncation).
+
+    repetition_penalty: divides positive logits and multiplies negative ones of every token in prompt or completion;
+    presence_penalty, frequency_penalty: subtracted from a logit once, and per occurrence, of a token in the completion;
+    logit_bias: (token id, what is added to its logit) pairs, or a mapping; bad_token_ids: sequences that the completion
+    never contains; bad_words: the same as strings, for whoever holds a tokenizer (see `spelled`); grammar: what the
+    completion must match.
+
+    n: how many completions to make of one prompt, for whoever turns prompts into requests: a request is one completion.
     """
 
     temperature: float = 1.0
@@ -53,25 +66,68 @@ class SamplingParams:
     seed: int | None = None
     ignore_eos: bool = False
     logprobs: int | None = None
+    min_p: float = 0.0
+    min_tokens: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_token_ids: tuple[tuple[int, ...], ...] = ()
+    bad_words: tuple[str, ...] = ()
+    grammar: Grammar | None = None
+    n: int = 1
 
     def __post_init__(self) -> None:
         """Raises RequestError naming the field that is out of range."""
         from rorqual.errors import RequestError
 
-        stop: object = self.stop  # one string is welcome where the type asks for several
-        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(self.stop or ()))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-
         def require(ok: bool, field_name: str, rule: str) -> None:
             if not ok:
                 raise RequestError(f"{field_name} must be {rule}, not {getattr(self, field_name)!r}", param=field_name)
 
+        def normalise(field_name: str, convert: Callable[[Any], tuple[Any, ...]], rule: str) -> None:
+            try:
+                object.__setattr__(self, field_name, convert(getattr(self, field_name) or ()))
+            except (TypeError, ValueError):
+                require(False, field_name, rule)
+
+        for strings in ("stop", "bad_words"):  # one string is welcome where the type asks for several
+            normalise(strings, lambda s: (s,) if isinstance(s, str) else tuple(s), "a list of strings")
+            ok = all(isinstance(s, str) and s for s in getattr(self, strings))
+            require(ok, strings, "a list of non-empty strings")
+        normalise("stop_token_ids", tuple, "a list of token ids")
+        normalise("logit_bias", _bias_pairs, "token ids with numbers")
+        normalise("bad_token_ids", lambda many: tuple(tuple(int(t) for t in ids) for ids in many), "lists of token ids")
         require(0.0 <= self.temperature <= 100.0, "temperature", "between 0 and 100")
         require(0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1")
         require(self.top_k >= 0, "top_k", "0 (off) or positive")
+        require(0.0 <= self.min_p <= 1.0, "min_p", "between 0 and 1")
         require(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1")
+        require(0 <= self.min_tokens <= (self.max_tokens or self.min_tokens), "min_tokens", "between 0 and max_tokens")
         require(self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs", "between 0 and 20")
-        require(all(self.stop), "stop", "a list of non-empty strings")
+        require(0.0 < self.repetition_penalty <= 100.0, "repetition_penalty", "above 0 and at most 100")
+        require(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "between -2 and 2")
+        require(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "between -2 and 2")
+        require(all(-100.0 <= b <= 100.0 for _, b in self.logit_bias), "logit_bias", "biases between -100 and 100")
+        require(all(self.bad_token_ids), "bad_token_ids", "non-empty sequences")
+        require(self.grammar is None or self.grammar.kind in get_args(GrammarKind), "grammar", "of a known kind")
+        require(1 <= self.n <= 128, "n", "between 1 and 128")
+
+    def spelled(self, encode: Callable[[str], Sequence[int]]) -> SamplingParams:
+        """With every one of `bad_words` as `bad_token_ids`: as `encode` spells it at the start of a text and after a
+        space. Other spellings of the same letters (piece by piece) are not found: a model rarely has another."""
+        if not self.bad_words:
+            return self
+        # Only a space before the word is the word's own: " a" and "a" are one entry.
+        words = [word.removeprefix(" ") or word for word in self.bad_words]
+        spellings = [tuple(encode(text)) for word in words for text in (word, f" {word}")]
+        return replace(self, bad_words=(), bad_token_ids=tuple(dict.fromkeys((*self.bad_token_ids, *spellings))))
+
+
+def _bias_pairs(bias: Mapping[Any, Any] | Iterable[tuple[Any, Any]]) -> tuple[tuple[int, float], ...]:
+    """Keys may be strings, as JSON has them."""
+    pairs = bias.items() if isinstance(bias, Mapping) else bias
+    return tuple((int(token), float(value)) for token, value in pairs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,18 +228,27 @@ class Engine(Protocol):
 def check_request(request: Request, info: EngineInfo) -> None:
     """The checks every engine makes before it takes a request.
 
-    Raises RequestError for an empty prompt or ids outside the vocabulary, PromptTooLong when prompt and
-    max_tokens do not fit, CapacityError never (a queue's own matter).
+    Raises RequestError for an empty prompt, ids outside the vocabulary or bad words that nobody has spelled,
+    PromptTooLong when prompt and max_tokens do not fit, CapacityError never (a queue's own matter).
     """
     from rorqual.errors import PromptTooLong, RequestError
 
-    n = len(request.prompt)
+    n, params = len(request.prompt), request.params
     if n == 0:
         raise RequestError("the prompt is empty", remedy="send at least one token of text", param="prompt")
-    bad = next((t for t in request.prompt if not 0 <= t < info.vocab_size), None)
-    if bad is not None:
-        raise RequestError(f"token id {bad} is outside the vocabulary of {info.vocab_size}", param="prompt")
-    want = request.params.max_tokens
+    named = {
+        "prompt": request.prompt,
+        "stop_token_ids": params.stop_token_ids,
+        "logit_bias": [token for token, _ in params.logit_bias],
+        "bad_token_ids": [token for sequence in params.bad_token_ids for token in sequence],
+    }
+    for param, ids in named.items():
+        bad = next((t for t in ids if not 0 <= t < info.vocab_size), None)
+        if bad is not None:
+            raise RequestError(f"token id {bad} is outside the vocabulary of {info.vocab_size}", param=param)
+    if params.bad_words:
+        raise RequestError("the engine knows no words", remedy="give bad_token_ids", param="bad_words")
+    want = params.max_tokens
     total = n + (want or 1)
     if total > info.max_model_len:
         asked = f"{total} tokens ({n} in the messages, {want or 1} in the completion)"

@@ -3,31 +3,51 @@
 It joins a scheduler (decides), a runner (computes and draws) and the bookkeeping of endings. It knows neither tensors
 nor processes: tests drive it with a runner of ten lines, `llm` calls it directly, `process` puts it into a child.
 
+Speculation: a slice may carry drafts, guesses at the tokens after its last. The runner draws one token after the last
+and one after each draft; draws are taken in order up to the first that differs from its draft. A draw depends on the
+tokens before it, the seed and the position alone, so the answer is the same token by token with drafts and without,
+and its distribution is the model's. The latents of drafts that fell are overwritten when their positions come.
+
+Grammars: masks are computed in a thread beside the forward, and the runner asks for them when it needs them.
+
+Disk: before a step is planned, pages that the next prompts lack in memory are looked up on disk and published, so that
+the scheduler finds them like any others; after it, newly published pages are offered to the disk's own thread. What
+one step reads is bounded by the token budget; a prompt that has more to read stays at the head of the queue.
+
 Every request that `add` accepted ends with exactly one output that has a finish reason, whatever happens:
- - a token that stops it, its length, or `abort`;
- - a fault in one row (logits that are not numbers) ends that request with an error;
+ - a token that stops it, its grammar's end, its length, or `abort`;
+ - a fault in one row (logits that are not numbers, a grammar that fails) ends that request with an error;
  - an exception in the runner ends every request of that step with an error.
 After a fault the pages that were being written are wiped: a stale NaN would reach later owners of the page even
 through masked attention, since 0 * NaN is NaN. If wiping fails too, the device is gone and the exception is the
-caller's.
+caller's. Drafting and the disk are optional: a failure there is logged and switches them off.
 """
 
 from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, Protocol
 
-from rorqual.engine.api import EngineInfo, FinishReason, Output, Request, TokenLogprob, check_request
+from rorqual.engine.api import EngineInfo, FinishReason, Grammar, Output, Request, TokenLogprob, check_request
+from rorqual.engine.disk import DiskCache
+from rorqual.engine.pages import Published
 from rorqual.engine.scheduler import Job, Scheduler, Slice
-from rorqual.errors import RequestError, RorqualError
+from rorqual.engine.speculation import Controller
+from rorqual.engine.stats import EngineStats, Phase, StepStats, Tally
+from rorqual.errors import ConfigError, RequestError, RorqualError
 
 log = logging.getLogger(__name__)
 
+Masks = Callable[[], Sequence[Sequence[Any]]]
+
 
 class Draw(NamedTuple):
-    """What a slice came to. token_id: None unless the slice samples; fault: why its row cannot be used."""
+    """What a position came to. token_id: None if there is a fault, which says why its slice cannot be used."""
 
     token_id: int | None = None
     logprob: TokenLogprob | None = None
@@ -35,105 +55,392 @@ class Draw(NamedTuple):
 
 
 class Runner(Protocol):
-    """Computes a step. `engine.runner.ModelRunner` is the real one."""
+    """Computes a step. `engine.runner.ModelRunner` is the real one.
 
-    def run(self, plan: Sequence[Slice]) -> list[Draw]:
-        """One draw per slice, in order."""
+    draft_depth: most drafts a token can be given, 0 if it cannot draft; page_bytes: what `read_page` returns.
+    """
+
+    draft_depth: int
+    page_bytes: int
+
+    def run(self, plan: Sequence[Slice], masks: Masks | None) -> list[list[Draw]]:
+        """Per slice, in order: 1 + len(drafts) draws if it samples, none if it does not, one with a fault if its
+        rows cannot be used. masks: per slice one grammar mask per draw, or none; to be called after the forward; None
+        if no slice has a grammar."""
+        ...
+
+    def draft(self, done: Sequence[tuple[Slice, int]], depth: int) -> list[tuple[int, ...]]:
+        """Up to `depth` (at least 1) tokens that may follow each job's, which have grown by the given number since
+        `run`; () after a prompt's chunk (0 new tokens), which is here for the drafter to see. Steps may be left out."""
         ...
 
     def wipe(self, pages: Sequence[int]) -> None:
         """Make the content of these pages, and of the scrap page, harmless."""
         ...
 
+    def read_page(self, page: int) -> bytes:
+        """The page's content, complete."""
+        ...
+
+    def write_page(self, page: int, data: bytes) -> None:
+        """Restore what `read_page` returned, into any page."""
+        ...
+
+
+class Matcher(Protocol):
+    """One request's state in its grammar."""
+
+    @property
+    def stopped(self) -> bool:
+        """The text is complete."""
+        ...
+
+    def masks(self, drafts: Sequence[int]) -> Sequence[Any]:
+        """What may be drawn now and after each draft (anything from the first draft on that cannot follow)."""
+        ...
+
+    def accept(self, token: int) -> object: ...
+
+
+class GrammarCompiler(Protocol):
+    def matcher(self, grammar: Grammar) -> Matcher:
+        """Raises RequestError for a grammar that cannot be compiled."""
+        ...
+
+
+@dataclass(slots=True)
+class _Live:
+    """An accepted request that has not ended."""
+
+    job: Job
+    tally: Tally
+    matcher: Matcher | None
+
 
 class EngineCore:
-    """Not thread-safe: one thread calls add, abort and step."""
+    """Not thread-safe: one thread calls add, abort and step. clock: seconds, for statistics and for measuring whether
+    speculation pays. Raises ConfigError for a draft depth that the runner does not have."""
 
-    def __init__(self, runner: Runner, scheduler: Scheduler, info: EngineInfo) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        info: EngineInfo,
+        *,
+        grammar_compiler: GrammarCompiler | None = None,
+        speculation: int | Literal["auto"] = "auto",
+        disk: DiskCache | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         assert info.max_model_len <= scheduler.max_model_len, "the cache must hold one request of full length"
         self.runner, self.scheduler, self.info = runner, scheduler, info
-        self._jobs: dict[str, Job] = {}
+        self.grammar_compiler, self.disk, self.clock = grammar_compiler, disk, clock
+        if speculation != "auto" and speculation > runner.draft_depth:
+            most = f"at most {runner.draft_depth}" if runner.draft_depth else "no"
+            raise ConfigError(f"this model and its backend can draft {most} tokens", remedy="leave speculation out")
+        depth = min(1, runner.draft_depth) if speculation == "auto" else speculation
+        self.speculation = Controller(depth, measured=speculation == "auto")
+        self._stats = EngineStats()
+        self._live: dict[str, _Live] = {}
         self._news: list[Output] = []  # endings that happened between steps
+        self._worker = ThreadPoolExecutor(1, "grammar") if grammar_compiler else None
 
     @property
     def busy(self) -> bool:
         """Whether `step` has anything to do or to tell."""
-        return bool(self._jobs or self._news)
+        return bool(self._live or self._news)
 
     @property
     def has_room(self) -> bool:
         """Whether `add` would find a place in the queue."""
         return len(self.scheduler.waiting) < self.scheduler.max_waiting
 
+    @property
+    def stats(self) -> EngineStats:
+        """A copy as of now."""
+        pool = self.scheduler.pool
+        return replace(
+            self._stats,
+            preemptions=self.scheduler.preemptions,
+            waiting=len(self.scheduler.waiting),
+            running=len(self.scheduler.running),
+            pages_used=pool.usable - pool.available,
+            pages_free=pool.available,
+            pages_published=pool.published,
+        )
+
     def add(self, request: Request) -> None:
         """Raises RequestError (PromptTooLong, CapacityError) when the request cannot run; nothing is kept then."""
         check_request(request, self.info)
-        if request.id in self._jobs:
+        if request.id in self._live:
             raise RequestError(f"a request called {request.id!r} is running", param="id")
+        matcher = self._matcher(request.params.grammar)
         seed = secrets.randbits(64) if request.params.seed is None else request.params.seed
-        self._jobs[request.id] = self.scheduler.add(request, seed)
+        self._live[request.id] = _Live(self.scheduler.add(request, seed), Tally(self.clock()), matcher)
 
     def abort(self, request_id: str) -> None:
         """Free what the request holds, now. Its last output comes with the next step. Unknown ids pass: the
         request may have ended while the abort was on its way."""
-        if job := self._jobs.get(request_id):
-            self._news.append(self._end(job, FinishReason.ABORT))
+        if live := self._live.get(request_id):
+            self._news.append(self._end(live, FinishReason.ABORT))
+
+    def close(self) -> None:
+        """End the threads; pages on their way to the disk still get there. Nothing may be called afterwards."""
+        if self._worker:
+            self._worker.shutdown()
+        if self.disk:
+            self.disk.close()
 
     def step(self) -> list[Output]:
         """Compute one batch. Returns what is new, at most one output per request."""
         news, self._news = self._news, []
+        self._load()
         plan = self.scheduler.schedule()
         if not plan:
-            assert self.scheduler.idle, "jobs are waiting and none can run"
+            assert self.scheduler.idle or self.scheduler.waiting[0].loading, "jobs are waiting and none can run"
             return news
+        lives = [self._live[s.job.request.id] for s in plan]
+        begin = self.clock()
         try:
-            draws = self.runner.run(plan)
+            results = self._run(plan, lives)
         except Exception as error:
             log.exception("a step of %d requests failed", len(plan))
-            return news + self._fail([s.job for s in plan], f"{type(error).__name__}: {error}")
-        faulty = [(s.job, d.fault) for s, d in zip(plan, draws, strict=True) if d.fault]
-        for slice_, draw in zip(plan, draws, strict=True):
-            if draw.fault is None:
-                self.scheduler.computed(slice_)
-                if draw.token_id is not None:
-                    news.append(self._advance(slice_.job, draw.token_id, draw.logprob))
-        for job, fault in faulty:
-            log.error("request %s failed: %s", job.request.id, fault)
-            news += self._fail([job], fault)
+            return news + self._fail(lives, f"{type(error).__name__}: {error}")
+        step = self._account(plan, lives, begin, self.clock())
+        faulty: list[tuple[_Live, str]] = []
+        done: list[tuple[Slice, int]] = []
+        published: list[int] = []
+        for live, slice_, draws in zip(lives, plan, results, strict=True):
+            try:
+                output = self._advance(live, slice_, draws, published)
+            except _Fault as fault:
+                faulty.append((live, str(fault)))
+                continue
+            if output:
+                news.append(output)
+            if output is None or output.finish_reason is None:
+                done.append((slice_, len(output.token_ids) if output else 0))
+        for live, fault_text in faulty:
+            log.error("request %s failed: %s", live.job.request.id, fault_text)
+            news += self._fail([live], fault_text)
+        self._draft(done, replace(step, new_tokens=sum(len(o.token_ids) for o in news)))
+        self._store(published)
         return news
 
-    def _advance(self, job: Job, token: int, logprob: TokenLogprob | None) -> Output:
-        job.tokens.append(token)
-        logprobs = () if logprob is None else (logprob,)
-        reason = self._reason(job, token)
-        if reason is not None:
-            return self._end(job, reason, (token,), logprobs)
-        return Output(job.request.id, (token,), logprobs, job.cached_tokens or 0)
+    def _run(self, plan: Sequence[Slice], lives: Sequence[_Live]) -> list[list[Draw]]:
+        asked = [(x.matcher, s.drafts) if x.matcher and s.samples else None for x, s in zip(lives, plan, strict=True)]
+        if self._worker is None or not any(asked):
+            return self.runner.run(plan, None)
+        future = self._worker.submit(_masks, asked)
+        try:
+            results = self.runner.run(plan, lambda: future.result()[0])
+        finally:
+            wait([future])  # nothing may touch the matchers meanwhile
+        for i, fault in future.result()[1].items():
+            results[i] = [Draw(fault=fault)]
+        return results
 
-    def _reason(self, job: Job, token: int) -> FinishReason | None:
-        params = job.request.params
+    def _advance(self, live: _Live, s: Slice, draws: Sequence[Draw], published: list[int]) -> Output | None:
+        """The slice is computed: add its draws to the job, up to the first that differs from its draft or ends the
+        request. None if it drew nothing. Raises _Fault."""
+        job = live.job
+        fault = next((draw.fault for draw in draws if draw.fault), None)
+        if fault:
+            raise _Fault(fault)
+        tokens: list[int] = []
+        logprobs: list[TokenLogprob] = []
+        reason: FinishReason | None = None
+        accepted = 0
+        for i, draw in enumerate(draws):
+            assert draw.token_id is not None
+            job.tokens.append(draw.token_id)
+            tokens.append(draw.token_id)
+            if draw.logprob:
+                logprobs.append(draw.logprob)
+            stands = s.drafts[i : i + 1] == (draw.token_id,)
+            accepted += stands
+            reason = self._reason(live, draw.token_id)
+            if reason or not stands:
+                break
+        live.tally.accepted += accepted
+        self._stats.accepted += accepted
+        published += self.scheduler.computed(s, accepted)
+        if reason:
+            return self._end(live, reason, tuple(tokens), tuple(logprobs))
+        return Output(job.request.id, tuple(tokens), tuple(logprobs), job.cached_tokens or 0) if tokens else None
+
+    def _reason(self, live: _Live, token: int) -> FinishReason | None:
+        """Whether the job ends with this token, its newest."""
+        job, params = live.job, live.job.request.params
         if token in params.stop_token_ids or (token in self.info.eos_token_ids and not params.ignore_eos):
             return FinishReason.STOP
+        if live.matcher:
+            try:
+                live.matcher.accept(token)
+            except Exception as error:
+                raise _Fault(f"its grammar failed: {error}") from error
+            if live.matcher.stopped:
+                return FinishReason.STOP
         if job.generated == params.max_tokens or len(job.tokens) >= self.info.max_model_len:
             return FinishReason.LENGTH
         return None
 
-    def _fail(self, jobs: Sequence[Job], fault: str | None) -> list[Output]:
-        pages = self.scheduler.private_pages(jobs)
+    def _draft(self, done: Sequence[tuple[Slice, int]], step: StepStats) -> None:
+        """Ask for drafts for the next step, if they pay. The step is complete then and is counted."""
+        begin = self.clock()
+        decoding = step.prefill_tokens == 0
+        depth = self.speculation.choose(step.requests, fresh=not decoding)
+        if depth and done:
+            try:
+                drafts = self.runner.draft(done, depth)
+            except Exception:
+                log.exception("drafting failed: the engine goes on without speculation")
+                self.speculation, drafts = Controller(0), []
+            for (slice_, new), guess in zip(done, drafts, strict=bool(drafts)):
+                job = slice_.job
+                room = self.info.max_model_len - len(job.tokens)
+                if job.request.params.max_tokens:
+                    room = min(room, job.request.params.max_tokens - job.generated)
+                # The draw after the last draft is one token more.
+                job.drafts = tuple(guess[: room - 1]) if new else ()
+        step = replace(step, draft_s=self.clock() - begin)
+        if decoding and bool(depth) == bool(step.draft_tokens):  # else the step did half of one arm, half of the other
+            self.speculation.observe(step.requests, bool(depth), step.run_s + step.draft_s, step.new_tokens)
+        self._stats.draft_depth = depth
+        self._stats.add(step)
+
+    def _account(self, plan: Sequence[Slice], lives: Sequence[_Live], begin: float, end: float) -> StepStats:
+        """What was computed between these times, before the draws are added to the jobs' tokens."""
+        tokens: dict[Phase, int] = {"prefill": 0, "decode": 0}
+        for live, s in zip(lives, plan, strict=True):
+            phase: Phase = "decode" if s.count == 1 and s.samples and s.job.generated else "prefill"
+            tokens[phase] += s.count
+            if live.tally.steps == 0:
+                self._stats.cache_hit_tokens += s.job.cached_tokens or 0
+                self._stats.cache_miss_tokens += len(s.job.request.prompt) - (s.job.cached_tokens or 0)
+            live.tally.step(s.job, begin, end, phase, len(s.drafts))
+        drafts = sum(len(s.drafts) for s in plan)
+        return StepStats(len(plan), tokens["prefill"], tokens["decode"], drafts, run_s=end - begin)
+
+    def _load(self) -> None:
+        """Publish what the disk has of the next prompts beyond what is in memory, at most a step's budget of pages."""
+        if self.disk is None:
+            return
+        pool = self.scheduler.pool
+        budget = max(1, self.scheduler.max_batched_tokens // pool.page_size)
+        claimed = len(self.scheduler.running)
+        for job in self.scheduler.next_up:
+            if job.loading is False:
+                continue
+            pages, keys = pool.match(job.tokens, job.request.salt)
+            try:
+                need = pool.pages_for(len(job.tokens)) - len(pages)
+                claimed += need
+                if claimed > pool.available:  # it is not admitted now, and what is loaded would be lost again
+                    return
+                before = len(pages)
+                job.loading = self._load_pages(job, pages, keys, budget)
+                budget -= len(pages) - before
+                if job.loading:
+                    return
+            except Exception:
+                log.exception("a page from disk could not be used")
+                self._leave_disk()
+                return
+            finally:
+                pool.release(pages)
+
+    def _load_pages(self, job: Job, pages: list[int], keys: list[bytes], budget: int) -> bool:
+        """Continue `pages` from disk. Returns whether there may be more than the budget allowed."""
+        assert self.disk
+        pool, size = self.scheduler.pool, self.scheduler.pool.page_size
+        parent = keys[-1] if keys else pool.root(job.request.salt)
+        for start in range(len(pages) * size, len(job.tokens) - size, size):
+            if budget == 0:
+                return True
+            tokens = job.tokens[start : start + size]
+            entry = Published.of(parent, tokens)
+            data = self.disk.get(entry)
+            taken = pool.take(1) if data is not None else None
+            if data is None or taken is None:
+                return False
+            pages += taken
+            try:
+                self.runner.write_page(taken[0], data)
+            except Exception:
+                self.runner.wipe(taken)
+                raise
+            parent = pool.publish(taken[0], parent, tokens)
+            budget -= 1
+            self._stats.disk_hit_tokens += size
+            if job.cached_tokens is None:
+                self._live[job.request.id].tally.disk_tokens += size
+        return False
+
+    def _store(self, pages: Sequence[int]) -> None:
+        """Offer newly published pages to the disk. Nothing has taken them since: only `schedule` takes pages."""
+        for page in pages:
+            entry = self.scheduler.pool.entry(page)
+            if self.disk and entry and self.disk.wants(entry.key):
+                try:
+                    self.disk.put(entry, self.runner.read_page(page))
+                except Exception:
+                    log.exception("a page could not be read for the disk")
+                    self._leave_disk()
+
+    def _leave_disk(self) -> None:
+        assert self.disk
+        log.error("the engine goes on without its cache on disk")
+        self.disk.close()
+        self.disk = None
+        for job in self.scheduler.waiting:
+            job.loading = False
+
+    def _matcher(self, grammar: Grammar | None) -> Matcher | None:
+        if grammar is None:
+            return None
+        if self.grammar_compiler is None:
+            raise RequestError(
+                "this engine has no grammar compiler, so it cannot constrain the output", param="grammar"
+            )
+        return self.grammar_compiler.matcher(grammar)
+
+    def _fail(self, lives: Sequence[_Live], fault: str) -> list[Output]:
+        pages = self.scheduler.private_pages(live.job for live in lives)
         remedy = "try again; if it happens again, the log has the details"
         error = RorqualError(f"the model failed to compute this request: {fault}", remedy=remedy)
-        outputs = [self._end(job, FinishReason.ERROR, error=error) for job in jobs]
+        outputs = [self._end(live, FinishReason.ERROR, error=error) for live in lives]
         self.runner.wipe(pages)
         return outputs
 
     def _end(
         self,
-        job: Job,
+        live: _Live,
         reason: FinishReason,
         tokens: tuple[int, ...] = (),
         logprobs: tuple[TokenLogprob, ...] = (),
         error: Exception | None = None,
     ) -> Output:
-        del self._jobs[job.request.id]
+        job = live.job
+        del self._live[job.request.id]
+        stats = live.tally.close(job, self.clock())
         self.scheduler.remove(job)
-        return Output(job.request.id, tokens, logprobs, job.cached_tokens or 0, reason, error)
+        return Output(job.request.id, tokens, logprobs, job.cached_tokens or 0, reason, error, stats)
+
+
+class _Fault(Exception):
+    """One request cannot go on."""
+
+
+def _masks(asked: Sequence[tuple[Matcher, tuple[int, ...]] | None]) -> tuple[list[Sequence[Any]], dict[int, str]]:
+    """Per slice its grammar's masks, and by slice what went wrong."""
+    rows: list[Sequence[Any]] = []
+    faults: dict[int, str] = {}
+    for i, ask in enumerate(asked):
+        rows.append(())
+        if ask:
+            try:
+                rows[i] = ask[0].masks(ask[1])
+            except Exception as error:
+                faults[i] = f"its grammar failed: {error}"
+    return rows, faults

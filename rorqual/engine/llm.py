@@ -6,7 +6,9 @@
 
 It adds to the core what the core does not know: the tokenizer, the chat template, thinking, and stop strings. All
 prompts of a call are computed together, in as many batches as the cache and `max_num_seqs` allow; a `stream` may be
-open at the same time. Left out: threads (one thread uses an LLM) and a server (that is `rorqual serve`).
+open at the same time. With `SamplingParams.n` above 1 each prompt has as many completions, one after the other in the
+list; with a seed, number i draws as seed + i does, so that number 0 is the answer without `n`. Left out: threads (one
+thread uses an LLM) and a server (that is `rorqual serve`).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -53,7 +55,7 @@ class Usage:
 @dataclass(frozen=True, slots=True)
 class Completion:
     """text: without thought, special tokens and the stop string that ended it; token_ids: everything generated;
-    logprobs: one per token id, if asked for; finish_reason: "stop" or "length"."""
+    logprobs: one per token id, if asked for; finish_reason: "stop" or "length"; index: which of the prompt's n."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -61,6 +63,7 @@ class Completion:
     usage: Usage
     logprobs: tuple[TokenLogprob, ...] | None = None
     reasoning: str = ""
+    index: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +122,8 @@ class LLM:
         *,
         progress: bool = False,
     ) -> list[Completion]:
-        """One completion per prompt, in order. Text gets a beginning-of-sequence token, ids are taken as they are.
+        """One completion (or `n`) per prompt, in order. Text gets a beginning-of-sequence token, ids are taken as they
+        are.
 
         Raises RequestError (PromptTooLong) before anything is computed if a prompt cannot run, and RorqualError if the
         engine fails on one of them.
@@ -135,20 +139,20 @@ class LLM:
         thinking: bool = False,
         progress: bool = False,
     ) -> list[Completion]:
-        """One completion per conversation (a single one may be given as it is). Raises as `generate`, and DataError for
-        messages the template cannot render."""
+        """One completion (or `n`) per conversation; a single one may be given as it is. Raises as `generate`, and
+        DataError for messages the template cannot render."""
         one = bool(messages) and isinstance(messages[0], Mapping)
         many = cast("Sequence[Messages]", [messages] if one else messages)
         return self._run([self._conversation(m, thinking) for m in many], params, progress)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
-        """The completion of one prompt as it appears. Closing the iterator aborts it."""
+        """The completion of one prompt as it appears. Closing the iterator aborts it. Raises RequestError for n > 1."""
         return self._stream(self._ids(prompt), None, params)
 
     def stream_chat(
         self, messages: Messages, params: SamplingParams | None = None, *, thinking: bool = False
     ) -> Iterator[Delta]:
-        """The answer to one conversation as it appears. Closing the iterator aborts it."""
+        """The answer to one conversation as it appears. Closing the iterator aborts it. Raises as `stream`."""
         return self._stream(*self._conversation(messages, thinking), params)
 
     def _ids(self, prompt: Prompt) -> tuple[int, ...]:
@@ -169,7 +173,11 @@ class LLM:
         progress: bool,
     ) -> list[Completion]:
         each = _per_prompt(params, len(prompts))
-        answers = [self._answer(ids, p, inside) for (ids, inside), p in zip(prompts, each, strict=True)]
+        answers = [
+            self._answer(ids, p, inside, index)
+            for (ids, inside), asked in zip(prompts, each, strict=True)
+            for index, p in enumerate(_alternatives(asked))
+        ]
         queue = deque(answers)
         active: list[_Answer] = []
         done = tokens = 0
@@ -191,8 +199,10 @@ class LLM:
         return [a.completion() for a in answers]
 
     def _stream(self, ids: tuple[int, ...], in_thinking: bool | None, params: SamplingParams | None) -> Iterator[Delta]:
-        answer = self._answer(ids, params or SamplingParams(), in_thinking)
-        return self._deltas(answer)
+        params = params or SamplingParams()
+        if params.n > 1:
+            raise RequestError(f"a stream is one completion, not {params.n}", remedy="open several", param="n")
+        return self._deltas(self._answer(ids, params, in_thinking))
 
     def _deltas(self, answer: _Answer) -> Iterator[Delta]:
         try:
@@ -210,11 +220,13 @@ class LLM:
         finally:
             self._abandon([answer])
 
-    def _answer(self, ids: tuple[int, ...], params: SamplingParams, in_thinking: bool | None) -> _Answer:
+    def _answer(
+        self, ids: tuple[int, ...], params: SamplingParams, in_thinking: bool | None, index: int = 0
+    ) -> _Answer:
         self._count += 1
-        request = Request(f"{self._count}", ids, params)
+        request = Request(f"{self._count}", ids, params.spelled(self.tokenizer.encode))
         check_request(request, self.info)
-        return _Answer(request, self.tokenizer, in_thinking)
+        return _Answer(request, self.tokenizer, in_thinking, index)
 
     def _submit(self, answer: _Answer) -> None:
         self._core.add(answer.request)
@@ -240,8 +252,8 @@ class LLM:
 class _Answer:
     """One completion while it grows: ids to text, thinking split off, stop strings found in the answer only."""
 
-    def __init__(self, request: Request, tokenizer: Tokenizer, in_thinking: bool | None) -> None:
-        self.request = request
+    def __init__(self, request: Request, tokenizer: Tokenizer, in_thinking: bool | None, index: int) -> None:
+        self.request, self.index = request, index
         self.token_ids: list[int] = []
         self.ended = False
         self.error: Exception | None = None
@@ -281,6 +293,7 @@ class _Answer:
             usage=Usage(len(self.request.prompt), len(self.token_ids), self._cached, thought),
             logprobs=None if self.request.params.logprobs is None else tuple(self._logprobs),
             reasoning=self._reasoning.all(),
+            index=self.index,
         )
 
     def _push(self, token: int) -> bool:
@@ -322,6 +335,12 @@ def _per_prompt(params: SamplingParams | Sequence[SamplingParams] | None, count:
     if len(params) != count:
         raise RequestError(f"{count} prompts were given with {len(params)} sampling parameters", param="params")
     return list(params)
+
+
+def _alternatives(params: SamplingParams) -> Iterator[SamplingParams]:
+    """What each of the n completions is asked with."""
+    for i in range(params.n):
+        yield replace(params, n=1, seed=None if params.seed is None else params.seed + i)
 
 
 @contextmanager

@@ -10,14 +10,17 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from hashlib import blake2b
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from rorqual.checkpoint import load_model
 from rorqual.config import ModelConfig, resolve_model
-from rorqual.engine.api import EngineInfo
-from rorqual.engine.core import EngineCore
+from rorqual.engine.api import EngineInfo, Grammar
+from rorqual.engine.core import EngineCore, GrammarCompiler, Matcher, Runner
+from rorqual.engine.disk import DiskCache
 from rorqual.engine.pages import PAGE_SIZE, PagePool
 from rorqual.engine.runner import ModelRunner
 from rorqual.engine.scheduler import Scheduler
@@ -25,58 +28,75 @@ from rorqual.engine.settings import Auto, EngineSettings
 from rorqual.errors import BackendUnavailable, CheckpointError, ConfigError
 from rorqual.model.transformer import Transformer
 
+if TYPE_CHECKING:
+    from rorqual.ops.native.pack import Kind
+
 log = logging.getLogger(__name__)
+
+INTEGERS = ("int8", "int4")
+CONTRACT = 1
+"""Raised when the CPU kernels begin to compute other bits than before: latents on disk are not used across it."""
 
 
 def load_core(settings: EngineSettings) -> EngineCore:
-    """Loads the model and makes an engine of it. Raises ConfigError, CheckpointError, BackendUnavailable."""
+    """Loads the model and makes an engine of it: on the CPU kernels where they can run, else on torch.
+
+    Raises ConfigError, CheckpointError, BackendUnavailable.
+    """
     path = resolve_model(settings.model)
     device = pick_device(settings.device)
+    if device.type == "cpu" and settings.kernels != "torch":
+        try:
+            return _load_native(path, settings)
+        except BackendUnavailable as error:
+            if settings.kernels == "native" or settings.deterministic is True or settings.dtype in INTEGERS:
+                raise
+            log.warning("computing with torch, several times slower: %s", error)
+    if settings.kernels == "native":
+        raise BackendUnavailable(f"the CPU kernels do not run on {device}", remedy="use --device cpu")
+    if settings.deterministic is True:
+        raise BackendUnavailable(
+            f"torch on {device} does not compute the same bits in every batch", remedy="leave deterministic out"
+        )
+    if settings.dtype in INTEGERS:
+        raise BackendUnavailable(
+            f"dtype {settings.dtype} is the CPU kernels' own",
+            remedy=f"use `rorqual convert --to {settings.dtype}` first",
+        )
     dtype: str | torch.dtype = settings.dtype
     if dtype == "auto" and device.type == "cpu" and 4 * stored_bytes(path) <= memory_bytes():
         # Most CPUs multiply bf16 at half the rate of fp32 or less; a model that would fill the memory stays as stored.
         dtype = torch.float32
     model = load_model(path, dtype=dtype, device=device)
-    core = build_core(model, settings, name=path.name, eos_token_ids=eos_token_ids(path, model.cfg))
+    core = build_core(
+        model,
+        settings,
+        name=path.name,
+        eos_token_ids=eos_token_ids(path, model.cfg),
+        **_extras(path, model.cfg, settings),
+    )
     if device.type == "cpu":
         assert isinstance(core.runner, ModelRunner)
-        set_threads(settings.threads, core.runner.idle_step)
+        set_threads(settings.threads, core.runner.idle_step, torch.set_num_threads)
     return core
 
 
 def build_core(
-    model: Transformer, settings: EngineSettings, *, name: str, eos_token_ids: tuple[int, ...]
+    model: Transformer,
+    settings: EngineSettings,
+    *,
+    name: str,
+    eos_token_ids: tuple[int, ...],
+    fingerprint: bytes = b"",
+    **options: Any,
 ) -> EngineCore:
-    """An engine around a model that is already in memory."""
+    """An engine around a model that is already in memory, computing with torch; it sees changes of the weights.
+    options: `EngineCore`'s."""
     cfg, device = model.cfg, model.device
-    wanted = settings.max_model_len
-    max_model_len = cfg.max_position_embeddings if wanted == "auto" else wanted
-    if max_model_len > cfg.max_position_embeddings:
-        raise ConfigError(
-            f"max_model_len {max_model_len} exceeds the model's {cfg.max_position_embeddings} positions",
-            remedy="lower it or leave it out",
-        )
     dtype = model.compute_dtype or model.dtype
-    pages = cache_pages(cfg, dtype.itemsize, device, settings, max_model_len)
-    if pages * PAGE_SIZE < max_model_len:
-        if wanted != "auto":
-            raise ConfigError(
-                f"the cache holds {pages * PAGE_SIZE} tokens, fewer than max_model_len {max_model_len}",
-                remedy="raise cache_tokens or lower max_model_len",
-            )
-        max_model_len = pages * PAGE_SIZE
-    budget = settings.max_batched_tokens
-    if budget == "auto":
-        budget = 4096 if device.type == "cuda" else 512
-    pool = PagePool(pages + 1, identity=f"{name} {dtype}".encode(), prefix_cache=settings.prefix_cache)
-    scheduler = Scheduler(
-        pool,
-        max_model_len=max_model_len,
-        max_num_seqs=settings.max_num_seqs,
-        max_batched_tokens=budget,
-        max_waiting=settings.max_waiting,
-    )
-    info = EngineInfo(
+    page_bytes = cfg.num_hidden_layers * cfg.cache_dim * dtype.itemsize * PAGE_SIZE
+    pages, max_model_len = cache_size(cfg, page_bytes, device, settings)
+    facts = EngineInfo(
         model=name,
         max_model_len=max_model_len,
         vocab_size=cfg.vocab_size,
@@ -85,17 +105,142 @@ def build_core(
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
     )
-    log.info("%s on %s in %s: context %d, cache %d tokens", name, device, info.dtype, max_model_len, info.cache_tokens)
-    return EngineCore(ModelRunner(model, pool.num_pages, PAGE_SIZE), scheduler, info)
+    runner = ModelRunner(model, pages + 1, PAGE_SIZE, eos_token_ids)
+    identity = f"torch {name} {dtype} {device.type}".encode() + fingerprint
+    return _assemble(runner, facts, settings, identity, options)
 
 
-def cache_pages(
-    cfg: ModelConfig, itemsize: int, device: torch.device, settings: EngineSettings, max_model_len: int
-) -> int:
+def _load_native(path: Path, settings: EngineSettings) -> EngineCore:
+    # Here, because compiling and loading them is for those who use them.
+    from rorqual.engine.native import NativeModel, unsupported
+    from rorqual.engine.native_runner import NativeRunner
+    from rorqual.ops.native.build import library
+    from rorqual.ops.native.pack import KINDS
+
+    if settings.dtype not in ("auto", "float32", "bfloat16", *INTEGERS):
+        told = ", ".join(("auto", *KINDS))
+        raise ConfigError(f"dtype {settings.dtype!r} is not one of {told}")
+    library()
+    cfg = ModelConfig.load(str(path))
+    if reason := unsupported(cfg):
+        raise BackendUnavailable(f"the CPU kernels do not take this model: {reason}")
+    extras = _extras(path, cfg, settings)
+    page_bytes = (cfg.num_hidden_layers + cfg.num_nextn_predict_layers) * (-(-cfg.cache_dim // 16) * 16) * 4 * PAGE_SIZE
+    pages, max_model_len = cache_size(cfg, page_bytes, torch.device("cpu"), settings)
+    torch.set_num_threads(1)  # what torch still does here is small
+    source = load_model(path, device="cpu")
+    eos = eos_token_ids(path, source.cfg)
+    kind = None if settings.dtype == "auto" else cast("Kind", settings.dtype)
+    model = NativeModel(source, kind=kind, max_positions=max_model_len)
+    del source
+    runner = NativeRunner(model, pages + 1, PAGE_SIZE, eos)
+    facts = EngineInfo(
+        model=path.name,
+        max_model_len=max_model_len,
+        vocab_size=cfg.vocab_size,
+        eos_token_ids=eos,
+        cache_tokens=pages * PAGE_SIZE,
+        device="cpu",
+        dtype=model.name,
+    )
+    set_threads(settings.threads, runner.idle_step, model.set_threads)
+    model.probe()
+    identity = f"native {CONTRACT} {path.name} {model.name}".encode() + extras.pop("fingerprint")
+    return _assemble(runner, facts, settings, identity, extras)
+
+
+def _assemble(
+    runner: Runner, info: EngineInfo, settings: EngineSettings, identity: bytes, options: dict[str, Any]
+) -> EngineCore:
+    budget = settings.max_batched_tokens
+    if budget == "auto":
+        budget = 4096 if info.device.startswith("cuda") else 512
+    pool = PagePool(info.cache_tokens // PAGE_SIZE + 1, identity=identity, prefix_cache=settings.prefix_cache)
+    scheduler = Scheduler(
+        pool,
+        max_model_len=info.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        max_batched_tokens=budget,
+        max_waiting=settings.max_waiting,
+    )
+    disk = None
+    if settings.cache_dir is not None:
+        disk = DiskCache(
+            Path(settings.cache_dir),
+            page_bytes=runner.page_bytes,
+            identity=identity,
+            capacity_bytes=settings.cache_disk_bytes,
+        )
+    log.info(
+        "%s on %s in %s: context %d, cache %d tokens",
+        info.model, info.device, info.dtype, info.max_model_len, info.cache_tokens,
+    )  # fmt: skip
+    return EngineCore(runner, scheduler, info, speculation=settings.speculation, disk=disk, **options)
+
+
+def _extras(path: Path, cfg: ModelConfig, settings: EngineSettings) -> dict[str, Any]:
+    """What the engine needs of the model's directory besides its weights."""
+    return {
+        "grammar_compiler": LazyCompiler(path / "tokenizer.json", cfg.vocab_size, eos_token_ids(path, cfg)),
+        # Only what outlives the process must tell one set of weights from another.
+        "fingerprint": fingerprint(path) if settings.cache_dir is not None else b"",
+    }
+
+
+class LazyCompiler:
+    """`engine.grammar.GrammarCompiler`, built when the first request has a grammar: most servers never see one."""
+
+    def __init__(self, tokenizer_file: Path, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+        self._arguments = tokenizer_file, vocab_size, eos_token_ids
+        self._compiler: GrammarCompiler | None = None
+
+    def matcher(self, grammar: Grammar) -> Matcher:
+        if self._compiler is None:
+            from rorqual.engine.grammar import GrammarCompiler as Compiler
+
+            self._compiler = Compiler(*self._arguments)
+        return self._compiler.matcher(grammar)
+
+
+def fingerprint(path: Path) -> bytes:
+    """Of a directory's weights: their headers, sizes, and samples of their bytes. Copies have the same."""
+    told = blake2b(digest_size=16)
+    for file in sorted(path.glob("*.safetensors")):
+        size = file.stat().st_size
+        told.update(f"{size}".encode())
+        with file.open("rb") as shard:
+            head = shard.read(8)
+            told.update(head + shard.read(min(int.from_bytes(head, "little"), size)))
+            for i in range(32):
+                shard.seek(size * i // 32)
+                told.update(shard.read(1024))
+    return told.digest()
+
+
+def cache_size(cfg: ModelConfig, page_bytes: int, device: torch.device, settings: EngineSettings) -> tuple[int, int]:
+    """Pages to allocate (the scrap page aside), and the longest request. Raises ConfigError for sizes that do not fit."""
+    wanted = settings.max_model_len
+    max_model_len = cfg.max_position_embeddings if wanted == "auto" else wanted
+    if max_model_len > cfg.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len {max_model_len} exceeds the model's {cfg.max_position_embeddings} positions",
+            remedy="lower it or leave it out",
+        )
+    pages = cache_pages(page_bytes, device, settings, max_model_len)
+    if pages * PAGE_SIZE < max_model_len:
+        if wanted != "auto":
+            raise ConfigError(
+                f"the cache holds {pages * PAGE_SIZE} tokens, fewer than max_model_len {max_model_len}",
+                remedy="raise cache_tokens or lower max_model_len",
+            )
+        max_model_len = pages * PAGE_SIZE
+    return pages, max_model_len
+
+
+def cache_pages(page_bytes: int, device: torch.device, settings: EngineSettings, max_model_len: int) -> int:
     """Pages to allocate, the scrap page aside. Raises ConfigError if not even one fits."""
     if settings.cache_tokens != "auto":
         return -(-settings.cache_tokens // PAGE_SIZE)
-    page_bytes = cfg.num_hidden_layers * cfg.cache_dim * itemsize * PAGE_SIZE
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         room = free - total // 10  # activations, and what the allocator keeps
@@ -156,20 +301,20 @@ def memory_bytes() -> int:
     return min(limits)
 
 
-def set_threads(threads: int | Auto, step: Callable[[], object]) -> None:
-    """torch's threads for this process; "auto" times `step` with 1, 2, 4, ... up to the physical cores.
+def set_threads(threads: int | Auto, step: Callable[[], object], apply: Callable[[int], object]) -> None:
+    """`apply` the number of threads; "auto" times `step` with 1, 2, 4, ... up to the physical cores.
 
     Counting cores is not enough: where others use them too, every parallel region waits for its slowest thread, and two
     threads can be a hundred times slower than one.
     """
     if threads != "auto":
-        torch.set_num_threads(threads)
+        apply(threads)
         return
     most = physical_cores()
     counts = sorted({*(2**i for i in range(most.bit_length())), most})
     times: dict[int, float] = {}
     for count in counts:
-        torch.set_num_threads(count)
+        apply(count)
         step()
         runs, begin = 0, time.perf_counter()
         while runs < 20 and time.perf_counter() - begin < 0.25:
@@ -177,7 +322,7 @@ def set_threads(threads: int | Auto, step: Callable[[], object]) -> None:
             runs += 1
         times[count] = (time.perf_counter() - begin) / runs
     best = min(counts, key=lambda count: times[count])
-    torch.set_num_threads(best)
+    apply(best)
     told = ", ".join(f"{count}: {1000 * seconds:.1f} ms" for count, seconds in times.items())
     log.info("%d threads, by the time of a decoding step (%s)", best, told)
 

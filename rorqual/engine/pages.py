@@ -5,12 +5,14 @@ computed may be *published* under a key, and later requests that begin with the 
 instead of computing it again. MLA makes this worth while: a page is small and its content depends on nothing but
 the tokens up to its end.
 
-A key is a hash chained from the pool's identity (model, cache dtype, a tenant's salt) over the tokens of each page, so
-one lookup stands for the whole prefix. A hash is not believed: the page's tokens and its parent's key are compared
-on every hit. Released pages stay published until they are needed, least recently used first, and of one request
-its last pages first, because a prefix is of use without its tail and a tail is of none without its prefix.
+A key is a hash chained from a root (the pool's identity: model, weights, cache dtype; and the request's salt) over the
+tokens of each page, so one lookup stands for the whole prefix. A hash is not believed: the page's tokens and its
+parent's key are compared on every hit. Released pages stay published until they are needed, least recently used
+first, and of one request its last pages first, because a prefix is of use without its tail and a tail is of none
+without its prefix.
 
-Page 0 is scrap: padding writes there, nobody owns it. Left out: a second tier on disk (evicted pages are dropped).
+Page 0 is scrap: padding writes there, nobody owns it. The same keys name pages on disk (`engine.disk`), a second tier
+that this file knows nothing of: what comes from there is published like a page that was computed.
 """
 
 from __future__ import annotations
@@ -32,6 +34,12 @@ class Published:
     parent: bytes
     tokens: bytes
 
+    @classmethod
+    def of(cls, parent: bytes, tokens: Sequence[int]) -> Published:
+        """The entry of a page with these tokens after the page (or root) `parent`."""
+        content = array("q", tokens).tobytes()
+        return cls(_hash(parent + content), parent, content)
+
 
 class PagePool:
     """References to pages 1 .. num_pages - 1, and the prefix cache over them.
@@ -45,7 +53,7 @@ class PagePool:
         assert num_pages >= 2 and page_size >= 1, "page 0 is scrap: a pool needs one page more"
         self.num_pages, self.page_size = num_pages, page_size
         self.prefix_cache = prefix_cache
-        self.root = blake2b(identity, digest_size=16).digest()
+        self.identity = _hash(identity)
         self._free = deque(range(1, num_pages))
         self._references: dict[int, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()  # published and unreferenced, next to be evicted first
@@ -58,38 +66,55 @@ class PagePool:
         return self.num_pages - 1
 
     @property
+    def free(self) -> int:
+        """Pages that hold nothing."""
+        return len(self._free)
+
+    @property
+    def idle(self) -> int:
+        """Published pages nobody refers to."""
+        return len(self._idle)
+
+    @property
     def available(self) -> int:
-        """Pages `take` can hand out now: free ones, and published ones nobody refers to."""
-        return len(self._free) + len(self._idle)
+        """Pages `take` can hand out now."""
+        return self.free + self.idle
 
     @property
     def published(self) -> int:
         return len(self._published)
 
+    def entry(self, page: int) -> Published | None:
+        """What the page is published as, if it is."""
+        return self._published.get(page)
+
     def references(self, page: int) -> int:
         return self._references.get(page, 0)
+
+    def root(self, salt: str = "") -> bytes:
+        """The parent of first pages. Requests of different salts share nothing."""
+        return _hash(self.identity + salt.encode())
 
     def pages_for(self, tokens: int) -> int:
         """How many pages so many tokens fill or begin."""
         return -(-tokens // self.page_size)
 
-    def match(self, tokens: Sequence[int]) -> tuple[list[int], list[bytes]]:
+    def match(self, tokens: Sequence[int], salt: str = "") -> tuple[list[int], list[bytes]]:
         """The published pages that hold the beginning of `tokens`, referenced for the caller, and their keys.
 
         The page of the last token is never among them: someone wants that token's logits, so it is computed.
         """
         pages: list[int] = []
         keys: list[bytes] = []
-        parent = self.root
+        parent = self.root(salt)
         for start in range(0, len(tokens) - self.page_size, self.page_size) if self.prefix_cache else ():
-            content = _content(tokens[start : start + self.page_size])
-            key = _chain(parent, content)
-            page = self._by_key.get(key)
-            if page is None or self._published[page] != Published(key, parent, content):
+            entry = Published.of(parent, tokens[start : start + self.page_size])
+            page = self._by_key.get(entry.key)
+            if page is None or self._published[page] != entry:
                 break
             pages.append(page)
-            keys.append(key)
-            parent = key
+            keys.append(entry.key)
+            parent = entry.key
         for page in pages:
             self._references[page] = self._references.get(page, 0) + 1
             self._idle.pop(page, None)
@@ -110,12 +135,11 @@ class PagePool:
         If another page already holds the same, that one stays and this one remains private.
         """
         assert len(tokens) == self.page_size and self.references(page) > 0
-        content = _content(tokens)
-        key = _chain(parent, content)
-        if self.prefix_cache and key not in self._by_key and page not in self._published:
-            self._published[page] = Published(key, parent, content)
-            self._by_key[key] = page
-        return key
+        entry = Published.of(parent, tokens)
+        if self.prefix_cache and entry.key not in self._by_key and page not in self._published:
+            self._published[page] = entry
+            self._by_key[entry.key] = page
+        return entry.key
 
     def release(self, pages: Iterable[int]) -> None:
         """Give back one reference to each page of one request, in the request's order."""
@@ -134,9 +158,5 @@ class PagePool:
         return page
 
 
-def _content(tokens: Sequence[int]) -> bytes:
-    return array("q", tokens).tobytes()
-
-
-def _chain(parent: bytes, content: bytes) -> bytes:
-    return blake2b(parent + content, digest_size=16).digest()
+def _hash(content: bytes) -> bytes:
+    return blake2b(content, digest_size=16).digest()

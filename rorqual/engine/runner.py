@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rorqual.engine.core import Draw
-from rorqual.engine.sampler import sample, uniform
+from rorqual.engine.core import Draw, Masks
+from rorqual.engine.sampler import Row, sample
 from rorqual.engine.scheduler import Slice
 from rorqual.model.batch import Batch, LatentPages
 from rorqual.model.transformer import Transformer
@@ -29,16 +29,19 @@ PADDING = 0.75
 
 
 class ModelRunner:
-    """Owns the latent cache of `model`; satisfies `core.Runner`."""
+    """Owns the latent cache of `model`; satisfies `core.Runner`, without drafts. eos: ids that `min_tokens` holds back."""
 
-    def __init__(self, model: Transformer, num_pages: int, page_size: int) -> None:
+    draft_depth = 0
+
+    def __init__(self, model: Transformer, num_pages: int, page_size: int, eos: tuple[int, ...] = ()) -> None:
         cfg = model.cfg
-        self.model, self.page_size = model, page_size
+        self.model, self.page_size, self.eos = model, page_size, eos
         shape = (cfg.num_hidden_layers, num_pages, page_size, cfg.cache_dim)
-        self.latents = _zeros(shape, model.compute_dtype or model.dtype, model.device)
+        self.latents = zeros(shape, model.compute_dtype or model.dtype, model.device)
+        self.page_bytes = self.latents[:, 0].numel() * self.latents.itemsize
 
     @torch.inference_mode()
-    def run(self, plan: Sequence[Slice]) -> list[Draw]:
+    def run(self, plan: Sequence[Slice], masks: Masks | None = None) -> list[list[Draw]]:
         """Computes every slice, draws a token where a slice ends its job. Faults are per slice."""
         last: list[Tensor | None] = [None] * len(plan)
         for group in _groups(plan):
@@ -49,19 +52,34 @@ class ModelRunner:
         # A fault anywhere in a slice reaches its last position through attention, so looking there is enough, and
         # looking at slices that draw nothing keeps faulty pages from being shared.
         sound = h_ND.isfinite().all(-1).tolist()
-        draws = [Draw(fault=None if ok else "its hidden states are not finite numbers") for ok in sound]
+        draws: list[list[Draw]] = [
+            [] if ok else [Draw(fault="its hidden states are not finite numbers")] for ok in sound
+        ]
         drawing = [i for i, s in enumerate(plan) if s.samples and sound[i]]
         if drawing:
-            jobs = [plan[i].job for i in drawing]
             # [drawing] copies; when every slice draws, as in pure decoding, there is nothing to pick.
             logits_BV = self.model.head(h_ND if len(drawing) == len(plan) else h_ND[drawing])
-            uniforms = [uniform(job.seed, len(job.tokens)) for job in jobs]
-            for i, draw in zip(drawing, sample(logits_BV, [j.request.params for j in jobs], uniforms), strict=True):
-                draws[i] = draw
+            allowed = masks() if masks else None
+            rows = []
+            for i in drawing:
+                job, mask = plan[i].job, allowed[i][0] if allowed and allowed[i] else None
+                rows.append(Row(job.request.params, job.seed, job.tokens, len(job.request.prompt), mask, self.eos))
+            for i, draw in zip(drawing, sample(logits_BV, rows), strict=True):
+                draws[i] = [draw]
         return draws
 
     def wipe(self, pages: Sequence[int]) -> None:
         self.latents[:, [0, *pages]] = 0
+
+    def draft(self, done: Sequence[tuple[Slice, int]], depth: int) -> list[tuple[int, ...]]:
+        raise NotImplementedError
+
+    def read_page(self, page: int) -> bytes:
+        return self.latents[:, page].contiguous().view(torch.uint8).cpu().numpy().tobytes()
+
+    def write_page(self, page: int, data: bytes) -> None:
+        stored = torch.frombuffer(bytearray(data), dtype=self.latents.dtype)
+        self.latents[:, page] = stored.view(self.latents[:, page].shape).to(self.latents.device)
 
     @torch.inference_mode()
     def idle_step(self) -> None:
@@ -98,7 +116,7 @@ class ModelRunner:
         )
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """torch.zeros, but on CPU memory is only taken when a page is first written (calloc; torch fills at once)."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)

@@ -5,27 +5,63 @@ Three properties matter more here than speed:
    exactly k (of equals, the lower id); the draw inverts the distribution function of what is left, in fp64.
  - *reproducible*: the uniform number of a draw is a hash of (seed, position) and nothing else. Batch mates, preemption,
    chunking and a restart do not change it; no generator state exists that could get out of step.
- - *independent of the batch*: how a row is treated follows from its own parameters and logits.
+ - *independent of the batch*: what becomes of a row follows from its own logits, tokens and parameters, to the bit.
+
+The order of a row's treatment, as users of vLLM and OpenAI expect it:
+ 1. what may be drawn at all: grammar mask, logit_bias, bad words, min_tokens. Forbidden is -inf, which nothing after it
+    can undo, so these could stand in any order but for the bias, which must come before 2;
+ 2. repetition penalty, then presence and frequency penalty: the first scales a logit and the others shift it, so they
+    do not commute. Up to here logits change, for greedy rows too;
+ 3. temperature, top_k, top_p of what top_k left, min_p. A greedy row skips them: none of them moves the best token.
+
+Speculation needs no rule of its own: a draft is kept if it is what this sampler draws at its position. The draw is from
+p, so a draft x stands with probability p(x), and otherwise the draw is distributed as p without x: that is rejection
+sampling against a proposal that is certain of x, exact at every temperature. It also gives the very tokens that the
+same seed gives without drafts.
 
 The nucleus is nearly always small, so only the best CANDIDATES are sorted; a row whose nucleus does not end safely
-among them is sorted whole. Both ways give the same token, because both order tokens by (probability, id).
+among them is drawn again from 16 times as many. Whatever their number, the token is the same, because tokens are
+ordered by (probability, id).
 
-Log-probabilities come from the raw logits, before temperature and truncation, as the API promises.
-Left out: penalties and grammar masks (they belong to the logits, before `sample`).
+Log-probabilities come from the raw logits, before all of this, as the API promises.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rorqual.engine.api import SamplingParams, TokenLogprob
 from rorqual.engine.core import Draw
 
-CANDIDATES = 1024
+Floats = NDArray[np.float64]
+Ids = NDArray[np.int64]
+
+CANDIDATES = 256
 _MASK = (1 << 64) - 1
+
+
+class Row(NamedTuple):
+    """What a draw depends on besides its logits.
+
+    tokens: all before the one to draw (prompt, generated, drafts), the first `prompt` of them being the prompt;
+    mask: uint32 bitset over the vocabulary, a set bit (of token t: bit t % 32 of word t // 32) allows its token;
+    eos: ids that min_tokens forbids, besides the row's own stop ids.
+    """
+
+    params: SamplingParams
+    seed: int
+    tokens: Sequence[int]
+    prompt: int
+    mask: NDArray[np.uint32] | None = None
+    eos: tuple[int, ...] = ()
 
 
 def uniform(seed: int, position: int) -> float:
@@ -41,104 +77,226 @@ def _mix(z: int) -> int:
     return z ^ (z >> 31)
 
 
-def sample(logits_BV: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> list[Draw]:
-    """One draw per row. -inf logits are tokens that cannot be drawn; a row with NaN, +inf or no finite logit at all
-    comes back with a fault and no token."""
-    logits_BV = logits_BV.float()
-    finite_B = logits_BV.amax(-1).isfinite()
-    tokens_B = logits_BV.argmax(-1)
-    # A faulty row is treated as greedy: its token is thrown away, and it must not disturb the arithmetic of others.
-    usable = finite_B.tolist()
-    plain = [i for i, p in enumerate(params) if usable[i] and p.temperature > 0 and not _truncates(p)]
-    cut = [i for i, p in enumerate(params) if usable[i] and p.temperature > 0 and _truncates(p)]
-    for rows, draw in ((plain, _draw_plain), (cut, _draw_truncated)):
-        if rows:
-            u_B = torch.tensor([uniforms[i] for i in rows], dtype=torch.float64, device=logits_BV.device)
-            tokens_B[rows] = draw(
-                probabilities(logits_BV[rows], [params[i] for i in rows]), [params[i] for i in rows], u_B
-            )
-    chosen = tokens_B.tolist()
-    logprobs = _logprobs(logits_BV, params, tokens_B)
+def sample(logits_BV: Tensor, rows: Sequence[Row]) -> list[Draw]:
+    """One draw per row; `logits_BV` is not changed. -inf logits are tokens that cannot be drawn. A row with NaN, +inf
+    or no finite logit, or one that may draw nothing, comes back with a fault and no token."""
+    raw_BV = logits_BV.detach().float()
+    best, tokens = _best_tokens(raw_BV)
+    faults = [None if math.isfinite(value) else "its logits are not finite numbers" for value in best]
+    adjusted = [i for i, row in enumerate(rows) if faults[i] is None and _adjusts(row)]
+    ready_BV = raw_BV
+    if adjusted:
+        ready_BV = raw_BV.clone()
+        _adjust(ready_BV, rows, adjusted)
+        best, tokens = _best_tokens(ready_BV)
+        for i in adjusted:
+            if best[i] == -math.inf:
+                faults[i] = "grammar, bias, bad words and min_tokens forbid every token: no token is allowed"
+            elif not math.isfinite(best[i]):
+                faults[i] = "its logits are not finite numbers after penalties"
+    warm = [i for i, row in enumerate(rows) if faults[i] is None and row.params.temperature > 0]
+    plain = [i for i in warm if not _truncates(rows[i].params)]
+    cut = [i for i in warm if _truncates(rows[i].params)]
+    for chosen, draw in ((plain, _draw_plain), (cut, _draw_truncated)):
+        if chosen:
+            params = [rows[i].params for i in chosen]
+            u = [uniform(rows[i].seed, len(rows[i].tokens)) for i in chosen]
+            probs_BV = probabilities(_pick(ready_BV, chosen), params, [best[i] for i in chosen])
+            for i, token in zip(chosen, draw(probs_BV, params, u), strict=True):
+                tokens[i] = token
+    logprobs = _logprobs(raw_BV, rows, tokens)
     return [
-        Draw(chosen[i], logprobs.get(i)) if usable[i] else Draw(fault="its logits are not finite numbers")
-        for i in range(len(params))
+        Draw(token, logprobs.get(i)) if fault is None else Draw(fault=fault)
+        for i, (token, fault) in enumerate(zip(tokens, faults, strict=True))
     ]
 
 
-def probabilities(logits_BV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """softmax(logits / temperature), fp32, for rows with temperature > 0. The maximum is subtracted first, so that no
-    temperature, however small, overflows."""
-    temperatures = torch.tensor([max(p.temperature, 1e-30) for p in params], device=logits_BV.device)
-    return ((logits_BV - logits_BV.amax(-1, keepdim=True)) / temperatures[:, None]).softmax(-1)
+def probabilities(logits_BV: Tensor, params: Sequence[SamplingParams], best: Sequence[float]) -> Tensor:
+    """softmax(logits / temperature), fp32, for rows with temperature > 0. `best`, each row's largest logit, is
+    subtracted first, so that no temperature, however small, overflows."""
+    best_B = torch.tensor(best, device=logits_BV.device)
+    temperature_B = torch.tensor([max(p.temperature, 1e-30) for p in params], device=logits_BV.device)
+    return (logits_BV - best_B[:, None]).div_(temperature_B[:, None]).softmax(-1)
+
+
+def _best_tokens(logits_BV: Tensor) -> tuple[list[float], list[int]]:
+    """Each row's largest logit and its (lowest) id. NaN counts as the largest."""
+    if logits_BV.device.type == "cpu":  # numpy's search is vectorised: a tenth of torch's time
+        logits = logits_BV.numpy()
+        ids = logits.argmax(-1)
+        return logits[np.arange(len(ids)), ids].tolist(), ids.tolist()
+    values_B, ids_B = logits_BV.max(-1)
+    return values_B.tolist(), ids_B.tolist()
+
+
+def _pick(x_BV: Tensor, rows: Sequence[int]) -> Tensor:
+    """Those rows (rising), without a copy where it is all of them."""
+    return x_BV if len(rows) == len(x_BV) else x_BV[rows]
+
+
+# ---- the logits themselves -------------------------------------------------------------------------------------------
+
+
+def _adjusts(row: Row) -> bool:
+    p = row.params
+    return (
+        row.mask is not None
+        or p.repetition_penalty != 1.0
+        or p.presence_penalty != 0.0
+        or p.frequency_penalty != 0.0
+        or bool(p.logit_bias)
+        or bool(p.bad_token_ids)
+        or len(row.tokens) - row.prompt < p.min_tokens
+    )
+
+
+def _adjust(logits_BV: Tensor, rows: Sequence[Row], which: Sequence[int]) -> None:
+    """Steps 1 and 2 of the module's order, in place, for those rows. What they do to single logits is collected, so that
+    few operations serve all rows; each touches its own row's logits, one by one, so that none depends on a mate."""
+    biased, forbidden, repeated, frequent = _Cells(), _Cells(), _Cells(), _Cells()
+    masks = []
+    for i in which:
+        p, generated = rows[i].params, rows[i].tokens[rows[i].prompt :]
+        if (mask := rows[i].mask) is not None:
+            masks.append((i, mask))
+        if p.logit_bias:
+            biased.add(i, *zip(*p.logit_bias, strict=True))
+        for bad in p.bad_token_ids:
+            if tuple(generated[len(generated) - len(bad) + 1 :]) == bad[:-1]:
+                forbidden.add(i, bad[-1:])
+        if len(generated) < p.min_tokens:
+            forbidden.add(i, rows[i].eos + p.stop_token_ids)
+        if p.repetition_penalty != 1.0:
+            repeated.add(i, set(rows[i].tokens), p.repetition_penalty)
+        if p.presence_penalty or p.frequency_penalty:
+            counts = Counter(generated)
+            frequent.add(i, counts, [p.presence_penalty + p.frequency_penalty * n for n in counts.values()])
+
+    device = logits_BV.device
+    if masks:
+        words = ~np.stack([mask for _, mask in masks])
+        bits = np.unpackbits(words.view(np.uint8), axis=1, count=logits_BV.shape[1], bitorder="little")
+        barred_BV = torch.from_numpy(bits.view(np.bool_)).to(device)
+        for (i, _), barred_V in zip(masks, barred_BV, strict=True):
+            logits_BV[i].masked_fill_(barred_V, -math.inf)
+    if biased.parts:
+        at, bias = biased.on(device)
+        logits_BV.index_put_(at, bias, accumulate=True)
+    if forbidden.parts:
+        at, _ = forbidden.on(device)
+        logits_BV[at] = -math.inf
+    if repeated.parts:
+        at, penalty = repeated.on(device)
+        logits = logits_BV[at]
+        logits_BV[at] = torch.where(logits > 0, logits / penalty, logits * penalty)
+    if frequent.parts:
+        at, penalty = frequent.on(device)
+        logits_BV[at] -= penalty
+
+
+class _Cells:
+    """Logits of several rows, by row and token id, and a number for each."""
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]] = []
+
+    def add(self, row: int, ids: Collection[int], values: float | Sequence[float] = 0.0) -> None:
+        # numpy reads a list in a seventh of torch's time, and a long prompt is read at every step.
+        tokens = np.fromiter(ids, np.int64, len(ids))
+        self.parts.append((np.full(len(tokens), row), tokens, np.full(len(tokens), values, np.float32)))
+
+    def on(self, device: torch.device) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """The index of the logits, and the numbers."""
+        rows, tokens, numbers = (torch.from_numpy(np.concatenate(x)).to(device) for x in zip(*self.parts, strict=True))
+        return (rows, tokens), numbers
+
+
+# ---- the draw --------------------------------------------------------------------------------------------------------
 
 
 def _truncates(p: SamplingParams) -> bool:
-    return p.top_p < 1.0 or p.top_k > 0
+    return p.top_p < 1.0 or p.top_k > 0 or p.min_p > 0.0
 
 
-def _draw_plain(probs_BV: Tensor, params: Sequence[SamplingParams], u_B: Tensor) -> Tensor:
-    return _invert(probs_BV.double(), u_B)
+def _draw_plain(probs_BV: Tensor, params: Sequence[SamplingParams], u: Sequence[float]) -> list[int]:
+    """The first token at which the cumulated mass exceeds u * total. Tokens of probability 0 are never drawn."""
+    mass_BV = probs_BV.double().cumsum(-1)
+    total_B = mass_BV[:, -1]
+    u_B = torch.tensor(u, dtype=torch.float64, device=probs_BV.device)
+    # Rounding of u * total up to total itself would lead past the end.
+    target_B = torch.minimum(u_B * total_B, total_B.nextafter(torch.zeros_like(total_B)))
+    return torch.searchsorted(mass_BV, target_B[:, None], right=True)[:, 0].tolist()
 
 
-def _draw_truncated(probs_BV: Tensor, params: Sequence[SamplingParams], u_B: Tensor) -> Tensor:
-    ranked_BK, ids_BK = _best(probs_BV, min(CANDIDATES, probs_BV.shape[1]))
+def _draw_truncated(
+    probs_BV: Tensor, params: Sequence[SamplingParams], u: Sequence[float], candidates: int = CANDIDATES
+) -> list[int]:
+    """The same among the tokens that truncation leaves, in their order. The arithmetic is numpy's: on a few hundred
+    numbers a torch operation is mostly overhead."""
+    ranked_BK, ids_BK = _best(probs_BV, min(candidates, probs_BV.shape[1]))
     kept_BK = _keep(ranked_BK, params)
-    places_B = _invert(ranked_BK.double() * kept_BK, u_B)
-    tokens_B: Tensor = ids_BK.gather(1, places_B[:, None])[:, 0]
-    if ranked_BK.shape[1] < probs_BV.shape[1]:
+    mass_BK = (ranked_BK * kept_BK).cumsum(-1)
+    total_B = mass_BK[:, -1]
+    target_B = np.minimum(np.asarray(u) * total_B, np.nextafter(total_B, 0.0))
+    places_B = (mass_BK > target_B[:, None]).argmax(-1)
+    tokens = ids_BK[np.arange(len(places_B)), places_B].tolist()
+    if candidates < probs_BV.shape[1]:
         # Safe only if the last candidate and everything equal to it is cut off: what lies beyond cannot matter then.
-        edge = (kept_BK & (ranked_BK <= ranked_BK[:, -1:])).any(-1).tolist()
-        for i in (i for i, p in enumerate(params) if edge[i] or p.top_k > ranked_BK.shape[1]):
-            ranked, ids = probs_BV[i : i + 1].sort(descending=True, stable=True)
-            kept = _keep(ranked, params[i : i + 1])
-            tokens_B[i] = ids[0, _invert(ranked.double() * kept, u_B[i : i + 1])[0]]
-    return tokens_B
+        edge_BK = kept_BK & (ranked_BK <= ranked_BK[:, -1:])
+        again = [i for i, p in enumerate(params) if edge_BK[i].any() or p.top_k > candidates]
+        if again:
+            rest = [params[i] for i in again], [u[i] for i in again], candidates * 16
+            for i, token in zip(again, _draw_truncated(_pick(probs_BV, again), *rest), strict=True):
+                tokens[i] = token
+    return tokens
 
 
-def _best(probs_BV: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` most probable tokens of each row, by (probability falling, id rising), and their ids."""
-    ids_BK = probs_BV.topk(count, sorted=False).indices.sort().values
-    ranked_BK, order_BK = probs_BV.gather(1, ids_BK).sort(descending=True, stable=True)
-    return ranked_BK, ids_BK.gather(1, order_BK)
+def _best(probs_BV: Tensor, count: int) -> tuple[Floats, Ids]:
+    """The `count` most probable tokens of each row, by (probability falling, id rising), as fp64, and their ids. Which
+    of equals at the end of the list are in it is open."""
+    if count == probs_BV.shape[1]:
+        ranked_BK, ids_BK = probs_BV.sort(descending=True, stable=True)
+    else:
+        if probs_BV.device.type == "cpu":  # numpy's selection: torch's slows down where the vocabulary is large
+            ids_BK = torch.from_numpy(np.argpartition(probs_BV.numpy(), -count)[:, -count:]).sort().values
+        else:
+            ids_BK = probs_BV.topk(count, sorted=False).indices.sort().values
+        ranked_BK, order_BK = probs_BV.gather(1, ids_BK).sort(descending=True, stable=True)
+        ids_BK = ids_BK.gather(1, order_BK)
+    return ranked_BK.double().cpu().numpy(), ids_BK.cpu().numpy()
 
 
-def _keep(ranked_BK: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Which of the ranked tokens may be drawn: the first top_k, and of those, renormalised, the first whose mass
-    reaches top_p. A token stays if the mass before it is still below top_p, so the best one always does."""
-    device, width = ranked_BK.device, ranked_BK.shape[1]
-    top_k = torch.tensor([p.top_k or width for p in params], device=device)
-    top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)
-    first_k = torch.arange(width, device=device) < top_k[:, None]
-    mass = (ranked_BK.double() * first_k).cumsum(-1)
+def _keep(ranked_BK: Floats, params: Sequence[SamplingParams]) -> NDArray[np.bool_]:
+    """Which of the ranked tokens may be drawn: the first top_k, of those, renormalised, the first whose mass reaches
+    top_p, and of those the ones not too far below the best. A token stays if the mass before it is still below top_p,
+    so the best one always does."""
+    width = ranked_BK.shape[1]
+    top_k = np.array([[p.top_k or width] for p in params])
+    top_p = np.array([[p.top_p] for p in params])
+    min_p = np.array([[p.min_p] for p in params])
+    first_k = np.arange(width) < top_k
+    mass = (ranked_BK * first_k).cumsum(-1)
     # Without top_k the mass is the whole row's, also where only the candidates are at hand.
-    total = torch.where(torch.tensor([p.top_k > 0 for p in params], device=device), mass[:, -1], 1.0)
-    before = mass - ranked_BK.double() * first_k
-    nucleus = (before < (top_p * total)[:, None]) | (top_p >= 1.0)[:, None]
-    return first_k & nucleus & (ranked_BK > 0)
+    total = np.where([[p.top_k > 0] for p in params], mass[:, -1:], 1.0)
+    nucleus = (mass - ranked_BK < top_p * total) | (top_p >= 1.0)
+    kept: NDArray[np.bool_] = first_k & nucleus & (ranked_BK >= min_p * ranked_BK[:, :1]) & (ranked_BK > 0)
+    return kept
 
 
-def _invert(weights_BK: Tensor, u_B: Tensor) -> Tensor:
-    """The first index at which the cumulated weights exceed u * total. Indices of weight 0 are never chosen."""
-    mass_BK = weights_BK.cumsum(-1)
-    target_B = u_B * mass_BK[:, -1]
-    index_B = torch.searchsorted(mass_BK, target_B[:, None], right=True)[:, 0]
-    # Rounding of u * total up to total itself would lead past the end: then the last token of positive weight.
-    last_B = weights_BK.shape[1] - 1 - (weights_BK > 0).flip(-1).int().argmax(-1)
-    return torch.minimum(index_B, last_B)
-
-
-def _logprobs(logits_BV: Tensor, params: Sequence[SamplingParams], tokens_B: Tensor) -> dict[int, TokenLogprob]:
-    rows = [i for i, p in enumerate(params) if p.logprobs is not None]
-    if not rows:
+def _logprobs(raw_BV: Tensor, rows: Sequence[Row], tokens: Sequence[int]) -> dict[int, TokenLogprob]:
+    """By row index, for rows that ask. The alternatives are ordered by (log-probability falling, id rising)."""
+    asking = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+    if not asking:
         return {}
-    raw_BV = logits_BV[rows].log_softmax(-1)
-    chosen = raw_BV.gather(1, tokens_B[rows][:, None])[:, 0].tolist()
-    width = max(params[i].logprobs or 0 for i in rows)
-    top, ids = raw_BV.topk(min(width, raw_BV.shape[1]))
     out = {}
-    for row, logprob, values, tokens, token in zip(
-        rows, chosen, top.tolist(), ids.tolist(), tokens_B[rows].tolist(), strict=True
-    ):
-        n = params[row].logprobs or 0
-        out[row] = TokenLogprob(token, logprob, tuple(zip(tokens[:n], values[:n], strict=True)))
+    for i, logprobs_V in zip(asking, _pick(raw_BV, asking).log_softmax(-1), strict=True):
+        count = rows[i].params.logprobs or 0
+        top: list[tuple[int, float]] = []
+        if count:
+            # Logits of a half-precision head have many equals, so that "the best n" needs the ids to be definite.
+            least = logprobs_V.topk(min(count, len(logprobs_V))).values[-1]
+            ids = (logprobs_V >= least).nonzero()[:, 0]
+            values, order = logprobs_V[ids].sort(descending=True, stable=True)
+            top = list(zip(ids[order].tolist(), values.tolist(), strict=True))[:count]
+        out[i] = TokenLogprob(tokens[i], logprobs_V[tokens[i]].item(), tuple(top))
     return out

@@ -6,14 +6,19 @@ wrongly or freed too early changes the answer, and `expected` says what the answ
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Container, Sequence
+from pathlib import Path
+from typing import Literal
 from zlib import crc32
 
-from rorqual.engine.api import EngineInfo, Request, SamplingParams
-from rorqual.engine.core import Draw, EngineCore
+from rorqual.engine.api import EngineInfo, Request, SamplingParams, TokenLogprob
+from rorqual.engine.core import Draw, EngineCore, GrammarCompiler, Masks
+from rorqual.engine.disk import DiskCache
 from rorqual.engine.pages import PagePool
-from rorqual.engine.scheduler import Scheduler, Slice
+from rorqual.engine.scheduler import Job, Scheduler, Slice
 from rorqual.engine.settings import EngineSettings
 from rorqual.errors import CheckpointError
 
@@ -37,35 +42,94 @@ def expected(request: Request, max_model_len: int) -> list[int]:
 
 
 class MemoryRunner:
-    """before: called with each plan, to fail or to look; faults: ids of requests whose rows are reported faulty."""
+    """before: called with each plan, to fail or to look; faults: ids of requests whose rows are reported faulty;
+    draft_depth: it drafts as many tokens at most, right and wrong ones by `random`. A mask is a set of tokens; of
+    those the drawn token is the next one upwards."""
 
     def __init__(
-        self, num_pages: int, page_size: int, before: Callable[[Sequence[Slice]], None] = lambda plan: None
+        self,
+        num_pages: int,
+        page_size: int,
+        before: Callable[[Sequence[Slice]], None] = lambda plan: None,
+        draft_depth: int = 0,
     ) -> None:
         self.memory = [[-1] * page_size for _ in range(num_pages)]
-        self.page_size, self.before = page_size, before
+        self.page_size, self.before, self.draft_depth = page_size, before, draft_depth
+        self.page_bytes = 8 * page_size
+        self.random = random.Random(0)
         self.faults: set[str] = set()
         self.wiped: list[int] = []
         self.plans: list[list[tuple[str, int, int]]] = []
 
-    def run(self, plan: Sequence[Slice]) -> list[Draw]:
+    def run(self, plan: Sequence[Slice], masks: Masks | None) -> list[list[Draw]]:
         self.plans.append([(s.job.request.id, s.start, s.count) for s in plan])
         self.before(plan)
         for s in plan:
-            for at in range(s.start, s.start + s.count):
-                self.memory[s.job.pages[at // self.page_size]][at % self.page_size] = s.job.tokens[at]
-        return [self._draw(s) for s in plan]
+            assert s.start == s.job.computed and not (s.drafts and not s.samples)
+            for at, token in enumerate(s.tokens, s.start):
+                self.memory[s.job.pages[at // self.page_size]][at % self.page_size] = token
+        allowed = masks() if masks else [[] for _ in plan]
+        return [self._draw(s, mask) for s, mask in zip(plan, allowed, strict=True)]
+
+    def draft(self, done: Sequence[tuple[Slice, int]], depth: int) -> list[tuple[int, ...]]:
+        assert 1 <= depth <= self.draft_depth
+        return [self._guess(s.job, depth) if self._has_grown(s, new) else () for s, new in done]
 
     def wipe(self, pages: Sequence[int]) -> None:
         self.wiped += pages
+        for page in pages:
+            self.memory[page] = [-1] * self.page_size
 
-    def _draw(self, s: Slice) -> Draw:
+    def read_page(self, page: int) -> bytes:
+        return array("q", self.memory[page]).tobytes()
+
+    def write_page(self, page: int, data: bytes) -> None:
+        self.memory[page] = array("q", data).tolist()
+
+    def _draw(self, s: Slice, masks: Sequence[Container[int]]) -> list[Draw]:
         if s.job.request.id in self.faults:
-            return Draw(fault="told to fail")
+            return [Draw(fault="told to fail")]
         if not s.samples:
-            return Draw()
-        read = [t for page in s.job.pages for t in self.memory[page]][: s.start + s.count]
-        return Draw(next_token(read))
+            return []
+        read = self._read(s.job)
+        draws = []
+        for i in range(1 + len(s.drafts)):
+            token = next_token(read[: s.start + s.count + i])
+            while masks and token not in masks[i]:
+                token = (token + 1) % VOCAB
+            draws.append(Draw(token, TokenLogprob(token, -1.0)))
+        return draws
+
+    def _read(self, job: Job) -> list[int]:
+        return [t for page in job.pages for t in self.memory[page]]
+
+    def _has_grown(self, s: Slice, new: int) -> bool:
+        job = s.job
+        assert job.computed == s.start + s.count + max(0, new - 1) and len(job.tokens) >= job.computed + (new > 0)
+        assert self._read(job)[: job.computed] == job.tokens[: job.computed]
+        return new > 0
+
+    def _guess(self, job: Job, depth: int) -> tuple[int, ...]:
+        guess: list[int] = []
+        for _ in range(self.random.randint(0, depth)):
+            guess.append(next_token(job.tokens + guess))
+            if self.random.random() < 0.3:
+                guess[-1] = self.random.randrange(VOCAB)
+        return tuple(guess)
+
+
+class Clock:
+    """A clock that goes on by a second whenever it is read, and by `advance` when told."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1.0
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
 
 
 def make_core(
@@ -73,17 +137,32 @@ def make_core(
     page_size: int = 4,
     max_model_len: int = 100,
     before: Callable[[Sequence[Slice]], None] = lambda plan: None,
+    *,
+    draft_depth: int = 0,
+    speculation: int | Literal["auto"] = "auto",
+    cache_dir: Path | None = None,
+    capacity_bytes: int = 1 << 20,
+    prefix_cache: bool = True,
+    grammar_compiler: GrammarCompiler | None = None,
+    clock: Callable[[], float] = time.monotonic,
     **options: int,
 ) -> tuple[EngineCore, MemoryRunner]:
-    pool = PagePool(pages + 1, page_size)
+    pool = PagePool(pages + 1, page_size, prefix_cache=prefix_cache)
     scheduler = Scheduler(pool, max_model_len=max_model_len, **options)
-    runner = MemoryRunner(pages + 1, page_size, before)
+    runner = MemoryRunner(pages + 1, page_size, before, draft_depth)
     info = EngineInfo("fake", scheduler.max_model_len, VOCAB, (EOS,), pages * page_size)
-    return EngineCore(runner, scheduler, info), runner
+    disk = None
+    if cache_dir:
+        disk = DiskCache(cache_dir, page_bytes=runner.page_bytes, identity=b"", capacity_bytes=capacity_bytes)
+    core = EngineCore(
+        runner, scheduler, info, grammar_compiler=grammar_compiler, speculation=speculation, disk=disk, clock=clock
+    )
+    return core, runner
 
 
-def request(id: str, prompt: Sequence[int], **params: object) -> Request:
-    return Request(id, tuple(prompt), SamplingParams(**{"ignore_eos": True, **params}))  # type: ignore[arg-type]
+def request(id: str, prompt: Sequence[int], *, priority: int = 0, salt: str = "", **params: object) -> Request:
+    told = SamplingParams(**{"ignore_eos": True, **params})  # type: ignore[arg-type]
+    return Request(id, tuple(prompt), told, priority, salt)
 
 
 # ---- builders for EngineProcess, importable in its child -------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,45 @@ def test_a_stop_token_is_counted_but_not_text(llm: LLM) -> None:
     ]
     assert out.token_ids == whole.token_ids[: at + 1] and out.finish_reason is FinishReason.STOP
     assert out.text == llm.tokenizer.decode(out.token_ids[:-1])
+
+
+def test_n_completions_of_a_prompt_follow_each_other(llm: LLM) -> None:
+    prompts = [text(4), text(7)]
+    params = SamplingParams(max_tokens=12, ignore_eos=True, seed=random.getrandbits(60), n=3)
+    outs = llm.generate(prompts, params)
+    assert [o.index for o in outs] == [0, 1, 2] * 2
+    for i, out in enumerate(outs):
+        alone = replace(params, n=1, seed=(params.seed or 0) + i % 3)
+        assert out.token_ids == llm.generate([prompts[i // 3]], alone)[0].token_ids
+    assert len({o.token_ids for o in outs[:3]}) == 3
+    mixed = llm.generate(prompts, [replace(params, n=2, seed=None), params])
+    assert [o.index for o in mixed] == [0, 1, 0, 1, 2] and mixed[0].token_ids != mixed[1].token_ids
+    assert [o.index for o in llm.chat([{"role": "user", "content": "a"}], params)] == [0, 1, 2]
+    with pytest.raises(RequestError):
+        llm.stream(prompts[0], params)
+
+
+def test_bad_words_do_not_appear(llm: LLM) -> None:
+    prompt = text(5)
+    tokens = llm.generate([prompt], GREEDY)[0].token_ids
+    # Words that are one token, bare or after a space, so that no other spelling is likelier.
+    words = {llm.tokenizer.decode([t]).strip() for t in tokens[:10]} - {""}
+    words = {w for w in words if len(llm.tokenizer.encode(w)) == 1 and "\ufffd" not in w}
+    out = llm.generate([prompt], replace(GREEDY, bad_words=tuple(words)))[0]
+    banned = {ids for w in words for ids in (tuple(llm.tokenizer.encode(w)), tuple(llm.tokenizer.encode(f" {w}")))}
+    assert not any(out.token_ids[i : i + len(b)] == b for b in banned for i in range(len(out.token_ids)))
+    assert not words or out.token_ids != tokens
+
+
+def test_penalties_and_bias_reach_the_draw(llm: LLM) -> None:
+    prompt = text(5)
+    three = replace(GREEDY, logit_bias={9: 90.0, 11: 90.0, 13: 90.0})
+    assert set(llm.generate([prompt], three)[0].token_ids) <= {9, 11, 13}
+    # A token that came 20 times is 40 below one that did not come.
+    assert set(llm.generate([prompt], replace(three, frequency_penalty=2.0))[0].token_ids) == {9, 11, 13}
+    assert set(llm.generate([prompt], replace(GREEDY, logit_bias={9: 100.0}))[0].token_ids) == {9}
+    with pytest.raises(RequestError):
+        llm.generate([prompt], replace(GREEDY, logit_bias={llm.info.vocab_size: 1.0}))
 
 
 def test_streams_equal_the_whole_and_may_interleave(llm: LLM) -> None:

@@ -20,7 +20,7 @@ def fill(pool: PagePool, tokens: list[int]) -> tuple[list[int], int]:
     assert fresh is not None
     pages += fresh
     for i in range(hits, len(tokens) // SIZE):
-        parent = keys[-1] if keys else pool.root
+        parent = keys[-1] if keys else pool.root()
         keys.append(pool.publish(pages[i], parent, tokens[i * SIZE : (i + 1) * SIZE]))
     return pages, hits
 
@@ -54,7 +54,7 @@ def test_a_page_is_a_hit_only_after_the_same_prefix() -> None:
 
 def test_identity_separates_and_prefix_cache_can_be_off() -> None:
     tokens = random.choices(range(1000), k=9)
-    assert PagePool(9, SIZE, identity=b"x").root != PagePool(9, SIZE, identity=b"y").root
+    assert PagePool(9, SIZE, identity=b"x").root() != PagePool(9, SIZE, identity=b"y").root()
     pool = PagePool(20, SIZE, prefix_cache=False)
     fill(pool, tokens)
     assert fill(pool, tokens)[1] == 0 and pool.published == 0
@@ -104,7 +104,7 @@ def test_no_page_is_lost_shared_wrongly_or_returned_after_eviction(data: st.Data
             for i in range(len(keys), len(pages)):
                 content[pages[i]] = tuple(tokens[: (i + 1) * SIZE])
                 if (i + 1) * SIZE <= len(tokens):
-                    parent = keys[-1] if keys else pool.root
+                    parent = keys[-1] if keys else pool.root()
                     keys.append(pool.publish(pages[i], parent, tokens[i * SIZE : (i + 1) * SIZE]))
             live.append((pages, tokens))
         for page in range(1, pool.num_pages):

@@ -1,39 +1,101 @@
-"""Draws follow the exact distribution and depend on (seed, position) alone; truncation keeps what it should."""
+"""Draws follow the exact distribution and depend on (seed, position) alone; penalties, masks and truncation do what
+their definitions say; drafts that are kept by comparison with a draw change no distribution."""
 
 from __future__ import annotations
 
 import math
 import random
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from rorqual.engine.api import SamplingParams
-from rorqual.engine.sampler import sample, uniform
+from rorqual.engine import sampler
+from rorqual.engine.api import EngineInfo, Request, SamplingParams, check_request
+from rorqual.engine.core import Draw
+from rorqual.engine.sampler import Row, sample, uniform
+from rorqual.errors import RequestError
+
+
+def bitset(allowed: Sequence[int], vocab: int) -> NDArray[np.uint32]:
+    words = np.zeros(-(-vocab // 32), np.uint32)
+    for token in allowed:
+        words[token // 32] |= np.uint32(1 << token % 32)
+    return words
+
+
+def row(params: SamplingParams, seed: int = 0, tokens: Sequence[int] = (0,), prompt: int = 1, **more: Any) -> Row:
+    return Row(params, seed, tokens, prompt, **more)
 
 
 def draws(logits_V: Tensor, params: SamplingParams, n: int) -> Tensor:
-    """n tokens of one distribution, at positions 0 .. n - 1 of one random seed."""
+    """n tokens of one distribution, of n seeds."""
     seed = random.getrandbits(64)
-    uniforms = [uniform(seed, i) for i in range(n)]
-    result = sample(logits_V.expand(n, -1), [params] * n, uniforms)
+    result = sample(logits_V.expand(n, -1), [row(params, seed + i) for i in range(n)])
     return torch.tensor([d.token_id for d in result])
 
 
-def exact(logits_V: Tensor, params: SamplingParams) -> Tensor:
-    """The distribution by definition, in fp64 and plain steps."""
-    p = (logits_V.double() / params.temperature).softmax(-1)
-    order = sorted(range(len(p)), key=lambda i: (-p[i].item(), i))
-    order = order[: params.top_k or None]
-    total, mass, kept = sum(p[i].item() for i in order), 0.0, []
-    for i in order:
-        if mass < params.top_p * total or params.top_p == 1.0:
-            kept.append(i)
-        mass += p[i].item()
-    out = torch.zeros_like(p)
-    out[kept] = p[kept]
-    return out / out.sum()
+def at(u: float, logits_BV: Tensor, params: SamplingParams, monkeypatch: pytest.MonkeyPatch) -> list[Draw]:
+    """Draws with a given uniform number."""
+    with monkeypatch.context() as patch:
+        patch.setattr(sampler, "uniform", lambda seed, position: u)
+        return sample(logits_BV, [row(params)] * len(logits_BV))
+
+
+def reference(logits: Sequence[float], row: Row) -> list[float]:
+    """The distribution of a row by definition: loops over tokens, Python's floats."""
+    p, vocab = row.params, len(logits)
+    generated = list(row.tokens[row.prompt :])
+    x = list(logits)
+    for t in range(vocab):
+        if row.mask is not None and not int(row.mask[t // 32]) >> t % 32 & 1:
+            x[t] = -math.inf
+        for token, bias in p.logit_bias:
+            x[t] += bias if token == t else 0.0
+        for bad in p.bad_token_ids:
+            k = len(bad) - 1
+            if t == bad[-1] and k <= len(generated) and generated[len(generated) - k :] == list(bad[:-1]):
+                x[t] = -math.inf
+        if len(generated) < p.min_tokens and t in (*row.eos, *p.stop_token_ids):
+            x[t] = -math.inf
+        if t in row.tokens:
+            x[t] = x[t] / p.repetition_penalty if x[t] > 0 else x[t] * p.repetition_penalty
+        count = generated.count(t)
+        x[t] -= count * p.frequency_penalty + (count > 0) * p.presence_penalty
+    if max(x) == -math.inf:
+        return [0.0] * vocab
+    if p.temperature == 0:
+        return [float(t == x.index(max(x))) for t in range(vocab)]
+    weights = [math.exp((v - max(x)) / p.temperature) for v in x]
+    probs = [w / sum(weights) for w in weights]
+    order = sorted(range(vocab), key=lambda t: (-probs[t], t))[: p.top_k or None]
+    total, mass, kept = sum(probs[t] for t in order), 0.0, []
+    for t in order:
+        if (mass < p.top_p * total or p.top_p == 1.0) and probs[t] >= p.min_p * probs[order[0]]:
+            kept.append(t)
+        mass += probs[t]
+    left = sum(probs[t] for t in kept)
+    return [probs[t] / left if t in kept else 0.0 for t in range(vocab)]
+
+
+def z_of_chi_square(seen: Sequence[float], want: Sequence[float]) -> float:
+    """How many standard deviations the statistic is too high; above 4.8 once in a million by chance. Cells with few
+    expected draws are pooled, as the statistic requires; a draw that cannot be is infinitely unlikely."""
+    if any(s and not w for s, w in zip(seen, want, strict=True)):
+        return math.inf
+    cells = [(s, w) for s, w in zip(seen, want, strict=True) if w >= 10]
+    few = [(s, w) for s, w in zip(seen, want, strict=True) if 0 < w < 10]
+    if few:
+        cells.append((sum(s for s, _ in few), sum(w for _, w in few)))
+    chi2 = sum((s - w) ** 2 / w for s, w in cells)
+    k = max(1, len(cells) - 1)
+    # Wilson-Hilferty: (chi2 / k)^(1/3) is nearly normal.
+    return ((chi2 / k) ** (1 / 3) - (1 - 2 / (9 * k))) / math.sqrt(2 / (9 * k))
 
 
 @pytest.mark.parametrize(
@@ -43,45 +105,96 @@ def exact(logits_V: Tensor, params: SamplingParams) -> Tensor:
         SamplingParams(temperature=0.4),
         SamplingParams(temperature=1.3, top_k=5),
         SamplingParams(temperature=1.0, top_p=0.8),
-        SamplingParams(temperature=1.7, top_k=9, top_p=0.7),
+        SamplingParams(temperature=1.2, min_p=0.2),
+        SamplingParams(temperature=1.7, top_k=9, top_p=0.7, min_p=0.1),
     ],
 )
 def test_frequencies_fit_the_exact_distribution(params: SamplingParams) -> None:
-    """Chi-square over 16 tokens and 40,000 draws; the bound is passed by chance once in a million."""
     logits = torch.randn(16) * 1.5
     n = 40_000
-    seen = draws(logits, params, n).bincount(minlength=16).double()
-    want = exact(logits, params) * n
-    assert (seen[want == 0] == 0).all()
-    # Cells with few expected draws are pooled, as the test statistic requires.
-    small = (want > 0) & (want < 10)
-    cells = [(seen[i].item(), want[i].item()) for i in range(16) if want[i] >= 10]
-    if small.any():
-        cells.append((seen[small].sum().item(), want[small].sum().item()))
-    chi2 = sum((s - w) ** 2 / w for s, w in cells if w > 0)
-    k = max(1, len(cells) - 1)
-    # Wilson-Hilferty: (chi2 / k)^(1/3) is nearly normal.
-    z = ((chi2 / k) ** (1 / 3) - (1 - 2 / (9 * k))) / math.sqrt(2 / (9 * k))
-    assert z < 4.8
+    seen = draws(logits, params, n).bincount(minlength=16).tolist()
+    assert z_of_chi_square(seen, [n * p for p in reference(logits.tolist(), row(params))]) < 4.8
 
 
-@pytest.mark.parametrize("vocab", [50, 3000])
-def test_truncation_keeps_exactly_the_defined_set(vocab: int) -> None:
+def some_params(vocab: int) -> SamplingParams:
+    """Any mixture of the fields, each as often off as on."""
+    some: dict[str, Any] = {
+        "temperature": random.choice([0.0, 0.5, 1.0, 3.0]),
+        "top_k": random.choice([1, 3, 10]),
+        "top_p": random.choice([0.3, 0.9, 0.99]),
+        "min_p": random.choice([0.01, 0.2]),
+        "min_tokens": random.randrange(8),
+        "repetition_penalty": random.choice([0.5, 1.3, 4.0]),
+        "presence_penalty": random.uniform(-2, 2),
+        "frequency_penalty": random.uniform(-2, 2),
+        "logit_bias": {random.randrange(vocab): random.choice([-100, -1.5, 2.5]) for _ in range(4)},
+        "bad_token_ids": [[random.randrange(vocab) for _ in range(random.randint(1, 3))] for _ in range(vocab)],
+        "stop_token_ids": random.sample(range(vocab), 2),
+    }
+    return SamplingParams(**{name: value for name, value in some.items() if random.random() < 0.5})
+
+
+@pytest.mark.parametrize("vocab", [8, 33, 130])
+def test_every_field_does_what_its_definition_says(vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With evenly spaced numbers in place of random ones every token must be drawn as often as its probability says, to
+    within one draw."""
+    n = 200
+    monkeypatch.setattr(sampler, "uniform", lambda seed, position: (seed + 0.5) / n)
+    for _ in range(40):
+        params, logits = some_params(vocab), torch.randn(vocab) * 2
+        tokens = [random.randrange(vocab) for _ in range(random.randint(1, 12))]
+        mask = bitset(random.sample(range(vocab), vocab // 2), vocab) if random.random() < 0.5 else None
+        like = Row(params, 0, tokens, random.randint(1, len(tokens)), mask, (0, 1))
+        result = sample(logits.expand(n, -1), [like._replace(seed=i) for i in range(n)])
+        want = reference(logits.tolist(), like)
+        if any(want):
+            seen = Counter(d.token_id for d in result)
+            assert all(abs(seen[t] - n * want[t]) < 1.01 for t in range(vocab))
+            assert None not in seen
+        else:
+            assert all(d.token_id is None and "no token is allowed" in (d.fault or "") for d in result)
+
+
+def test_penalties_by_hand() -> None:
+    logits = torch.tensor([[4.0, -1.0, 3.0, 2.9]])
+    tokens, prompt = [0, 2, 2], 1  # token 0 in the prompt, token 2 twice in the completion
+
+    def best(**fields: Any) -> int | None:
+        return sample(logits, [row(SamplingParams(temperature=0, **fields), 0, tokens, prompt)])[0].token_id
+
+    assert best() == 0 and best(presence_penalty=2.0, frequency_penalty=2.0) == 0  # a prompt is not penalised by these
+    assert best(repetition_penalty=1.5) == 3  # 4 / 1.5 and 3 / 1.5 against 2.9
+    assert best(presence_penalty=-1.5) == 2 and best(frequency_penalty=-0.6) == 2
+    assert best(frequency_penalty=-0.4) == 0  # twice 0.4 is not enough
+    assert best(logit_bias={"1": 6}) == 1 and best(logit_bias=[(0, -100)]) == 2
+    assert best(bad_token_ids=[[0], [2, 2, 2]]) == 3
+    assert best(bad_token_ids=[[0, 2, 2, 0]]) == 0  # it would have begun in the prompt
+    assert best(bad_token_ids=[[2, 0]]) == 2
+    assert best(min_tokens=3, stop_token_ids=[0]) == 2 and best(min_tokens=2, stop_token_ids=[0]) == 0
+
+
+@pytest.mark.parametrize("vocab", [50, 3000, 9000])
+def test_truncation_keeps_exactly_the_defined_set(vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the nucleus is larger than the candidates that are sorted first."""
-    for _ in range(8):
+    for _ in range(6):
         logits = torch.randn(vocab) * random.choice([0.05, 1.0, 4.0])
         params = SamplingParams(
             temperature=random.choice([0.5, 1.0, 3.0]),
-            top_k=random.choice([0, 1, 3, 40, 1024, 1500, 10_000]),
+            top_k=random.choice([0, 0, 1, 3, 40, 256, 1500, 10_000]),
             top_p=random.choice([1e-9, 0.3, 0.9, 0.97, 0.999, 1.0]),
+            min_p=random.choice([0.0, 0.0, 1e-3, 0.3]),
         )
-        want = exact(logits, params)
-        lowest, highest = sample(logits.expand(2, -1), [params] * 2, [0.0, 1.0 - 2**-53])
-        assert want[lowest.token_id] > 0 and want[highest.token_id] > 0
-        if params.top_k or params.top_p < 1.0:
-            ranked = sorted((i for i in range(vocab) if want[i] > 0), key=lambda i: (-want[i].item(), i))
-            assert lowest.token_id == ranked[0]
-            assert abs(ranked.index(highest.token_id or 0) - (len(ranked) - 1)) <= 1  # fp32 against fp64 at the border
+        # fp64, as the loops of `reference` would take long here.
+        probs = (logits.double() / params.temperature).softmax(-1)
+        ranked, order = probs.sort(descending=True, stable=True)
+        ranked = torch.where(torch.arange(vocab) < (params.top_k or vocab), ranked, 0.0)
+        before = (ranked.cumsum(-1) - ranked) / ranked.sum()
+        kept = ((before < params.top_p) | (params.top_p == 1.0)) & (ranked >= params.min_p * ranked[0]) & (ranked > 0)
+        if params == SamplingParams(temperature=params.temperature):
+            continue  # nothing is cut and nothing sorted
+        lowest, highest = (at(u, logits[None], params, monkeypatch)[0].token_id for u in (0.0, 1.0 - 2**-53))
+        assert lowest == order[0]
+        assert abs(order.tolist().index(highest or 0) - (int(kept.sum()) - 1)) <= 1  # fp32 against fp64 at the border
 
 
 def test_the_crossing_token_belongs_to_the_nucleus() -> None:
@@ -89,6 +202,7 @@ def test_the_crossing_token_belongs_to_the_nucleus() -> None:
     assert set(draws(logits, SamplingParams(top_p=0.55), 300).tolist()) == {0, 1}
     assert set(draws(logits, SamplingParams(top_p=0.45), 300).tolist()) == {0}
     assert set(draws(logits, SamplingParams(top_p=0.95), 300).tolist()) == {0, 1, 2}
+    assert set(draws(logits, SamplingParams(min_p=0.5), 300).tolist()) == {0, 1}
 
 
 @pytest.mark.parametrize("vocab", [8, 3000])
@@ -97,63 +211,86 @@ def test_equals_at_the_border_are_cut_by_id(vocab: int) -> None:
     assert set(draws(logits, SamplingParams(top_k=3), 200).tolist()) == {0, 1, 2}
     half = draws(logits, SamplingParams(top_p=0.5), 2000)
     assert half.max() < vocab // 2 + 1
+    result = sample(logits[None], [row(SamplingParams(logprobs=5))])[0].logprob
+    assert result is not None and [t for t, _ in result.top] == [0, 1, 2, 3, 4]
 
 
-def test_extremes_of_temperature() -> None:
+def test_extremes_of_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(4, 100) * 20
-    greedy = [d.token_id for d in sample(logits, [SamplingParams(temperature=0)] * 4, [0.9] * 4)]
+    greedy = [d.token_id for d in at(0.9, logits, SamplingParams(temperature=0), monkeypatch)]
     assert greedy == logits.argmax(-1).tolist()
     for cold in (1e-6, 1e-44):
-        assert [d.token_id for d in sample(logits, [SamplingParams(temperature=cold)] * 4, [0.9] * 4)] == greedy
-        assert [
-            d.token_id for d in sample(logits, [SamplingParams(temperature=cold, top_p=0.9)] * 4, [0.9] * 4)
-        ] == greedy
+        for params in (SamplingParams(temperature=cold), SamplingParams(temperature=cold, top_p=0.9)):
+            assert [d.token_id for d in at(0.9, logits, params, monkeypatch)] == greedy
 
 
-def test_masked_tokens_are_never_drawn_and_faulty_rows_are_told() -> None:
+def test_impossible_tokens_are_never_drawn_and_faulty_rows_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(6, 40)
     logits[0, 1:] = float("-inf")
     logits[1, 5] = float("nan")
     logits[2, 5] = float("inf")
     logits[3] = float("-inf")
+    before = logits.clone()
     for params in (
         SamplingParams(),
         SamplingParams(top_p=0.9),
         SamplingParams(temperature=0),
         SamplingParams(logprobs=2),
+        SamplingParams(repetition_penalty=1.5, logit_bias={7: 3}),
     ):
         for u in (0.0, 0.5, 1.0 - 2**-53):
-            result = sample(logits, [params] * 6, [u] * 6)
+            result = at(u, logits, params, monkeypatch)
             assert result[0].token_id == 0
             assert all(d.token_id is None and d.fault for d in result[1:4])
             assert all(d.token_id is not None and d.fault is None for d in result[4:])
+    assert torch.equal(logits, before) or logits.isnan().any()
 
 
-def test_a_row_does_not_depend_on_its_mates() -> None:
-    vocab, n = 2000, 24
-    logits = torch.randn(n, vocab) * 3
-    kinds = [
-        {},
-        {"top_p": 0.9},
-        {"top_k": 20},
-        {"temperature": 0.0},
-        {"logprobs": 3},
-        {"top_p": 0.999, "temperature": 4.0},
-    ]
-    params = [SamplingParams(**random.choice(kinds)) for _ in range(n)]  # type: ignore[arg-type]
-    uniforms = [random.random() for _ in range(n)]
-    together = [d.token_id for d in sample(logits, params, uniforms)]
-    alone = [sample(logits[i : i + 1], params[i : i + 1], uniforms[i : i + 1])[0].token_id for i in range(n)]
+def test_a_mask_bounds_the_draw_and_an_empty_one_faults_its_row_only() -> None:
+    vocab = 77
+    logits, some = torch.randn(3, vocab), random.sample(range(vocab), 5)
+    for params in (SamplingParams(), SamplingParams(temperature=0), SamplingParams(top_p=0.9, temperature=5.0)):
+        rows = [row(params), row(params, mask=bitset([], vocab)), row(params, mask=bitset(some, vocab))]
+        for seed in range(20):
+            free, none, bound = sample(logits, [r._replace(seed=seed) for r in rows])
+            assert free.fault is None and none.token_id is None and "no token is allowed" in (none.fault or "")
+            assert bound.token_id in some
+    only_end = row(SamplingParams(min_tokens=4), mask=bitset([1], vocab), eos=(1,))
+    assert sample(logits[:1], [only_end])[0].fault and sample(logits[:1], [only_end._replace(eos=())])[0].token_id == 1
+
+
+def some_row(vocab: int) -> Row:
+    more = random.choice([{}, {"mask": bitset(random.sample(range(vocab), vocab // 2), vocab)}])
+    chosen = random.choice([{}, {"logprobs": 3}, {"top_p": 0.999, "temperature": 4.0}])
+    params = random.choice([SamplingParams(**chosen), some_params(vocab)])
+    tokens = [random.randrange(vocab) for _ in range(20)]
+    return Row(params, random.getrandbits(64), tokens, random.randrange(20), eos=(1,), **more)
+
+
+@pytest.mark.parametrize("vocab", [50, 2000, 4097])
+def test_a_row_does_not_depend_on_its_mates(vocab: int) -> None:
+    """To the bit, log-probabilities included."""
+    n = 24
+    logits, rows = torch.randn(n, vocab) * 3, [some_row(vocab) for _ in range(n)]
+    together = sample(logits, rows)
+    alone = [sample(logits[i : i + 1], rows[i : i + 1])[0] for i in range(n)]
     order = random.sample(range(n), n)
-    shuffled = sample(logits[order], [params[i] for i in order], [uniforms[i] for i in order])
-    assert together == alone
-    assert [together[i] for i in order] == [d.token_id for d in shuffled]
+    shuffled = sample(logits[order], [rows[i] for i in order])
+    assert together == alone and [together[i] for i in order] == shuffled
+
+
+@pytest.mark.parametrize("vocab", [7, 129, 1021, 6144, 16_385])
+def test_logprobs_are_the_same_bits_in_any_batch(vocab: int) -> None:
+    params = SamplingParams(temperature=0, logprobs=20)
+    logits = (torch.randn(8, vocab) * random.choice([1, 5, 20])).bfloat16()  # of which many are equal
+    together = sample(logits, [row(params)] * 8)
+    assert together == [sample(logits[i : i + 1], [row(params)])[0] for i in range(8)]
 
 
 def test_logprobs_are_raw_and_sorted() -> None:
     logits = torch.randn(3, 50)
-    params = [SamplingParams(temperature=0.2, top_k=2, logprobs=n) for n in (0, 4, None)]
-    result = sample(logits, params, [0.3] * 3)
+    fields: dict[str, Any] = {"temperature": 0.2, "top_k": 2, "repetition_penalty": 2.0, "logit_bias": {3: 5.0}}
+    result = sample(logits, [row(SamplingParams(logprobs=n, **fields)) for n in (0, 4, None)])
     raw = logits.log_softmax(-1)
     assert result[2].logprob is None
     for i, n in ((0, 0), (1, 4)):
@@ -178,3 +315,118 @@ def test_uniform_numbers_are_uniform_and_unrelated() -> None:
         assert abs(torch.corrcoef(torch.stack((u[:-1], u[1:])))[0, 1]) < 5 / math.sqrt(n)
     assert abs(torch.corrcoef(torch.stack((by_position, by_seed)))[0, 1]) < 5 / math.sqrt(n)
     assert uniform(5, 9) == uniform(5, 9) and uniform(-1, 0) == uniform(2**64 - 1, 0)
+
+
+# ---- speculation -----------------------------------------------------------------------------------------------------
+
+VOCAB, DRAWS = 16, 50_000
+PARAMS = SamplingParams(temperature=1.3, top_p=0.9, repetition_penalty=1.2, presence_penalty=0.3, frequency_penalty=0.2)
+
+
+class Toy:
+    """A model of one token of context with a grammar of one token of context, behind the sampler. Always the same one,
+    so that the draft's probability is known to be neither too small nor too large to tell rules apart."""
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng(1)
+        self.logits = torch.from_numpy(rng.normal(size=(VOCAB, VOCAB)) * 1.2).float()
+        self.prompt, self.draft = [3, 5, 5], 7
+        self.logits[5, 7] = self.logits[5].max() + 1.5
+        self.masks = [bitset([7, *rng.permutation(VOCAB)[:11].tolist()], VOCAB) for _ in range(VOCAB)]
+
+    def row(self, seed: int, tokens: Sequence[int]) -> Row:
+        known = [*self.prompt, *tokens]
+        return Row(PARAMS, seed, known, len(self.prompt), self.masks[known[-1]])
+
+    def draw(self, seeds: Sequence[int], contexts: Sequence[Sequence[int]]) -> list[int | None]:
+        rows = [self.row(seed, tokens) for seed, tokens in zip(seeds, contexts, strict=True)]
+        return [d.token_id for d in sample(self.logits[[r.tokens[-1] for r in rows]], rows)]
+
+    def law(self, tokens: Sequence[int]) -> list[float]:
+        row = self.row(0, tokens)
+        return reference(self.logits[row.tokens[-1]].tolist(), row)
+
+
+def test_keeping_a_draft_that_equals_the_draw_changes_no_distribution() -> None:
+    """The joint law of two tokens, with a draft for the first of them: the engine's rule passes, and the test has the
+    power to reject a rule that keeps drafts which the model finds likely."""
+    toy, base = Toy(), random.getrandbits(64)
+    seeds, draft = range(base, base + DRAWS), toy.draft
+    first = toy.draw(seeds, [[]] * DRAWS)
+    behind = toy.draw(seeds, [[draft]] * DRAWS)  # in the same step, before it is known whether the draft stands
+    wrong = [i for i, token in enumerate(first) if token != draft]
+    second = list(behind)
+    for i, token in zip(wrong, toy.draw([seeds[i] for i in wrong], [[first[i] or 0] for i in wrong]), strict=True):
+        second[i] = token  # of the next step
+
+    law = toy.law([])
+    assert 0.35 < law[draft] < 0.8
+    want = [DRAWS * p * q for t, p in enumerate(law) for q in (toy.law([t]) if p else [0.0] * VOCAB)]
+
+    def misfit(first: Sequence[int | None], second: Sequence[int | None]) -> float:
+        seen = Counter(zip(first, second, strict=True))
+        return z_of_chi_square([seen[a, b] for a in range(VOCAB) for b in range(VOCAB)], want)
+
+    assert misfit(first, second) < 4.8
+    assert misfit([draft] * DRAWS if law[draft] > 0.3 else first, behind) > 4.8
+
+
+# ---- parameters ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("param", "value"),
+    [
+        ("min_p", -0.1),
+        ("min_p", 1.5),
+        ("min_p", math.nan),
+        ("min_tokens", -1),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", math.inf),
+        ("presence_penalty", 2.5),
+        ("frequency_penalty", -2.5),
+        ("logit_bias", {1: 101}),
+        ("logit_bias", {"a": 1}),
+        ("logit_bias", [3]),
+        ("logit_bias", {1: math.nan}),
+        ("bad_token_ids", [[]]),
+        ("bad_token_ids", [3]),
+        ("bad_words", [""]),
+        ("bad_words", 5),
+        ("stop", [""]),
+        ("n", 0),
+        ("n", 1000),
+    ],
+)
+def test_fields_out_of_range_are_named(param: str, value: object) -> None:
+    with pytest.raises(RequestError) as caught:
+        SamplingParams(**{param: value})  # type: ignore[arg-type]
+    assert caught.value.param == param
+
+
+def test_more_least_tokens_than_most() -> None:
+    with pytest.raises(RequestError) as caught:
+        SamplingParams(min_tokens=5, max_tokens=4)
+    assert caught.value.param == "min_tokens"
+    SamplingParams(min_tokens=4, max_tokens=4)
+
+
+def test_collections_are_brought_to_one_form() -> None:
+    params = SamplingParams(
+        logit_bias={"3": -1, 5: 2},  # type: ignore[arg-type]
+        bad_token_ids=[[1, 2]],  # type: ignore[arg-type]
+        bad_words="x",  # type: ignore[arg-type]
+    )
+    assert params.logit_bias == ((3, -1.0), (5, 2.0)) and params.bad_token_ids == ((1, 2),)
+    spelled = params.spelled(lambda text: [ord(c) for c in text])
+    assert spelled.bad_words == () and spelled.bad_token_ids == ((1, 2), (120,), (32, 120))
+    assert spelled.spelled(lambda text: []) is spelled and hash(spelled)
+
+
+@pytest.mark.parametrize("param", ["logit_bias", "bad_token_ids", "stop_token_ids", "bad_words"])
+def test_ids_outside_the_vocabulary_and_unspelled_words_are_refused(param: str) -> None:
+    info = EngineInfo("m", 100, 50, (1,), 100)
+    values: dict[str, Any] = {"logit_bias": {50: 1}, "bad_token_ids": [[3, 50]], "stop_token_ids": [-1]}
+    with pytest.raises(RequestError) as caught:
+        check_request(Request("", (1,), SamplingParams(**{param: values.get(param, "word")})), info)
+    assert caught.value.param == param

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rorqual.engine.api import FinishReason, Output, Request
+from rorqual.engine.api import FinishReason, Grammar, Output, Request
 from rorqual.engine.core import EngineCore
 from rorqual.engine.scheduler import Slice
 from rorqual.errors import CapacityError, PromptTooLong, RequestError, RorqualError
-from tests.unit.engine.fakes import VOCAB, expected, make_core, request
+from tests.unit.engine.fakes import VOCAB, Clock, expected, make_core, next_token, request
 
 
 def drain(core: EngineCore) -> dict[str, list[Output]]:
@@ -240,3 +240,156 @@ def test_an_exception_in_the_runner_ends_that_step_and_the_engine_goes_on(caplog
     fail.append(False)
     core.add(requests[2])
     assert tokens(drain(core)["2"]) == expected(requests[2], 100)
+
+
+def test_priority_decides_who_starts_and_arrival_among_equals() -> None:
+    core, runner = make_core(100, max_model_len=200, max_num_seqs=1)
+    for name, priority in [("a", 0), ("late", 5), ("b", 1), ("c", 1), ("urgent", -1)]:
+        core.add(request(name, random_prompt(9), max_tokens=3, priority=priority))
+    drain(core)
+    assert list(dict.fromkeys(id for plan in runner.plans for id, _, _ in plan)) == ["urgent", "a", "b", "c", "late"]
+
+
+def test_the_lowest_priority_is_preempted_first() -> None:
+    core, _ = make_core(18, max_model_len=40)
+    requests = [request(str(n), random_prompt(7), max_tokens=25, priority=p) for n, p in enumerate([2, 0, 1])]
+    for req in requests:
+        core.add(req)
+    ends = {id: outputs[-1] for id, outputs in drain(core).items()}
+    assert {id: o.stats.preemptions > 0 for id, o in ends.items() if o.stats} == {"0": True, "1": False, "2": False}
+    assert core.stats.preemptions > 0
+
+
+def test_a_waiting_request_is_never_overtaken_by_its_equals() -> None:
+    """A stream of small requests does not keep a large one from starting."""
+    core, runner = make_core(20, max_model_len=80, max_num_seqs=8)
+    core.add(request("0", random_prompt(3), max_tokens=40))
+    core.step()
+    core.add(request("large", random_prompt(70), max_tokens=5))
+    for n in range(1, 200):
+        core.add(request(str(n), random_prompt(3), max_tokens=10))
+        core.step()
+        if any(id == "large" for id, _, _ in runner.plans[-1]):
+            return
+    raise AssertionError("the large one starves")
+
+
+def test_salts_share_nothing() -> None:
+    core, _ = make_core(100, max_model_len=200)
+    prompt = random_prompt(50)
+    for salt, hit in [("a", 0), ("b", 0), ("", 0), ("a", 48), ("", 48)]:
+        core.add(request("r", prompt, max_tokens=2, salt=salt))
+        assert drain(core)["r"][0].cached_tokens == hit
+
+
+class Evens:
+    """A grammar of `length` even numbers and then nothing."""
+
+    def __init__(self, length: int) -> None:
+        self.left, self.fails = length, False
+
+    @property
+    def stopped(self) -> bool:
+        return self.left == 0
+
+    def masks(self, drafts: Sequence[int]) -> list[range]:
+        if self.fails:
+            raise ValueError("too complex")
+        return [range(2, VOCAB, 2)] * (1 + len(drafts))
+
+    def accept(self, token: int) -> None:
+        assert token % 2 == 0 and self.left > 0
+        self.left -= 1
+
+
+class EvensCompiler:
+    def __init__(self) -> None:
+        self.made: list[Evens] = []
+
+    def matcher(self, grammar: Grammar) -> Evens:
+        if grammar.kind != "regex":
+            raise RequestError("not a grammar", param="grammar")
+        self.made.append(Evens(int(grammar.text)))
+        return self.made[-1]
+
+
+def evens(prompt: Sequence[int], count: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(count):
+        token = next_token(tokens)
+        tokens.append(token if token % 2 == 0 and token else (token + 1) % VOCAB or 2)
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("draft_depth", [0, 3])
+def test_grammars_rule_what_is_drawn_and_end_the_text(draft_depth: int) -> None:
+    core, _ = make_core(100, grammar_compiler=EvensCompiler(), draft_depth=draft_depth, speculation=draft_depth)
+    prompts = {"short": random_prompt(9), "cut": random_prompt(5)}
+    core.add(request("short", prompts["short"], max_tokens=40, grammar=Grammar("regex", "12")))
+    core.add(request("cut", prompts["cut"], max_tokens=20, grammar=Grammar("regex", "99")))
+    core.add(free := request("free", random_prompt(6), max_tokens=20))
+    outputs = drain(core)
+    assert tokens(outputs["short"]) == evens(prompts["short"], 12)
+    assert tokens(outputs["cut"]) == evens(prompts["cut"], 20)
+    assert tokens(outputs["free"]) == expected(free, 100)
+    reasons = [outputs[id][-1].finish_reason for id in ("short", "cut", "free")]
+    assert reasons == [FinishReason.STOP, FinishReason.LENGTH, FinishReason.LENGTH]
+    core.close()
+
+
+def test_a_grammar_that_fails_ends_its_request_alone() -> None:
+    compiler = EvensCompiler()
+    core, _ = make_core(100, grammar_compiler=compiler)
+    for name in ("good", "bad"):
+        core.add(request(name, random_prompt(9), max_tokens=9, grammar=Grammar("regex", "9")))
+    core.step()
+    compiler.made[1].fails = True
+    ends = {id: outputs[-1] for id, outputs in drain(core).items()}
+    assert ends["good"].finish_reason is FinishReason.STOP
+    assert ends["bad"].finish_reason is FinishReason.ERROR and "too complex" in str(ends["bad"].error)
+    assert_empty(core)
+    core.close()
+
+
+def test_grammars_that_cannot_be_are_refused_at_once() -> None:
+    core, _ = make_core()
+    with pytest.raises(RequestError, match="grammar"):
+        core.add(request("r", [5], grammar=Grammar("regex", "9")))
+    core, _ = make_core(grammar_compiler=EvensCompiler())
+    with pytest.raises(RequestError, match="not a grammar"):
+        core.add(request("r", [5], grammar=Grammar("lark", "9")))
+    assert not core.busy and core.scheduler.idle
+    core.close()
+
+
+def test_statistics_account_for_every_token_and_second() -> None:
+    clock = Clock()
+    core, _ = make_core(100, max_num_seqs=1, max_batched_tokens=8, clock=clock, before=lambda plan: clock.advance(10))
+    prompt = random_prompt(20)
+    core.add(request("a", prompt, max_tokens=4))
+    core.add(request("b", prompt, max_tokens=4))
+    begin = clock.now
+    first = drain(core)
+    end = clock.now
+    a, b = (first[id][-1].stats for id in "ab")
+    assert a and b and all(o.stats is None for o in first["a"][:-1])
+    assert (a.steps, a.cached_tokens, a.pages) == (3 + 3, 0, 6) and (b.steps, b.cached_tokens) == (1 + 3, 16)
+    assert a.queue_s < 10 <= 30 <= a.prefill_s < 50 and 30 <= a.decode_s < 50
+    assert b.queue_s >= a.prefill_s + a.decode_s - 10 and 10 <= b.prefill_s < 20
+    assert end - begin - 5 <= b.queue_s + b.prefill_s + b.decode_s <= end
+    stats = core.stats
+    assert (stats.steps, stats.prefill_tokens, stats.decode_tokens) == (10, 20 + 4, 3 + 3)
+    assert (stats.cache_hit_tokens, stats.cache_miss_tokens) == (16, 24) and stats.new_tokens == 8
+    assert stats.run_s >= 100 and stats.last.requests == 1 and stats.last.decode_tokens == 1
+    assert (stats.waiting, stats.running, stats.pages_used, stats.pages_free) == (0, 0, 0, 100)
+    assert stats.pages_published > 0
+
+
+def test_waiting_counts_to_the_queue_also_without_a_single_step() -> None:
+    clock = Clock()
+    core, _ = make_core(clock=clock)
+    core.add(request("r", [5]))
+    clock.advance(100)
+    core.abort("r")
+    stats = core.step()[0].stats
+    assert stats and stats.queue_s > 100 and stats.steps == 0 and stats.prefill_s == stats.decode_s == 0

@@ -1,0 +1,148 @@
+"""What `rorqual bench serve` and `rorqual bench mtp` measure: the engine under mixed traffic, and drafting."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from rorqual.engine.api import Request, SamplingParams
+from rorqual.engine.core import EngineCore
+from rorqual.engine.native_runner import NativeRunner
+
+
+class Traffic(NamedTuple):
+    """`requests` requests at once; prompt and answer lengths are drawn log-uniformly between their ends."""
+
+    requests: int = 64
+    prompt: tuple[int, int] = (16, 1024)
+    new: tuple[int, int] = (16, 256)
+
+    def lengths(self, seed: int) -> list[tuple[int, int]]:
+        rng = np.random.default_rng(seed)
+
+        def draw(least: int, most: int) -> list[int]:
+            return np.exp(rng.uniform(math.log(least), math.log(most), self.requests)).round().astype(int).tolist()
+
+        return list(zip(draw(*self.prompt), draw(*self.new), strict=True))
+
+
+class Served(NamedTuple):
+    """seconds: from the first request to the last token; steps_s: the same forwards back to back, with nothing between
+    them; first_s and gap_s: of each request, until its first token, and between two outputs; tokens: generated."""
+
+    seconds: float
+    steps_s: float | None
+    tokens: int
+    prompt_tokens: int
+    steps: int
+    first_s: list[float]
+    gap_s: list[float]
+
+
+def serve(core: EngineCore, traffic: Traffic, seed: int) -> Served:
+    """All requests at once through the engine, then every forward it made once more without the engine."""
+    rng = np.random.default_rng(seed)
+    requests = [
+        Request(str(i), tuple(rng.integers(2, core.info.vocab_size, prompt).tolist()),
+                SamplingParams(temperature=0, max_tokens=new, ignore_eos=True))
+        for i, (prompt, new) in enumerate(traffic.lengths(seed))
+    ]  # fmt: skip
+    record = _Record(core)
+    start = time.perf_counter()
+    for request in requests:
+        core.add(request)
+    last: dict[str, float] = {}
+    first_s: list[float] = []
+    gap_s: list[float] = []
+    tokens = steps = 0
+    while core.busy:
+        outputs = core.step()
+        now, steps = time.perf_counter(), steps + 1
+        for out in outputs:
+            if out.token_ids:
+                tokens += len(out.token_ids)
+                (gap_s if out.request_id in last else first_s).append(now - last.get(out.request_id, start))
+                last[out.request_id] = now
+    seconds = time.perf_counter() - start
+    total = sum(len(r.prompt) for r in requests)
+    return Served(seconds, record.replay(), tokens, total, steps, first_s, gap_s)
+
+
+class _Record:
+    """Keeps what a native runner's model was asked for, to ask it again."""
+
+    def __init__(self, core: EngineCore) -> None:
+        runner = core.runner
+        self.model = runner.model if isinstance(runner, NativeRunner) else None
+        self.calls: list[Callable[[], object]] = []
+        if self.model is not None:
+            for name in ("forward", "logits"):
+                self._watch(name, getattr(self.model, name))
+
+    def _watch(self, name: str, call: Callable[..., torch.Tensor]) -> None:
+        def watched(*arguments: Any) -> torch.Tensor:
+            self.calls.append(lambda: call(*arguments))
+            return call(*arguments)
+
+        setattr(self.model, name, watched)
+
+    def replay(self) -> float | None:
+        if self.model is None:
+            return None
+        for name in ("forward", "logits"):
+            delattr(self.model, name)
+        with torch.inference_mode():
+            start = time.perf_counter()
+            for call in self.calls:
+                call()
+            return time.perf_counter() - start
+
+
+def mtp(core: EngineCore, plain: EngineCore, prompts: list[tuple[int, ...]], new: int) -> dict[str, float]:
+    """The same greedy requests one after another, with one draft a step and without.
+
+    Returns acceptance a, the costs of drafting and of verifying in units of a plain step, the speed-up they allow,
+    (1 + a) / (1 + c_draft + c_verify), and the one that was measured.
+    """
+    params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
+    seconds: dict[str, list[float]] = {"drafted": [], "plain": []}
+    for core_ in (core, plain):  # warm up
+        _generate(core_, prompts[0], params)
+    before = {id(c): c.stats for c in (core, plain)}
+    for prompt in prompts:
+        for name, core_ in (("drafted", core), ("plain", plain)):
+            seconds[name].append(_generate(core_, prompt, params))
+    with_drafts, without = (_difference(c.stats, before[id(c)]) for c in (core, plain))
+    step = without["run_s"] / without["steps"]
+    a = with_drafts["accepted"] / max(1, with_drafts["draft_tokens"])
+    draft = with_drafts["draft_s"] / with_drafts["steps"] / step
+    verify = with_drafts["run_s"] / with_drafts["steps"] / step - 1
+    allowed = (1 + a) / (1 + draft + verify)
+    measured = statistics.median(p / d for d, p in zip(seconds["drafted"], seconds["plain"], strict=True))
+    return {
+        "acceptance": a, "draft": draft, "verify": verify, "allowed": allowed, "measured": measured,
+        "of_allowed": measured / allowed, "plain_tokens_per_s": new / statistics.median(seconds["plain"]),
+        "drafted_tokens_per_s": new / statistics.median(seconds["drafted"]),
+    }  # fmt: skip
+
+
+def _difference(after: Any, before: Any) -> dict[str, float]:
+    names = ("steps", "draft_tokens", "accepted", "run_s", "draft_s")
+    return {name: getattr(after, name) - getattr(before, name) for name in names}
+
+
+def _generate(core: EngineCore, prompt: tuple[int, ...], params: SamplingParams) -> float:
+    """Seconds from the first token to the last."""
+    core.add(Request("bench", prompt, params))
+    begun = None
+    while core.busy:
+        if any(out.token_ids for out in core.step()) and begun is None:
+            begun = time.perf_counter()
+    assert begun is not None
+    return time.perf_counter() - begun

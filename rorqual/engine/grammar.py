@@ -1,0 +1,183 @@
+"""Grammars to token masks: which tokens may come next, so that the text in the end matches.
+
+The parser is llguidance (Rust, MIT, without dependencies); docs/log.md says why. What is added here:
+ - *text is text*: every added token is special to the parser, so that no JSON string can hold `<think>` or a turn
+   marker as one token;
+ - *errors reach whoever asked*: a schema or expression that does not compile, or that nothing can match, is a
+   RequestError with the parser's own words. Keywords of JSON Schema that it cannot promise are refused, not ignored;
+ - *speculation*: the masks along a draft come in one call, and the state is afterwards what it was;
+ - white space between the parts of a JSON document is bounded, or a small model could go on with blanks for ever.
+Characters stand in JSON strings as themselves; only control characters are escaped by number, which keeps halves of
+surrogate pairs out.
+
+The end-of-sequence token is kept from the parser: what it does with one, and with taking one back, depends on how the
+text before it ended. Computing a mask and compiling release the interpreter lock.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rorqual.data.tokenizer import read_json
+from rorqual.engine.api import Grammar
+from rorqual.errors import BackendUnavailable, DataError, RequestError
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+CACHED_GRAMMARS = 64
+JSON_WHITE_SPACE = r"[ \t\r\n]{1,64}"
+"""Between two parts of a document: room for a line break and the indentation of 16 levels of 4."""
+
+
+class GrammarCompiler:
+    """Of one tokenizer; shared by all requests. Reading a large vocabulary takes a second or two.
+
+    tokenizer_file: a byte-level BPE tokenizer.json; vocab_size: the model's, padding included: padded ids are never
+    allowed; eos_token_ids: what ends a text. Raises BackendUnavailable without llguidance, DataError for a file that it
+    cannot read.
+    """
+
+    def __init__(self, tokenizer_file: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        try:
+            from llguidance import LLTokenizer
+        except ImportError as error:
+            raise BackendUnavailable(
+                "structured output needs the package llguidance", remedy="pip install 'llguidance>=1.9'"
+            ) from error
+        spec = read_json(tokenizer_file)
+        for token in spec.get("added_tokens") or []:
+            token["special"] = True
+        try:
+            self._tokenizer = LLTokenizer(json.dumps(spec), n_vocab=vocab_size, eos_token=list(eos_token_ids))
+        except ValueError as error:
+            raise DataError(f"{tokenizer_file} cannot be used for structured output: {error}") from error
+        self.vocab_size, self.eos_token_ids = vocab_size, tuple(eos_token_ids)
+        self._compiled = lru_cache(CACHED_GRAMMARS)(self._compile)
+
+    def matcher(self, grammar: Grammar) -> Matcher:
+        """A matcher at the beginning of a text. A grammar seen before costs microseconds, a new one milliseconds.
+
+        Raises RequestError, its param "response_format" for JSON and "grammar" for the others, when it does not compile
+        or no text matches it.
+        """
+        return Matcher(self._compiled(grammar).deep_copy(), self.vocab_size, self.eos_token_ids)
+
+    def _compile(self, grammar: Grammar) -> LLMatcher:
+        from llguidance import LLMatcher
+
+        matcher = LLMatcher(self._tokenizer, _source(grammar), log_level=0)
+        if not matcher.is_error():
+            # The lexer's states are made when first visited; copies inherit them, so the first visit is paid here.
+            matcher.compute_bitmask()
+        if matcher.is_error():
+            raise _refusal(grammar, matcher.get_error())
+        return matcher
+
+
+class Matcher:
+    """How far one text has come in its grammar. Made by `GrammarCompiler.matcher`."""
+
+    def __init__(self, parser: LLMatcher, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+        self._parser, self._eos = parser, eos_token_ids
+        self._ended = False
+        self._rows = np.zeros((1, -(-vocab_size // 32)), np.uint32)
+
+    @property
+    def stopped(self) -> bool:
+        """The text is complete: nothing but the end of sequence can follow, or has followed."""
+        return self._ended or self._parser.is_stopped()
+
+    def masks(self, drafts: Sequence[int] = ()) -> list[NDArray[np.uint32]]:
+        """What may come next, and what after drafts[:1], drafts[:2], ... up to all of them: len(drafts) + 1 bitsets of
+        the vocabulary (token t: bit t % 32 of word t // 32). Behind a draft that is not allowed they are empty.
+
+        They share a buffer that the next call overwrites. The matcher does not move. Raises RequestError once the
+        parser has given up.
+        """
+        count = len(drafts) + 1
+        if count > len(self._rows):
+            self._rows = np.zeros((count, self._rows.shape[1]), np.uint32)
+        rows, ended, taken = self._rows[:count], self._ended, 0
+        for i, row in enumerate(rows):
+            self._fill(row, ended)
+            if i == 0:
+                self._check()
+            if i == len(drafts):
+                break
+            draft = drafts[i]
+            if not row[draft >> 5] >> (draft & 31) & 1:
+                rows[i + 1 :] = 0
+                break
+            if draft in self._eos:
+                ended = True
+            else:
+                taken += self._parser.consume_token(draft)
+        if taken:
+            self._parser.rollback(taken)
+        return list(rows)
+
+    def accept(self, token: int) -> None:
+        """The text goes on with a token that the mask allowed. Raises RequestError if the parser gives up: the grammar
+        has become too complex, or the token was not allowed."""
+        if token in self._eos:
+            self._ended = True
+        else:
+            self._parser.consume_token(token)
+            self._check()
+
+    def _fill(self, row: NDArray[np.uint32], ended: bool) -> None:
+        row[:] = 0
+        if ended:  # nothing but another end follows an end
+            for token in self._eos:
+                row[token >> 5] |= np.uint32(1 << (token & 31))
+        elif not self._parser.is_error():
+            self._parser.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+            if self._parser.is_error():  # it has filled in the end of sequence
+                row[:] = 0
+
+    def _check(self) -> None:
+        if self._parser.is_error():
+            raise RequestError(_gist(self._parser.get_error()), param="grammar")
+
+
+def _source(grammar: Grammar) -> str:
+    """In the parser's own notation. Raises RequestError for text that is no JSON object where a schema is due."""
+    from llguidance import LLMatcher
+
+    if grammar.kind == "regex":
+        return LLMatcher.grammar_from_regex(grammar.text)
+    if grammar.kind == "lark":
+        return LLMatcher.grammar_from_lark(grammar.text)
+    schema = grammar.text if grammar.kind == "json_schema" else '{"type": "object"}'
+    try:
+        known = json.loads(schema)
+    except (ValueError, RecursionError) as error:
+        raise _refusal(grammar, f"it is not JSON: {error}") from error
+    if not isinstance(known, dict):
+        raise _refusal(grammar, "it is not a JSON object")
+    try:
+        return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": JSON_WHITE_SPACE})
+    except ValueError as error:
+        raise _refusal(grammar, str(error)) from error
+
+
+def _refusal(grammar: Grammar, message: str) -> RequestError:
+    what = {"json_schema": "JSON schema", "json_object": "JSON object", "regex": "regular expression"}
+    return RequestError(
+        f"the {what.get(grammar.kind, 'Lark grammar')} cannot be used: {_gist(message)}",
+        param="response_format" if grammar.kind.startswith("json") else "grammar",
+    )
+
+
+def _gist(message: str) -> str:
+    """The parser's message without the dump of its state."""
+    first = message.split("\n<state>")[0].strip()
+    return "no text can match it" if first.startswith("NoExtension") else first

@@ -1,0 +1,245 @@
+"""Whatever allowed tokens are chosen, the text that ends matches; masks along a draft are the masks met on the way."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from rorqual.config import resolve_model
+from rorqual.data.tokenizer import Tokenizer
+from rorqual.engine.api import Grammar
+from rorqual.engine.grammar import GrammarCompiler, Matcher
+from rorqual.errors import BackendUnavailable, DataError, RequestError
+
+NANO = resolve_model("rorqual-nano")
+TOKENIZER = Tokenizer.load(NANO)
+PADDING = 37
+VOCAB = TOKENIZER.vocab_size + PADDING
+EOS = TOKENIZER.eos_id
+CLOSING = {EOS, *(t for t in range(VOCAB) if any(c in TOKENIZER.token_bytes(t) for c in b'"]})'))}
+HOLE = TOKENIZER.special("<｜fim▁hole｜>")
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "kind": {"enum": ["whale", "鲸鱼", 'say "hi"\n']},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "tags": {"type": "array", "items": {"type": "string", "maxLength": 5}, "maxItems": 3},
+        "parent": {"anyOf": [{"$ref": "#/$defs/who"}, {"type": "null"}]},
+    },
+    "required": ["name", "kind", "age", "tags", "parent"],
+    "additionalProperties": False,
+    "$defs": {"who": {"type": "object", "properties": {"id": {"type": "number"}}, "required": ["id"]}},
+}
+REGEX = r"([0-9]{4}-[0-9]{2}|[a-zäöü]{2,20}|日本*)(, [A-F0-9]{3}){0,3}"
+LARK = """
+start: sum
+sum: term (" + " term)*
+term: NUMBER | "(" sum ")"
+NUMBER: /[0-9]{1,3}/
+"""
+
+
+@pytest.fixture(scope="module")
+def compiler() -> GrammarCompiler:
+    return GrammarCompiler(NANO / "tokenizer.json", VOCAB, (EOS, HOLE))
+
+
+def allowed(mask: NDArray[np.uint32]) -> list[int]:
+    return np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist()
+
+
+def choose(options: list[int], length: int) -> int:
+    """A random token; the longer the text, the rather one that brings it to an end."""
+    closing = CLOSING.intersection(options)
+    return random.choice(sorted(closing) if closing and random.random() < length / 60 else options)
+
+
+def walk(matcher: Matcher) -> list[int]:
+    """Random allowed tokens up to the end of sequence, which is not included."""
+    tokens: list[int] = []
+    while len(tokens) < 2000:
+        options = allowed(matcher.masks()[0])
+        assert options and max(options) < VOCAB - PADDING
+        # Neither padding nor a marker stands in a text that must match.
+        assert not (set(options) & TOKENIZER.special_ids) - {EOS, HOLE}
+        tokens.append(choose(options, len(tokens)))
+        matcher.accept(tokens[-1])
+        if tokens[-1] in (EOS, HOLE):
+            assert matcher.stopped
+            return tokens[:-1]
+    raise AssertionError("a walk that does not end")
+
+
+def text_of(tokens: list[int]) -> str:
+    return b"".join(TOKENIZER.token_bytes(t) for t in tokens).decode("utf-8")  # strictly: no half characters
+
+
+def test_json_objects_parse(compiler: GrammarCompiler) -> None:
+    for _ in range(20):
+        assert isinstance(json.loads(text_of(walk(compiler.matcher(Grammar("json_object"))))), dict)
+
+
+def test_schemas_are_kept(compiler: GrammarCompiler) -> None:
+    for _ in range(20):
+        value = json.loads(text_of(walk(compiler.matcher(Grammar("json_schema", json.dumps(SCHEMA))))))
+        jsonschema.validate(value, SCHEMA)
+
+
+def test_expressions_match(compiler: GrammarCompiler) -> None:
+    for _ in range(40):
+        assert re.fullmatch(REGEX, text_of(walk(compiler.matcher(Grammar("regex", REGEX)))))
+
+
+def test_lark_grammars_are_followed(compiler: GrammarCompiler) -> None:
+    for _ in range(20):
+        text = text_of(walk(compiler.matcher(Grammar("lark", LARK))))
+        assert re.fullmatch(r"[0-9+() ]+", text)
+        assert isinstance(eval(re.sub(r"\b0+(?=\d)", "", text)), int)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"": 'a "quoted" \\ back / slash'},
+        {"naïve 鲸鱼 🐋": "line\nbreak\ttab \x01"},
+        {"x": [1, -2.5e-3, True, None, {"y": []}]},
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 4])
+def test_any_json_is_accepted(compiler: GrammarCompiler, value: Any, indent: int | None) -> None:
+    """In one line and indented, as the tokenizer spells it."""
+    matcher = compiler.matcher(Grammar("json_object"))
+    for token in TOKENIZER.encode(json.dumps(value, ensure_ascii=False, indent=indent)):
+        assert token in allowed(matcher.masks()[0])
+        matcher.accept(token)
+    assert set(allowed(matcher.masks()[0])) == {EOS, HOLE} and matcher.stopped
+
+
+def test_blanks_do_not_go_on_for_ever(compiler: GrammarCompiler) -> None:
+    matcher = compiler.matcher(Grammar("json_object"))
+    blank = TOKENIZER.encode(" ")
+    tokens = [*TOKENIZER.encode("{"), *blank * 200]
+    taken = sum(bool(allowed(mask)) for mask in matcher.masks(tokens)) - 1
+    assert 30 < taken < 100
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        Grammar("json_schema", json.dumps(SCHEMA)),
+        Grammar("json_object"),
+        Grammar("regex", REGEX),
+        Grammar("lark", LARK),
+    ],
+)
+def test_masks_along_a_draft_are_those_met_on_the_way(compiler: GrammarCompiler, grammar: Grammar) -> None:
+    for _ in range(5):
+        tokens = [*walk(compiler.matcher(grammar)), EOS, HOLE]
+        drafter, walker = compiler.matcher(grammar), compiler.matcher(grammar)
+        at = 0
+        while at < len(tokens):
+            drafts = tokens[at : at + random.randrange(6)]
+            along = [mask.copy() for mask in drafter.masks(drafts)]
+            assert len(along) == len(drafts) + 1
+            assert (drafter.masks()[0] == along[0]).all()  # it has not moved
+            assert drafter.stopped == walker.stopped
+            for mask, token in zip(along, [*drafts, None], strict=True):
+                assert (mask == walker.masks()[0]).all()
+                if token is not None:
+                    walker.accept(token)
+                    drafter.accept(token)
+            at += len(drafts)
+        assert set(allowed(drafter.masks()[0])) == {EOS, HOLE}
+
+
+def test_behind_a_forbidden_draft_nothing_is_allowed(compiler: GrammarCompiler) -> None:
+    matcher = compiler.matcher(Grammar("regex", "[ab]{3}"))
+    a, c = TOKENIZER.encode("a"), TOKENIZER.encode("c")
+    for drafts, good in ((a + c + a, 2), (c + a, 1), ([EOS, *a], 1), (a * 3 + [EOS] + a, 5), ([VOCAB - 1, *a], 1)):
+        masks = [allowed(mask) for mask in matcher.masks(drafts)]
+        assert all(masks[:good]) and not any(masks[good:])
+        assert masks[0] == allowed(matcher.masks()[0]) and not matcher.stopped
+
+
+def test_matchers_of_one_grammar_are_separate(compiler: GrammarCompiler) -> None:
+    grammar = Grammar("regex", "[ab]{2}")
+    first, second = compiler.matcher(grammar), compiler.matcher(grammar)
+    before = allowed(second.masks()[0])
+    for token in TOKENIZER.encode("b") * 2:
+        first.accept(token)
+    assert first.stopped and not second.stopped
+    assert allowed(second.masks()[0]) == before == allowed(compiler.matcher(grammar).masks()[0])
+
+
+@pytest.mark.parametrize(
+    ("grammar", "param", "said"),
+    [
+        (Grammar("json_schema", '{"type": "strin"}'), "response_format", "strin"),
+        (Grammar("json_schema", '{"type": '), "response_format", "not JSON"),
+        (Grammar("json_schema", "[" * 100_000), "response_format", "not JSON"),
+        (Grammar("json_schema", '{"type": "array", "items": ' * 400 + "{}" + "}" * 400), "response_format", "limit"),
+        (Grammar("json_schema", "[1]"), "response_format", "object"),
+        (Grammar("json_schema", '{"type": "array", "uniqueItems": true}'), "response_format", "uniqueItems"),
+        (Grammar("json_schema", "false"), "response_format", "object"),
+        (
+            Grammar("json_schema", '{"type": "object", "properties": {"a": false}, "required": ["a"]}'),
+            "response_format",
+            "a",
+        ),
+        (Grammar("json_schema", '{"type":"string"}}], "x": [{'), "response_format", "not JSON"),
+        (Grammar("regex", "(a"), "grammar", "unclosed"),
+        (Grammar("regex", r"[^\s\S]"), "grammar", "no text"),
+        (Grammar("lark", "start: foo"), "grammar", "foo"),
+        (Grammar("lark", ""), "grammar", "Lark"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(compiler: GrammarCompiler, grammar: Grammar, param: str, said: str) -> None:
+    for _ in range(2):  # a refusal is not remembered as a success
+        with pytest.raises(RequestError) as caught:
+            compiler.matcher(grammar)
+        assert caught.value.param == param and said in str(caught.value) and "<state>" not in str(caught.value)
+
+
+def test_a_grammar_of_the_empty_text(compiler: GrammarCompiler) -> None:
+    assert walk(compiler.matcher(Grammar("regex", ""))) == []
+
+
+def test_a_parser_that_gives_up_says_so(compiler: GrammarCompiler) -> None:
+    matcher = compiler.matcher(Grammar("regex", "[ab]{5}"))
+    with pytest.raises(RequestError, match="satisfy the grammar"):
+        matcher.accept(TOKENIZER.encode("c")[0])
+    with pytest.raises(RequestError, match="satisfy the grammar"):
+        matcher.masks(TOKENIZER.encode("a"))
+
+
+def test_a_missing_package_and_a_useless_file_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(DataError):
+        GrammarCompiler(tmp_path / "tokenizer.json", VOCAB, (EOS,))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError):
+        GrammarCompiler(tmp_path / "tokenizer.json", VOCAB, (EOS,))
+    with pytest.raises(DataError):
+        GrammarCompiler(NANO / "tokenizer.json", 100, (EOS,))
+
+    found = builtins.__import__
+
+    def without(name: str, *rest: Any, **more: Any) -> Any:
+        if name.startswith("llguidance"):
+            raise ImportError(name)
+        return found(name, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(BackendUnavailable) as caught:
+        GrammarCompiler(NANO / "tokenizer.json", VOCAB, (EOS,))
+    assert "pip install" in str(caught.value)
