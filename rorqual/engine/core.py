@@ -244,14 +244,13 @@ class EngineCore:
         """The slice is computed: add its draws to the job, up to the first that differs from its draft or ends the
         request. None if it drew nothing. Raises _Fault."""
         job = live.job
-        fault = next((draw.fault for draw in draws if draw.fault), None)
-        if fault:
-            raise _Fault(fault)
         tokens: list[int] = []
         logprobs: list[TokenLogprob] = []
         reason: FinishReason | None = None
         accepted = 0
         for i, draw in enumerate(draws):
+            if draw.fault:  # one after a draft that fell means nothing: a grammar allows no token there
+                raise _Fault(draw.fault)
             assert draw.token_id is not None
             job.tokens.append(draw.token_id)
             tokens.append(draw.token_id)

@@ -5,7 +5,7 @@ stream; and a model that dies (out of memory, a broken driver) must not take the
 
     parent                                    child
     generate() --("add", request)-----------> inbox thread -> queue -> main thread: core.add, core.step
-      its asyncio.Queue <-- reader thread <--("outputs", [...]) one message for all outputs of a step
+      its asyncio.Queue <-- reader thread <--("outputs", ([...], stats)) one message for all outputs of a step
 
 One connection, nothing shared. Endings that must not go wrong:
  - the reader of a request leaves: its generator's `finally` sends ("abort", id);
@@ -36,6 +36,7 @@ from typing import Any
 from rorqual.engine.api import EngineInfo, FinishReason, Output, Request, check_request
 from rorqual.engine.core import EngineCore
 from rorqual.engine.settings import EngineSettings
+from rorqual.engine.stats import EngineStats
 from rorqual.errors import CapacityError, RequestError, RorqualError
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,8 @@ class EngineProcess:
         self.settings, self.grace_s = settings, grace_s
         self._build = build
         self._info: EngineInfo | None = None
+        self.stats = EngineStats()
+        """As of the last output."""
         self._error: RorqualError | None = RorqualError("the engine has not been started")
         self._pending: dict[str, asyncio.Queue[Output]] = {}
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -156,7 +159,8 @@ class EngineProcess:
             inbox.put_nowait(Output(request_id, finish_reason=FinishReason.ERROR, error=self._error))
         self._pending.clear()
 
-    def _deliver(self, outputs: list[Output]) -> None:
+    def _deliver(self, news: tuple[list[Output], EngineStats]) -> None:
+        outputs, self.stats = news
         for output in outputs:
             inbox = self._pending.get(output.request_id)
             if inbox is not None:  # else its reader left while the output was on its way
@@ -225,6 +229,7 @@ def _child(connection: Connection, build: Build, settings: EngineSettings, log_l
         return
     connection.send(("ready", core.info))
     _serve(core, connection, inbox)
+    core.close()
 
 
 def _receive(connection: Connection, inbox: queue.SimpleQueue[Any]) -> None:
@@ -253,7 +258,7 @@ def _serve(core: EngineCore, connection: Connection, inbox: queue.SimpleQueue[An
                     return
         outputs = refused + core.step()
         if outputs:
-            connection.send(("outputs", outputs))
+            connection.send(("outputs", (outputs, core.stats)))
 
 
 def _portable(error: Exception) -> RorqualError:

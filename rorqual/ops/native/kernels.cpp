@@ -319,7 +319,7 @@ inline void tile(const float *const *x, const char *w, int64_t panel, const floa
           }
         UNROLL for (int m = 0; m < MR; m++) {
           vf a = splat(x[m][k]);
-          hold(a);
+          if (NP * NV > 1) hold(a);
           UNROLL for (int i = 0; i < NP * NV; i++) acc[m][i] = fma(a, b[i], acc[m][i]);
         }
       }
@@ -334,15 +334,79 @@ inline void tile(const float *const *x, const char *w, int64_t panel, const floa
 inline void hold(__m256i &v) { asm("" : "+x"(v)); }
 
 inline __m256i dot4(__m256i acc, __m256i u, __m256i s) {
-#if (defined(__AVX512VNNI__) && defined(__AVX512VL__)) 
-  return _mm256_dpbusd_epi32(acc, u, s);
-#elif defined(__AVXVNNI__)
+#if defined(__AVXVNNI__)
   return _mm256_dpbusd_avx_epi32(acc, u, s);
 #else
   return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
 #endif
 }
 #endif
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#define WIDE_INTEGERS
+constexpr int INT_ROWS = 8;  // rows of the widest integer tile
+
+// The integer form: codes times codes, exact within a group of 32 inputs. A panel is one vector here; signed weights are
+// made unsigned by adding 128, and int4 codes are stored as value + 8: either way the sum of the activations corrects it.
+template <int MR, int NP, int KIND>
+inline void tile_int(const Rows &r, const int64_t *row, const char *w, int64_t panel, const uint16_t *scale,
+                     int64_t scale_panel, float *const *y) {
+  int groups = r.in / GROUP;
+  constexpr int BYTES = KIND == INT8 ? GROUP * PANEL : GROUP * PANEL / 2;
+  const int8_t *codes[MR];
+  UNROLL for (int m = 0; m < MR; m++) codes[m] = r.codes + row[m] * r.in;
+  __m512 acc[MR][NP];
+  UNROLL for (int m = 0; m < MR; m++)
+    UNROLL for (int p = 0; p < NP; p++) acc[m][p] = _mm512_setzero_ps();
+  auto four = [](const int8_t *at) {
+    int32_t bits;
+    memcpy(&bits, at, 4);
+    return _mm512_set1_epi32(bits);
+  };
+  for (int g = 0; g < groups; g++) {
+    __m512i sum[MR][NP];
+    UNROLL for (int m = 0; m < MR; m++) {
+      __m512i offset = _mm512_set1_epi32((KIND == INT8 ? -128 : -8) * r.sums[row[m] * groups + g]);
+      UNROLL for (int p = 0; p < NP; p++) sum[m][p] = offset;
+    }
+    const char *at = w + (int64_t)g * BYTES;
+    if constexpr (KIND == INT8) {
+      const __m512i flip = _mm512_set1_epi8((char)0x80);
+      UNROLL for (int j = 0; j < GROUP / 4; j++) {
+        __m512i b[NP];
+        UNROLL for (int p = 0; p < NP; p++) b[p] = _mm512_xor_si512(_mm512_loadu_si512(at + p * panel + j * 64), flip);
+        UNROLL for (int m = 0; m < MR; m++) {
+          __m512i a = four(codes[m] + g * GROUP + j * 4);
+          UNROLL for (int p = 0; p < NP; p++) sum[m][p] = _mm512_dpbusd_epi32(sum[m][p], b[p], a);
+        }
+      }
+    } else {
+      const __m512i low = _mm512_set1_epi8(15);
+      UNROLL for (int j = 0; j < GROUP / 8; j++) {
+        __m512i b0[NP], b1[NP];
+        UNROLL for (int p = 0; p < NP; p++) {
+          __m512i b = _mm512_loadu_si512(at + p * panel + j * 64);
+          b0[p] = _mm512_and_si512(b, low), b1[p] = _mm512_and_si512(_mm512_srli_epi16(b, 4), low);
+        }
+        UNROLL for (int m = 0; m < MR; m++) {
+          __m512i a0 = four(codes[m] + g * GROUP + j * 8), a1 = four(codes[m] + g * GROUP + j * 8 + 4);
+          UNROLL for (int p = 0; p < NP; p++)
+            sum[m][p] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum[m][p], b0[p], a0), b1[p], a1);
+        }
+      }
+    }
+    UNROLL for (int p = 0; p < NP; p++) {
+      __m512 s = bf16(scale + p * scale_panel + g * PANEL);
+      UNROLL for (int m = 0; m < MR; m++)
+        acc[m][p] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[m][p]),
+                                    _mm512_mul_ps(s, _mm512_set1_ps(r.scales[row[m] * groups + g])), acc[m][p]);
+    }
+  }
+  UNROLL for (int m = 0; m < MR; m++)
+    UNROLL for (int p = 0; p < NP; p++) _mm512_storeu_ps(y[m] + p * PANEL, acc[m][p]);
+}
+#else
+constexpr int INT_ROWS = 4;
 
 // The integer form: codes times codes, exact within a group of 32 inputs.
 template <int MR, int NP, int KIND>
@@ -448,6 +512,7 @@ inline void tile_int(const Rows &r, const int64_t *row, const char *w, int64_t p
       }
 #endif
 }
+#endif
 
 constexpr int ROWS = W == 16 ? 12 : 6;  // rows of the widest tile: what the registers hold
 std::atomic<int> expand_from{4};        // from so many rows on, a narrow weight is widened once instead of per row
@@ -494,27 +559,34 @@ void panels_float(const Matrix &w, int which, int p0, int p1, const Rows &r, int
     return;
   }
 #undef TILE
-  alignas(64) float wide[KC * PANEL];
-  for (int p = 0; p < count; p++)
+  // With 32 registers two panels share a broadcast.
+  constexpr int TWO = W == 16 ? 2 : 1;
+  alignas(64) float wide[TWO * KC * PANEL];
+  for (int p = 0; p < count; p += TWO)
     for (int k0 = 0; k0 < w.in; k0 += KC) {
-      int k1 = std::min(w.in, k0 + KC);
-      const float *block = (const float *)(data + p * panel) + (int64_t)k0 * PANEL;
+      int k1 = std::min(w.in, k0 + KC), both = std::min(TWO, count - p);
+      const char *base = data + p * panel;
+      int64_t stride = panel;
       if constexpr (KIND != F32) {
-        const char *from = data + p * panel + (int64_t)k0 * PANEL * S;
-        for (int k = k0; k < k1; k++)
-          for (int v = 0; v < NV; v++) {
-            vf b = weights<KIND>(from + ((k - k0) * PANEL + v * W) * S);
-            if (KIND == FP8) b = b * splat(scale[p * scale_panel + k / BLOCK]);
-            store(wide + (k - k0) * PANEL + v * W, b);
-          }
-        block = wide;
+        for (int i = 0; i < both; i++)
+          for (int k = k0; k < k1; k++)
+            for (int v = 0; v < NV; v++) {
+              vf b = weights<KIND>(data + (p + i) * panel + ((int64_t)k * PANEL + v * W) * S);
+              if (KIND == FP8) b = b * splat(scale[(p + i) * scale_panel + k / BLOCK]);
+              store(wide + (i * KC + k - k0) * PANEL + v * W, b);
+            }
+        base = (const char *)wide - (int64_t)k0 * PANEL * 4;
+        stride = KC * PANEL * 4;
       }
-      const char *base = (const char *)(block - (int64_t)k0 * PANEL);
       for (int m = 0; m < M;) {
         int left = M - m, n = left <= ROWS ? left : left < 2 * ROWS ? (left + 1) / 2 : ROWS;  // 8 rows are 4 and 4
         rows(m, n, p);
         switch (n) {
-#define CASE(MR) case MR: tile<MR, 1, F32>(x, base, 0, nullptr, 0, k0, k1, out, k0 > 0); break;
+#define CASE(MR)                                                                                    \
+  case MR:                                                                                          \
+    if (both == 2) tile<MR, TWO, F32>(x, base, stride, nullptr, 0, k0, k1, out, k0 > 0);            \
+    else tile<MR, 1, F32>(x, base, stride, nullptr, 0, k0, k1, out, k0 > 0);                        \
+    break;
           CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #if defined(__AVX512F__)
           CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
@@ -531,23 +603,40 @@ void panels_int(const Matrix &w, int which, int p0, int p1, const Rows &r, int M
   int64_t panel = (int64_t)w.in * PANEL / (KIND == INT8 ? 1 : 2), scale_panel = (int64_t)w.in / GROUP * PANEL;
   const char *data = (const char *)w.data + which * w.data_stride + p0 * panel;
   const uint16_t *scale = (const uint16_t *)((const char *)w.scales + which * w.scale_stride) + p0 * scale_panel;
-  int64_t row[4];
-  float *out[4];
+  int64_t row[INT_ROWS];
+  float *out[INT_ROWS];
   for (int p = 0; p < p1 - p0;) {
-    int two = M == 1 && p + 1 < p1 - p0;
+#if defined(WIDE_INTEGERS)
+    int wide = M == 1 && p + 4 == p1 - p0 ? 4 : 1;
+#else
+    int wide = M == 1 && p + 2 <= p1 - p0 ? 2 : 1;
+#endif
     for (int m = 0; m < M;) {
-      int n = std::min(4, M - m);
+      int left = M - m, n = left <= INT_ROWS ? left : left < 2 * INT_ROWS ? (left + 1) / 2 : INT_ROWS;
       for (int i = 0; i < n; i++) row[i] = r.at(m + i), out[i] = y + (m + i) * ldy + p * PANEL;
-#define RUN(MR, NP) tile_int<MR, NP, KIND>(r, row, data + p * panel, panel, scale + p * scale_panel, scale_panel, out)
-      if (n == 1 && two) RUN(1, 2);
-      else if (n == 1) RUN(1, 1);
-      else if (n == 2) RUN(2, 1);
-      else if (n == 3) RUN(3, 1);
-      else RUN(4, 1);
+      switch (n) {
+#define RUN(MR, NP) tile_int<MR, NP, KIND>(r, row, data + p * panel, panel, scale + p * scale_panel, scale_panel, out); break;
+        case 1:
+#if defined(WIDE_INTEGERS)
+          if (wide == 4) { RUN(1, 4) }
+#else
+          if (wide == 2) { RUN(1, 2) }
+#endif
+          RUN(1, 1)
+        case 2: RUN(2, 1)
+        case 3: RUN(3, 1)
+        case 4: RUN(4, 1)
+#if defined(WIDE_INTEGERS)
+        case 5: RUN(5, 1)
+        case 6: RUN(6, 1)
+        case 7: RUN(7, 1)
+        case 8: RUN(8, 1)
+#endif
 #undef RUN
+      }
       m += n;
     }
-    p += 1 + two;
+    p += wide;
   }
 }
 
@@ -587,7 +676,7 @@ void quantise(const float *x, int in, int8_t *codes, float *scales, int32_t *tot
     const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
     vi total = {};
     for (int i = 0; i < GROUP; i += W) {
-      vi q = (vi)(load(at + i) * inverse + magic) - (vi)magic;
+      vi q = (vi)fma(load(at + i), splat(inverse), magic) - (vi)magic;
       total += q;
       vb narrow = __builtin_convertvector(q, vb);
       memcpy(codes + g * GROUP + i, &narrow, W);

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import time
 from array import array
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Literal
 from zlib import crc32
@@ -86,7 +86,7 @@ class MemoryRunner:
     def write_page(self, page: int, data: bytes) -> None:
         self.memory[page] = array("q", data).tolist()
 
-    def _draw(self, s: Slice, masks: Sequence[Container[int]]) -> list[Draw]:
+    def _draw(self, s: Slice, masks: Sequence[Collection[int]]) -> list[Draw]:
         if s.job.request.id in self.faults:
             return [Draw(fault="told to fail")]
         if not s.samples:
@@ -95,6 +95,9 @@ class MemoryRunner:
         draws = []
         for i in range(1 + len(s.drafts)):
             token = next_token(read[: s.start + s.count + i])
+            if masks and not masks[i]:
+                draws.append(Draw(fault="no token is allowed"))
+                continue
             while masks and token not in masks[i]:
                 token = (token + 1) % VOCAB
             draws.append(Draw(token, TokenLogprob(token, -1.0)))

@@ -215,4 +215,4 @@ def check_answer(sent: Request, outputs: list[Output], limit: int) -> None:
 
 
 TestEngine = Engine.TestCase
-TestEngine.settings = settings(max_examples=100, stateful_step_count=30, deadline=None, derandomize=True)
+TestEngine.settings = settings(max_examples=150, stateful_step_count=30, deadline=None, derandomize=True)

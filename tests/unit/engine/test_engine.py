@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,6 +99,20 @@ def test_alone_equals_batched_chunked_cached_and_preempted(model: Transformer) -
         assert run(small, requests) == alone
 
 
+def test_latents_from_disk_give_the_same_tokens(model: Transformer, tmp_path: Path) -> None:
+    requests = [request(str(n), prompt(n), temperature=1.0, seed=n) for n in (70, 130, 200)]
+    cold = engine(model, cache_dir=str(tmp_path))
+    answers = run(cold, requests)
+    cold.close()
+    warm = engine(model, cache_dir=str(tmp_path))
+    ends = {id: outputs[-1].stats for id, outputs in outputs_of(warm, requests).items()}
+    assert {id: stats.disk_tokens for id, stats in ends.items() if stats} == {"70": 64, "130": 128, "200": 192}
+    warm.close()
+    again = engine(model, cache_dir=str(tmp_path))
+    assert run(again, requests) == answers
+    again.close()
+
+
 def test_preemption_happens_and_changes_nothing(model: Transformer) -> None:
     requests = [request(str(n), prompt(60), max_tokens=100, temperature=1.0, seed=n) for n in range(4)]
     roomy = run(engine(model), requests)
@@ -176,3 +191,21 @@ def test_sizes_are_checked_and_auto_is_bounded() -> None:
     assert engine(model, cache_tokens=100).info.max_model_len == 128
     info = engine(model, max_num_seqs=3).info
     assert info.max_model_len == 512 and info.cache_tokens == 3 * 512
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_num_seqs", 0),
+        ("max_batched_tokens", True),
+        ("cache_tokens", "many"),
+        ("speculation", -1),
+        ("speculation", True),
+        ("deterministic", "yes"),
+        ("kernels", "cuda"),
+        ("cache_disk_bytes", 0),
+    ],
+)
+def test_settings_out_of_range_are_named(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=name):
+        EngineSettings("m", **{name: value})  # type: ignore[arg-type]

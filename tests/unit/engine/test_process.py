@@ -75,6 +75,8 @@ def test_streams_aborts_and_refuses() -> None:
                 assert tokens(outputs) == expected(req, 20000)
                 assert [o.finish_reason for o in outputs if o.finish_reason] == [FinishReason.LENGTH]
                 assert {o.request_id for o in outputs} == {req.id}
+                assert outputs[-1].stats and outputs[-1].stats.prefill_s > 0
+            assert engine.stats.new_tokens == sum(len(tokens(outputs)) for outputs in answers)
             with pytest.raises(PromptTooLong):
                 engine.generate(random_request("long", 9, max_tokens=20000))
             await abort_and_reuse_the_name(engine)

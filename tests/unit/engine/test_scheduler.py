@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Sequence
+from itertools import takewhile
 
 import pytest
 from hypothesis import given, settings
@@ -277,7 +278,7 @@ def test_a_waiting_request_is_never_overtaken_by_its_equals() -> None:
 def test_salts_share_nothing() -> None:
     core, _ = make_core(100, max_model_len=200)
     prompt = random_prompt(50)
-    for salt, hit in [("a", 0), ("b", 0), ("", 0), ("a", 48), ("", 48)]:
+    for salt, hit in [("", 0), ("a", 0), ("b", 0), ("a", 48), ("", 48)]:
         core.add(request("r", prompt, max_tokens=2, salt=salt))
         assert drain(core)["r"][0].cached_tokens == hit
 
@@ -295,7 +296,9 @@ class Evens:
     def masks(self, drafts: Sequence[int]) -> list[range]:
         if self.fails:
             raise ValueError("too complex")
-        return [range(2, VOCAB, 2)] * (1 + len(drafts))
+        standing = len(list(takewhile(lambda draft: draft % 2 == 0, drafts)))
+        # As of a real one: behind a draft that is not allowed, nothing is.
+        return [range(2 if i <= standing else VOCAB, VOCAB, 2) for i in range(1 + len(drafts))]
 
     def accept(self, token: int) -> None:
         assert token % 2 == 0 and self.left > 0
