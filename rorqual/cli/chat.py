@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rorqual.cli import engine as options
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -33,7 +35,11 @@ def chat(
     top_p: Annotated[float | None, typer.Option(help="Nucleus; default: the model's own.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longest answer, thinking included.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes answers repeatable.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    speculation: options.Speculation = -1,
+    cache_dir: options.CacheDir = None,
+    threads: options.Threads = 0,
 ) -> None:
     """Chat with a model in the terminal.
 
@@ -54,7 +60,10 @@ def chat(
     path = resolve_model(model)
     params = sampling(path, temperature, top_p, max_tokens, seed)
     console = Console(highlight=False)
-    llm = LLM(path, device=device)
+    llm = LLM(
+        path, device=device, dtype=dtype, threads=threads or "auto", cache_dir=cache_dir,
+        speculation="auto" if speculation < 0 else speculation,
+    )  # fmt: skip
     history = [{"role": "system", "content": system}] if system else []
     if prompt is not None:
         question = sys.stdin.read() if prompt == "-" else prompt

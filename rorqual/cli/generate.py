@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rorqual.cli import engine as options
+
 if TYPE_CHECKING:
     from rorqual.engine.api import SamplingParams
     from rorqual.engine.llm import LLM
@@ -27,7 +29,12 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Nucleus; default: the model's own.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest completion.", min=1)] = 256,
     seed: Annotated[int | None, typer.Option(help="Makes the whole batch repeatable.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    speculation: options.Speculation = -1,
+    cache_dir: options.CacheDir = None,
+    threads: options.Threads = 0,
+    stats: Annotated[bool, typer.Option("--stats", help="Say at the end what the engine did.")] = False,
 ) -> None:
     """Complete many prompts or conversations in one go, batched by the engine.
 
@@ -45,7 +52,10 @@ def generate(
     lines = list(numbered.values())
     path = resolve_model(model)
     params = sampling(path, temperature, top_p, max_tokens, seed)
-    llm = LLM(path, device=device)
+    llm = LLM(
+        path, device=device, dtype=dtype, threads=threads or "auto", cache_dir=cache_dir,
+        speculation="auto" if speculation < 0 else speculation,
+    )  # fmt: skip
     for number, line in numbered.items():
         check_line(llm, line, params, think, f"{inputs}:{number}")
     results: list[Any] = [None] * len(lines)
@@ -74,6 +84,8 @@ def generate(
             results[i] = json.dumps({**lines[i], **added}, ensure_ascii=False)
     text = "".join(f"{line}\n" for line in results)
     out.write_text(text, encoding="utf-8") if out else typer.echo(text, nl=False)
+    if stats:
+        typer.echo(options.summary(llm.stats, llm.info), err=True)
 
 
 def check_line(llm: LLM, line: dict[str, Any], params: SamplingParams, think: bool, where: str) -> None:

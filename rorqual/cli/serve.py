@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from rorqual.cli import engine as options
+
 
 def serve(
     model: Annotated[
@@ -19,10 +21,17 @@ def serve(
         list[str] | None,
         typer.Option(help="Ask every request for this key (repeatable).", envvar="RORQUAL_API_KEY", show_envvar=True),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
     max_num_seqs: Annotated[int, typer.Option(help="Requests computed side by side.", min=1)] = 32,
-    threads: Annotated[int, typer.Option(help="Threads of the engine; 0 takes every core.", min=0)] = 0,
+    max_model_len: options.MaxModelLen = 0,
+    cache_tokens: options.CacheTokens = 0,
+    cache_dir: options.CacheDir = None,
+    cache_disk_gb: options.CacheDiskGb = 10.0,
+    speculation: options.Speculation = -1,
+    deterministic: options.Deterministic = None,
+    kernels: options.Kernels = "auto",
+    threads: options.Threads = 0,
 ) -> None:
     """Serve the chat page and the API, with the bundled model unless told otherwise.
 
@@ -34,6 +43,8 @@ def serve(
         rorqual serve
 
         rorqual serve --model out/nano/model --port 9000
+
+        rorqual serve --dtype int8 --cache-dir ~/.cache/rorqual/pages
 
         RORQUAL_API_KEY=secret rorqual serve --host 0.0.0.0
     """
@@ -50,8 +61,12 @@ def serve(
     names = [path.resolve().name for path in paths]
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise ConfigError(f"two models are called {', '.join(twice)}", remedy="rename one of the directories")
-    options = {"device": device, "dtype": dtype, "max_num_seqs": max_num_seqs, "threads": threads or "auto"}
-    served = {name: served_model(path, name, options) for name, path in zip(names, paths, strict=True)}
+    told = options.settings(
+        device=device, dtype=dtype, threads=threads, max_model_len=max_model_len, cache_tokens=cache_tokens,
+        cache_dir=cache_dir, cache_disk_gb=cache_disk_gb, speculation=speculation, kernels=kernels,
+        deterministic=deterministic, max_num_seqs=max_num_seqs,
+    )  # fmt: skip
+    served = {name: served_model(path, name, told) for name, path in zip(names, paths, strict=True)}
     app = create_app(served, Settings(api_keys=tuple(api_key or ())))
     run(
         app,

@@ -191,7 +191,8 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What the engine serves: limits for checks above it, and facts for the models list."""
+    """What the engine serves: limits for checks above it, and facts for the models list. bandwidth: bytes/s that this
+    machine reads, as measured at the start (0: not measured); deterministic: see `EngineSettings`."""
 
     model: str
     max_model_len: int
@@ -200,6 +201,8 @@ class EngineInfo:
     cache_tokens: int
     device: str = "cpu"
     dtype: str = "float32"
+    bandwidth: float = field(default=0.0, compare=False)  # of this run, no two are equal
+    deterministic: bool = False
 
 
 class Engine(Protocol):

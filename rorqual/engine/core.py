@@ -57,11 +57,13 @@ class Draw(NamedTuple):
 class Runner(Protocol):
     """Computes a step. `engine.runner.ModelRunner` is the real one.
 
-    draft_depth: most drafts a token can be given, 0 if it cannot draft; page_bytes: what `read_page` returns.
+    draft_depth: most drafts a token can be given, 0 if it cannot draft; page_bytes: what `read_page` returns; read_bytes:
+    weights and cache that `run` has had to read so far (0 if it does not count).
     """
 
     draft_depth: int
     page_bytes: int
+    read_bytes: float
 
     def run(self, plan: Sequence[Slice], masks: Masks | None) -> list[list[Draw]]:
         """Per slice, in order: 1 + len(drafts) draws if it samples, none if it does not, one with a fault if its
@@ -200,13 +202,14 @@ class EngineCore:
             assert self.scheduler.idle or self.scheduler.waiting[0].loading, "jobs are waiting and none can run"
             return news
         lives = [self._live[s.job.request.id] for s in plan]
-        begin = self.clock()
+        begin, read = self.clock(), self.runner.read_bytes
         try:
             results = self._run(plan, lives)
         except Exception as error:
             log.exception("a step of %d requests failed", len(plan))
             return news + self._fail(lives, f"{type(error).__name__}: {error}")
         step = self._account(plan, lives, begin, self.clock())
+        step.read_bytes = self.runner.read_bytes - read
         faulty: list[tuple[_Live, str]] = []
         done: list[tuple[Slice, int]] = []
         published: list[int] = []
@@ -223,7 +226,8 @@ class EngineCore:
         for live, fault_text in faulty:
             log.error("request %s failed: %s", live.job.request.id, fault_text)
             news += self._fail([live], fault_text)
-        self._draft(done, replace(step, new_tokens=sum(len(o.token_ids) for o in news)))
+        step.new_tokens = sum(len(o.token_ids) for o in news)
+        self._draft(done, step)
         self._store(published)
         return news
 
@@ -302,7 +306,7 @@ class EngineCore:
                     room = min(room, job.request.params.max_tokens - job.generated)
                 # The draw after the last draft is one token more.
                 job.drafts = tuple(guess[: room - 1]) if new else ()
-        step = replace(step, draft_s=self.clock() - begin)
+        step.draft_s = self.clock() - begin
         if decoding and bool(depth) == bool(step.draft_tokens):  # else the step did half of one arm, half of the other
             self.speculation.observe(step.requests, bool(depth), step.run_s + step.draft_s, step.new_tokens)
         self._stats.draft_depth = depth

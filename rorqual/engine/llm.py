@@ -14,6 +14,7 @@ thread uses an LLM) and a server (that is `rorqual serve`).
 from __future__ import annotations
 
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ from rorqual.engine.api import EngineInfo, FinishReason, Output, Request, Sampli
 from rorqual.engine.core import EngineCore
 from rorqual.engine.load import build_core, load_core
 from rorqual.engine.settings import EngineSettings
+from rorqual.engine.stats import EngineStats
 from rorqual.errors import DataError, RequestError
 from rorqual.model.transformer import Transformer
 
@@ -103,12 +105,25 @@ class LLM:
     def _start(self, core: EngineCore, tokenizer: Tokenizer, template: Callable[[], ChatTemplate]) -> None:
         self.tokenizer = tokenizer
         self._core, self._template = core, template
+        # Also when the program ends: pages on their way to the disk are written then.
+        self.close = weakref.finalize(self, core.close)
         self._live: dict[str, _Answer] = {}
         self._count = 0
 
     @property
     def info(self) -> EngineInfo:
         return self._core.info
+
+    @property
+    def stats(self) -> EngineStats:
+        """What the engine has counted so far."""
+        return self._core.stats
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @cached_property
     def template(self) -> ChatTemplate:

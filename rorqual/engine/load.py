@@ -134,6 +134,8 @@ def _load_native(path: Path, settings: EngineSettings) -> EngineCore:
     model = NativeModel(source, kind=kind, max_positions=max_model_len)
     del source
     runner = NativeRunner(model, pages + 1, PAGE_SIZE, eos)
+    set_threads(settings.threads, runner.idle_step, model.set_threads)
+    model.probe()
     facts = EngineInfo(
         model=path.name,
         max_model_len=max_model_len,
@@ -142,9 +144,9 @@ def _load_native(path: Path, settings: EngineSettings) -> EngineCore:
         cache_tokens=pages * PAGE_SIZE,
         device="cpu",
         dtype=model.name,
+        bandwidth=model.bandwidth(),
+        deterministic=True,
     )
-    set_threads(settings.threads, runner.idle_step, model.set_threads)
-    model.probe()
     identity = f"native {CONTRACT} {path.name} {model.name}".encode() + extras.pop("fingerprint")
     return _assemble(runner, facts, settings, identity, extras)
 

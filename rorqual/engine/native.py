@@ -12,7 +12,6 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -44,17 +43,39 @@ from rorqual.ops.packed import GROUP, PackedIntegers, quantize_groups, unpack_co
 from rorqual.ops.rope import cos_sin
 
 log = logging.getLogger(__name__)
+PAGE = 64
 INTEGERS: dict[str, int] = {"int8": 8, "int4": 4}
 
 
-class StepTokens(NamedTuple):
-    """int32 arrays: position, row (of the page table) and slot (page * 64 + place) of each token; pages [rows, width].
-    A row's tokens stand together and in order."""
+class StepTokens:
+    """The tokens of a step as the kernels read them: id, position, row (of the page table) and slot (page * 64 + place) of
+    each, and the rows' pages, all in one array of int32.
 
-    position: np.ndarray
-    row: np.ndarray
-    slot: np.ndarray
-    pages: np.ndarray
+    rows: (ids, first position, pages) of each row; a row's tokens stand together and in order.
+    """
+
+    def __init__(self, rows: Sequence[tuple[Sequence[int], int, Sequence[int]]]) -> None:
+        self.ids: list[int] = []
+        position: list[int] = []
+        row: list[int] = []
+        slot: list[int] = []
+        width = max((start + len(ids) - 1) // PAGE + 1 for ids, start, _ in rows)
+        pages: list[int] = []
+        for i, (ids, start, held) in enumerate(rows):
+            end = start + len(ids)
+            self.ids += ids
+            position += range(start, end)
+            row += [i] * len(ids)
+            slot += [held[p // PAGE] * PAGE + p % PAGE for p in range(start, end)]
+            used = (end - 1) // PAGE + 1
+            pages += [*held[:used], *[0] * (width - used)]
+        n = len(self.ids)
+        self.numbers = np.array([*self.ids, *position, *row, *slot, *pages], np.int32)
+        base = self.numbers.__array_interface__["data"][0]
+        self.struct = build.Tokens(*(base + 4 * n * i for i in range(5)), n, width)
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 class NativeModel:
@@ -73,6 +94,7 @@ class NativeModel:
         self.lib = build.library()
         self.row_width = -(-cfg.cache_dim // PANEL) * PANEL
         self.packed_bytes = 0
+        self._dense_bytes = self._expert_bytes = 0.0
         self._kept: list[object] = []  # tensors the structures point into
         positions = torch.arange(max_positions)
         self._cos, self._sin = (t.contiguous() for t in cos_sin(positions, model.rope_speeds.cpu(), model.rope_factor))
@@ -81,6 +103,10 @@ class NativeModel:
             assert isinstance(block, Block)
             self.layers[i] = self._layer(block)
             _let_go(block)
+        routed = sum(_bytes(m) for layer in self.layers for m in (layer.gate_up, layer.down) if layer.router.out)
+        count = sum(layer.router.out for layer in self.layers)
+        self._dense_bytes = self.packed_bytes - routed
+        self._expert_bytes = routed / count if count else 0.0
         self.mtp: list[tuple[ctypes.Array[build.Matrix], list[int]]] = []
         for i, module in enumerate(model.mtp, cfg.num_hidden_layers):
             assert isinstance(module, MTP)
@@ -95,27 +121,48 @@ class NativeModel:
         self.head = (build.Matrix * 1)(
             self._matrix(model.embed_tokens if cfg.tie_word_embeddings else model.lm_head, head_kind)
         )
+        self._dense_bytes += _bytes(self.head[0])
         if not cfg.tie_word_embeddings:
             _let_go(model.lm_head)
         self.embed_tokens = _detach(model.embed_tokens)
+        self._table: Tensor | None = None
         if isinstance(self.embed_tokens, QuantizedEmbedding):
             self.embed_tokens.dtype = torch.float32
+        else:
+            assert isinstance(self.embed_tokens, Embedding)
+            weight = self.embed_tokens.weight.detach()
+            self._table = weight if weight.dtype in (torch.float32, torch.bfloat16) else weight.float()
         self.packed_bytes += sum(t.nbytes for t in (*self.embed_tokens.parameters(), *self.embed_tokens.buffers()))
         self.struct = build.Model(
             ctypes.addressof(self.layers), self.norm, self._cos.data_ptr(), self._sin.data_ptr(),
+            None if self._table is None else self._table.data_ptr(),
             cfg.num_hidden_layers, cfg.hidden_size, cfg.num_attention_heads, cfg.kv_lora_rank, cfg.qk_nope_head_dim,
             cfg.qk_rope_head_dim, cfg.v_head_dim, cfg.n_routed_experts or 0, cfg.num_experts_per_tok or 0,
             cfg.n_group or 1, cfg.topk_group or 1, int(cfg.norm_topk_prob), cfg.rms_norm_eps, cfg.softmax_scale,
-            cfg.routed_scaling_factor,
+            cfg.routed_scaling_factor, int(self._table is not None and self._table.dtype == torch.bfloat16),
         )  # fmt: skip
         self.name = KINDS[self.layers[0].o.kind]
         self.engine: int | None = None
         self.set_threads(threads)
 
+    def step_bytes(self, experts: int) -> float:
+        """Weights a step must read at least, when `experts` of all layers' routed experts have tokens."""
+        return self._dense_bytes + experts * self._expert_bytes
+
     def set_threads(self, threads: int) -> None:
         """Results do not depend on it."""
         self.close()
         self.threads, self.engine = threads, self.lib.rq_open(threads)
+
+    def bandwidth(self) -> float:
+        """Bytes/s that all threads together read from memory, measured over a buffer of 64 MB."""
+        room = torch.ones(1 << 24)
+        best = math.inf
+        for _ in range(3):
+            start = time.perf_counter()
+            self.lib.rq_read(self.engine, room.data_ptr(), room.numel())
+            best = min(best, time.perf_counter() - start)
+        return room.nbytes / best
 
     def probe(self) -> None:
         """Time how many rows it takes until widening a bf16 or fp8 weight once beats doing it per row. Both give the same
@@ -146,33 +193,33 @@ class NativeModel:
         if getattr(self, "engine", None) is not None:
             self.close()
 
-    def embed(self, ids: Sequence[int]) -> Tensor:
-        """[n, D] fp32."""
-        return self.embed_tokens(torch.tensor(ids)).float().contiguous()
-
-    def forward(
-        self, ids: Sequence[int], tokens: StepTokens, latents: Tensor, loads: np.ndarray | None = None
-    ) -> Tensor:
+    def forward(self, tokens: StepTokens, latents: Tensor, loads: np.ndarray | None = None) -> Tensor:
         """Hidden states after the final norm, [n, D] fp32. latents [layers, pages, 64, row_width] fp32, written in place;
         loads: int64 [layers, E + 1], to which are added each expert's tokens and, last, how many experts had any."""
-        x = self.embed(ids)
-        h = torch.empty_like(x)
+        x, h = self._embed(tokens), torch.empty(len(tokens), self.cfg.hidden_size)
         self.lib.rq_forward(
-            self.engine, self.struct, _struct(tokens), x.data_ptr(), latents.data_ptr(), latents.stride(0), h.data_ptr(),
-            None if loads is None else loads.ctypes.data,
+            self.engine, self.struct, tokens.struct, x.data_ptr(), self._table is not None, latents.data_ptr(),
+            latents.stride(0), h.data_ptr(), None if loads is None else loads.ctypes.data,
         )  # fmt: skip
         return h
 
-    def predict(self, depth: int, ids: Sequence[int], h: Tensor, tokens: StepTokens, latents: Tensor) -> Tensor:
-        """MTP module `depth` on the next tokens' ids and hidden states h [n, D] -> [n, D], normed for the head."""
+    def predict(self, depth: int, tokens: StepTokens, h: Tensor, latents: Tensor) -> Tensor:
+        """MTP module `depth`, from hidden states h [n, D] and the tokens after them, at the hidden states' positions
+        -> [n, D], normed for the head."""
         eh_proj, (enorm, hnorm, norm) = self.mtp[depth]
         layer = self.cfg.num_hidden_layers + depth
-        embedding, out = self.embed(ids), torch.empty_like(h)
+        embedding, out = self._embed(tokens), torch.empty_like(h)
         self.lib.rq_mtp(
-            self.engine, self.struct, ctypes.byref(self.layers[layer]), eh_proj, enorm,
-            hnorm, norm, _struct(tokens), embedding.data_ptr(), h.data_ptr(), latents[layer].data_ptr(), out.data_ptr(),
+            self.engine, self.struct, ctypes.byref(self.layers[layer]), eh_proj, enorm, hnorm, norm, tokens.struct,
+            embedding.data_ptr(), self._table is not None, h.data_ptr(), latents[layer].data_ptr(), out.data_ptr(),
         )  # fmt: skip
         return out
+
+    def _embed(self, tokens: StepTokens) -> Tensor:
+        """[n, D] fp32; undefined where the kernels look the rows up themselves."""
+        if self._table is not None:
+            return torch.empty(len(tokens), self.cfg.hidden_size)
+        return self.embed_tokens(torch.tensor(tokens.ids)).float().contiguous()
 
     def logits(self, h: Tensor) -> Tensor:
         """h [n, D] fp32, contiguous -> [n, V] fp32."""
@@ -306,9 +353,8 @@ def unsupported(cfg: ModelConfig) -> str | None:
     return None
 
 
-def _struct(tokens: StepTokens) -> build.Tokens:
-    position, row, slot, pages = (a.ctypes.data for a in tokens)
-    return build.Tokens(position, row, slot, pages, len(tokens.position), tokens.pages.shape[1])
+def _bytes(matrix: build.Matrix) -> float:
+    return float(matrix.count * (matrix.data_stride + matrix.scale_stride))
 
 
 def _fits(form: PackedIntegers) -> bool:

@@ -30,7 +30,8 @@ FAULT = "its hidden states are not finite numbers"
 class NativeRunner:
     """Owns the latent cache of `model`, fp32 [layers + MTP modules, pages, 64, C + R rounded up]; satisfies `core.Runner`.
 
-    draft_depth: how many drafts it may chain (0 without an MTP module); eos: ids that `min_tokens` holds back.
+    draft_depth: how many drafts it may chain (0 without an MTP module); eos: ids that `min_tokens` holds back; loads: tokens
+    each expert has had, int64 [layers, E + 1], the last column counting experts that had any, step by step.
     """
 
     def __init__(self, model: NativeModel, num_pages: int, page_size: int, eos: tuple[int, ...] = ()) -> None:
@@ -42,17 +43,19 @@ class NativeRunner:
         self.draft_depth = 3 if model.mtp else 0
         self.page_bytes = self.latents[:, 0].numel() * 4
         self.loads = np.zeros((cfg.num_hidden_layers, (cfg.n_routed_experts or 0) + 1), np.int64)
+        self.read_bytes = 0.0
         self._hidden: Tensor | None = None
         self._offsets: dict[int, int] = {}
 
     @torch.inference_mode()
     def run(self, plan: Sequence[Slice], masks: Masks | None = None) -> list[list[Draw]]:
-        ids, starts, counts = [], [], []
-        for s in plan:
-            ids += s.tokens
-            starts.append(s.start)
-            counts.append(s.count + len(s.drafts))
-        h = self.model.forward(ids, self._tokens([s.job.pages for s in plan], starts, counts), self.latents, self.loads)
+        tokens = StepTokens([(s.tokens, s.start, s.job.pages) for s in plan])
+        counts = [s.count + len(s.drafts) for s in plan]
+        busy = int(self.loads[:, -1].sum())
+        h = self.model.forward(tokens, self.latents, self.loads)
+        busy = int(self.loads[:, -1].sum()) - busy
+        seen = sum(s.start for s in plan) + len(tokens)
+        self.read_bytes += self.model.step_bytes(busy) + seen * self.page_bytes / self.page_size
         ends = np.cumsum(counts)
         self._hidden = h
         self._offsets = {id(s): int(end) - n for s, end, n in zip(plan, ends, counts, strict=True)}
@@ -69,10 +72,10 @@ class NativeRunner:
         rows: list[Row] = []
         for i in drawing:
             s = plan[i]
-            params, seed, tokens, prompt = s.job.request.params, s.job.seed, s.job.tokens, len(s.job.request.prompt)
+            params, seed, before, prompt = s.job.request.params, s.job.seed, s.job.tokens, len(s.job.request.prompt)
             for j in range(len(s.drafts) + 1):
                 mask = allowed[i][j] if allowed and allowed[i] else None
-                rows.append(Row(params, seed, [*tokens, *s.drafts[:j]] if j else tokens, prompt, mask, self.eos))
+                rows.append(Row(params, seed, [*before, *s.drafts[:j]] if j else before, prompt, mask, self.eos))
         drawn = iter(sample(logits, rows))
         for i in drawing:
             draws[i] = [next(drawn) for _ in range(len(plan[i].drafts) + 1)]
@@ -81,38 +84,43 @@ class NativeRunner:
     @torch.inference_mode()
     def draft(self, done: Sequence[tuple[Slice, int]], depth: int) -> list[tuple[int, ...]]:
         assert self._hidden is not None
-        ids: list[int] = []
         at_rows: list[int] = []
-        starts, counts, asking = [], [], []
+        counts, asking = [], []
         for i, (s, new) in enumerate(done):
             n = s.count + max(new - 1, 0)  # positions whose hidden state stands
-            offset = self._offsets[id(s)]
-            ids += s.job.tokens[s.start + 1 : s.start + n + 1]
-            at_rows += range(offset, offset + n)
-            starts.append(s.start)
+            at_rows += range(self._offsets[id(s)], self._offsets[id(s)] + n)
             counts.append(n)
             if new:
                 asking.append(i)
-        pages = [s.job.pages for s, _ in done]
         h = self._hidden if len(at_rows) == len(self._hidden) else self._hidden[at_rows]
-        out = self.model.predict(0, ids, h, self._tokens(pages, starts, counts), self.latents)
+        tokens = StepTokens(
+            [
+                (s.job.tokens[s.start + 1 : s.start + n + 1], s.start, s.job.pages)
+                for (s, _), n in zip(done, counts, strict=True)
+            ]
+        )
+        out = self.model.predict(0, tokens, h, self.latents)
         drafts: list[list[int]] = [[] for _ in done]
         if asking:
             h = out[torch.from_numpy(np.cumsum(counts)[asking] - 1)]
-            at = [starts[i] + counts[i] for i in asking]
+        at = [done[i][0].start + counts[i] for i in asking]  # the newest token's position, not computed yet
         for step in range(depth if asking else 0):
-            guesses = self.model.logits(h).argmax(-1).tolist()
+            guesses = self._best(h)
             for i, guess in zip(asking, guesses, strict=True):
                 drafts[i].append(guess)
             # The next link writes its latent at the newest token's position, where that has a page already.
-            going = [k for k, i in enumerate(asking) if at[k] // self.page_size < len(pages[i])]
+            going = [k for k, i in enumerate(asking) if at[k] // self.page_size < len(done[i][0].job.pages)]
             if step + 1 == depth or not going:
                 break
             asking, at, h = [asking[k] for k in going], [at[k] for k in going], h[going]
-            tokens = self._tokens([pages[i] for i in asking], at, [1] * len(at))
-            h = self.model.predict(0, [drafts[i][-1] for i in asking], h, tokens, self.latents)
+            tokens = StepTokens([([drafts[i][-1]], p, done[i][0].job.pages) for i, p in zip(asking, at, strict=True)])
+            h = self.model.predict(0, tokens, h, self.latents)
             at = [p + 1 for p in at]
         return [tuple(d) for d in drafts]
+
+    def _best(self, h: Tensor) -> list[int]:
+        # numpy's argmax is vectorised on a CPU, torch's is not.
+        return [int(row.argmax()) for row in self.model.logits(h).numpy()]
 
     def wipe(self, pages: Sequence[int]) -> None:
         self.latents[:, [0, *pages]] = 0
@@ -127,17 +135,5 @@ class NativeRunner:
     @torch.inference_mode()
     def idle_step(self) -> None:
         """One decoding step over the scrap page, to warm up or to time."""
-        h = self.model.forward([0], self._tokens([[0]], [0], [1]), self.latents)
+        h = self.model.forward(StepTokens([([0], 0, [0])]), self.latents)
         self.model.logits(h)
-
-    def _tokens(self, pages: Sequence[Sequence[int]], starts: Sequence[int], counts: Sequence[int]) -> StepTokens:
-        ends = [start + n for start, n in zip(starts, counts, strict=True)]
-        width = -(-max(ends) // self.page_size)
-        table = np.zeros((len(pages), width), np.int32)
-        for i, (held, end) in enumerate(zip(pages, ends, strict=True)):
-            n = -(-end // self.page_size)
-            table[i, :n] = held[:n]
-        position = np.concatenate([np.arange(a, b, dtype=np.int32) for a, b in zip(starts, ends, strict=True)])
-        row = np.repeat(np.arange(len(pages), dtype=np.int32), counts)
-        slot = table[row, position // self.page_size] * self.page_size + position % self.page_size
-        return StepTokens(position, row, slot.astype(np.int32), table)

@@ -32,6 +32,7 @@ class ModelRunner:
     """Owns the latent cache of `model`; satisfies `core.Runner`, without drafts. eos: ids that `min_tokens` holds back."""
 
     draft_depth = 0
+    read_bytes = 0.0
 
     def __init__(self, model: Transformer, num_pages: int, page_size: int, eos: tuple[int, ...] = ()) -> None:
         cfg = model.cfg

@@ -11,10 +11,11 @@ from rorqual.engine.scheduler import Job
 Phase = Literal["queue", "prefill", "decode"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepStats:
     """One step: requests computed, tokens by kind (of prompts, one per decoding request, drafts checked), new tokens,
-    and the seconds of the forward with its sampling, and of drafting."""
+    the seconds of the forward with its sampling, and of drafting; and the bytes of weights and cache that the forward
+    had to read (0 where the runner does not know)."""
 
     requests: int = 0
     prefill_tokens: int = 0
@@ -23,6 +24,7 @@ class StepStats:
     new_tokens: int = 0
     run_s: float = 0.0
     draft_s: float = 0.0
+    read_bytes: float = 0.0
 
 
 @dataclass(slots=True)
@@ -30,7 +32,8 @@ class EngineStats:
     """Counts since the start, in tokens unless the name says otherwise; waiting to pages_published are the present
     state (pages_free includes idle published ones; pages_used are those of running requests). cache_hit and cache_miss
     split the prompts of admitted requests; drafted and accepted are the drafts checked and those that stood;
-    draft_depth is how many were drafted per token in the last step; last is the last step."""
+    draft_depth is how many were drafted per token in the last step; decode_bytes and decode_run_s are those of steps that
+    only decoded, whose bound is the memory's bandwidth; last is the last step."""
 
     steps: int = 0
     prefill_tokens: int = 0
@@ -45,17 +48,23 @@ class EngineStats:
     disk_hit_tokens: int = 0
     accepted: int = 0
     draft_depth: int = 0
+    decode_bytes: float = 0.0
+    decode_run_s: float = 0.0
     waiting: int = 0
     running: int = 0
     pages_used: int = 0
     pages_free: int = 0
     pages_published: int = 0
-    last: StepStats = StepStats()
+    last: StepStats = field(default_factory=StepStats)
 
     @property
     def acceptance(self) -> float:
         """Share of the drafts that stood; 0 before the first."""
         return self.accepted / max(1, self.draft_tokens)
+
+    def of_bound(self, bandwidth: float) -> float:
+        """How fast decoding steps read, as a share of `bandwidth` (bytes/s); 0 where either is unknown."""
+        return self.decode_bytes / self.decode_run_s / bandwidth if self.decode_run_s and bandwidth else 0.0
 
     def add(self, step: StepStats) -> None:
         self.steps += 1
@@ -65,6 +74,9 @@ class EngineStats:
         self.new_tokens += step.new_tokens
         self.run_s += step.run_s
         self.draft_s += step.draft_s
+        if step.prefill_tokens == 0:
+            self.decode_bytes += step.read_bytes
+            self.decode_run_s += step.run_s
         self.last = step
 
 

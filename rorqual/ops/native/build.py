@@ -49,14 +49,17 @@ class Layer(ctypes.Structure):
 class Model(ctypes.Structure):
     SIZES = ("n_layers", "D", "H", "C", "N", "R", "U", "E", "K", "n_group", "topk_group", "normalise")
     _fields_ = [
-        ("layers", pointer), ("norm", pointer), ("cos", pointer), ("sin", pointer), *((name, c_int) for name in SIZES),
+        ("layers", pointer), ("norm", pointer), ("cos", pointer), ("sin", pointer), ("embedding", pointer),
+        *((name, c_int) for name in SIZES),
         ("eps", ctypes.c_float), ("scale", ctypes.c_float), ("routed_scale", ctypes.c_float),
+        ("embedding_kind", c_int),
     ]  # fmt: skip
 
 
 class Tokens(ctypes.Structure):
     _fields_ = [
-        ("position", pointer), ("row", pointer), ("slot", pointer), ("pages", pointer), ("n", c_int), ("width", c_int),
+        ("id", pointer), ("position", pointer), ("row", pointer), ("slot", pointer), ("pages", pointer),
+        ("n", c_int), ("width", c_int),
     ]  # fmt: skip
 
 
@@ -120,12 +123,14 @@ def library() -> ctypes.CDLL:
     lib.rq_close.argtypes = [pointer]
     lib.rq_linear.argtypes = [pointer, ctypes.POINTER(Matrix), c_int, pointer, c_long, c_int, pointer, c_long]
     lib.rq_forward.argtypes = [
-        pointer, ctypes.POINTER(Model), ctypes.POINTER(Tokens), pointer, pointer, c_long, pointer, pointer,
+        pointer, ctypes.POINTER(Model), ctypes.POINTER(Tokens), pointer, c_int, pointer, c_long, pointer, pointer,
     ]  # fmt: skip
     lib.rq_mtp.argtypes = [
         pointer, ctypes.POINTER(Model), ctypes.POINTER(Layer), ctypes.POINTER(Matrix), *[pointer] * 3,
-        ctypes.POINTER(Tokens), *[pointer] * 4,
+        ctypes.POINTER(Tokens), pointer, c_int, *[pointer] * 3,
     ]  # fmt: skip
+    lib.rq_read.argtypes = [pointer, pointer, c_long]
+    lib.rq_read.restype = ctypes.c_float
     sizes = lib.rq_sizes
     told = (ctypes.c_int32 * 4)()
     sizes(told)

@@ -164,12 +164,14 @@ struct Layer {
 struct Model {
   const Layer *layers;
   const float *norm, *cos, *sin;  // cos, sin [positions, R/2]
+  const void *embedding;          // [V, D], or null where the caller looks rows up
   int32_t n_layers, D, H, C, N, R, U, E, K, n_group, topk_group, normalise;
   float eps, scale, routed_scale;
+  int32_t embedding_kind;
 };
 
 struct Tokens {  // n tokens of rows; a row's tokens stand together, in order
-  const int32_t *position, *row, *slot;  // slot: page * 64 + place
+  const int32_t *id, *position, *row, *slot;  // slot: page * 64 + place
   const int32_t *pages;                  // [rows, width]
   int32_t n, width;
 };
@@ -210,7 +212,7 @@ struct Pool {
   void serve(int id) {
     uint64_t seen = 0;
     for (;;) {
-      for (int spin = 0; spin < 4000 && job.load(std::memory_order_acquire) == seen; spin++) pause();
+      for (int spin = 0; spin < 20000 && job.load(std::memory_order_acquire) == seen; spin++) pause();
       if (job.load(std::memory_order_acquire) == seen) {
         std::unique_lock<std::mutex> lock(mutex);
         wake.wait(lock, [&] { return job.load() != seen; });
@@ -1212,6 +1214,18 @@ void room(Engine &e, const Model &m, const Layer *layers, int count, int n) {
   }
 }
 
+void embed(const Model &m, const Tokens &t, float *x) {
+  for (int i = 0; i < t.n; i++) {
+    int64_t at = (int64_t)t.id[i] * m.D;
+    if (m.embedding_kind == F32) memcpy(x + (int64_t)i * m.D, (const float *)m.embedding + at, 4 * m.D);
+    else
+      for (int j = 0; j < m.D; j++) {
+        uint32_t bits = (uint32_t)((const uint16_t *)m.embedding)[at + j] << 16;
+        memcpy(x + (int64_t)i * m.D + j, &bits, 4);
+      }
+  }
+}
+
 template <class F> void everyone(Engine &e, F f) {
   e.pool.all([](void *a, int id) { (*(F *)a)(id); }, &f);
 }
@@ -1227,6 +1241,23 @@ Engine *rq_open(int threads) { return new Engine(threads); }
 void rq_close(Engine *e) { delete e; }
 void rq_expand_from(int rows) { expand_from = rows; }
 
+// Adds up n floats with all threads: how fast memory is.
+float rq_read(Engine *e, const float *x, int64_t n) {
+  constexpr int64_t SOME = 1 << 16;
+  std::atomic<int> done{0};
+  everyone(*e, [&](int id) {
+    float total = 0;
+    e->pool.tasks((int)(n / SOME), [&](int i) {
+      vf acc[8] = {};
+      for (const float *p = x + i * SOME, *end = p + SOME; p < end; p += 8 * W)
+        for (int j = 0; j < 8; j++) acc[j] += load(p + j * W);
+      for (int j = 0; j < 8; j++) total += acc[j][0];
+    });
+    done += total > 0;
+  });
+  return (float)done;
+}
+
 // y [n, ldy] = x [n, ldx] W^T. ldy: out rounded up to 16.
 void rq_linear(Engine *e, const Matrix *w, int which, const float *x, int64_t ldx, int n, float *y, int64_t ldy) {
   bool codes = integer(*w);
@@ -1241,10 +1272,11 @@ void rq_linear(Engine *e, const Matrix *w, int which, const float *x, int64_t ld
   });
 }
 
-// All layers. x [n, D] embeddings, overwritten; latents [layers, pages, 64, XP]; h [n, D] after the final norm;
+// All layers. x [n, D] embeddings (looked up here where `lookup`), overwritten; latents [layers, pages, 64, XP]; h [n, D] after the final norm;
 // loads [layers, E + 1] or null.
-void rq_forward(Engine *e, const Model *m, const Tokens *t, float *x, float *latents, int64_t layer_stride, float *h,
-                int64_t *loads) {
+void rq_forward(Engine *e, const Model *m, const Tokens *t, float *x, int lookup, float *latents, int64_t layer_stride,
+                float *h, int64_t *loads) {
+  if (lookup) embed(*m, *t, x);
   room(*e, *m, m->layers, m->n_layers, t->n);
   Step s{*e, *m, *t, x, latents, loads, m->layers};
   s.plan_attention();
@@ -1262,8 +1294,10 @@ void rq_forward(Engine *e, const Model *m, const Tokens *t, float *x, float *lat
 
 // One MTP module: embedding [n, D] of the next tokens, h [n, D] -> out [n, D] after the module's norm.
 void rq_mtp(Engine *e, const Model *m, const Layer *layer, const Matrix *eh_proj, const float *enorm, const float *hnorm,
-            const float *norm, const Tokens *t, const float *embedding, const float *h, float *latents, float *out) {
+            const float *norm, const Tokens *t, float *embedding, int lookup, const float *h, float *latents,
+            float *out) {
   int D = m->D, n = t->n;
+  if (lookup) embed(*m, *t, embedding);
   room(*e, *m, layer, 1, n);
   std::vector<float> both((int64_t)n * 2 * D), x((int64_t)n * up(D, PANEL));
   for (int i = 0; i < n; i++) {

@@ -55,7 +55,7 @@ class MemoryRunner:
     ) -> None:
         self.memory = [[-1] * page_size for _ in range(num_pages)]
         self.page_size, self.before, self.draft_depth = page_size, before, draft_depth
-        self.page_bytes = 8 * page_size
+        self.page_bytes, self.read_bytes = 8 * page_size, 0.0
         self.random = random.Random(0)
         self.faults: set[str] = set()
         self.wiped: list[int] = []

@@ -67,16 +67,12 @@ class Sequence:
         layers = model.cfg.num_hidden_layers + len(model.mtp)
         self.latents = torch.zeros(layers, rows * pages + 1, 64, model.row_width)
 
-    def tokens(self, spans: list[tuple[int, int, int]]) -> StepTokens:
+    def tokens(self, ids: torch.Tensor, spans: list[tuple[int, int, int]]) -> StepTokens:
         """(row, start, end) of each."""
-        position = np.concatenate([np.arange(a, b, dtype=np.int32) for _, a, b in spans])
-        row = np.repeat(np.arange(len(spans), dtype=np.int32), [b - a for _, a, b in spans])
-        table = np.ascontiguousarray(self.table[[r for r, _, _ in spans]])
-        return StepTokens(position, row, (table[row, position // 64] * 64 + position % 64).astype(np.int32), table)
+        return StepTokens([(ids[r, a:b].tolist(), a, self.table[r].tolist()) for r, a, b in spans])
 
     def run(self, ids: torch.Tensor, spans: list[tuple[int, int, int]]) -> torch.Tensor:
-        flat = [t for r, a, b in spans for t in ids[r, a:b].tolist()]
-        return self.model.forward(flat, self.tokens(spans), self.latents)
+        return self.model.forward(self.tokens(ids, spans), self.latents)
 
 
 def error(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -97,9 +93,8 @@ def test_it_computes_what_the_torch_model_computes(name: str) -> None:
     assert error(h, want[0]) < BOUND
     assert error(native.logits(h), logits) < BOUND
     for wanted in further[:1]:
-        out = native.predict(
-            0, ids[0, 1:].tolist(), h[:-1].contiguous(), sequence.tokens([(0, 0, 149)]), sequence.latents
-        )
+        tokens = sequence.tokens(ids[:, 1:], [(0, 0, 149)])
+        out = native.predict(0, tokens, h[:-1].contiguous(), sequence.latents)
         assert error(out, wanted[0]) < BOUND
 
 
@@ -193,7 +188,7 @@ def test_loads_count_tokens_by_expert() -> None:
     sequence = Sequence(native)
     cfg = native.cfg
     loads = np.zeros((cfg.num_hidden_layers, cfg.n_routed_experts + 1), np.int64)
-    native.forward(ids[0].tolist(), sequence.tokens([(0, 0, 40)]), sequence.latents, loads)
+    native.forward(sequence.tokens(ids, [(0, 0, 40)]), sequence.latents, loads)
     for layer, picks in zip(range(cfg.first_k_dense_replace, cfg.num_hidden_layers), chosen, strict=True):
         counts = torch.bincount(picks.flatten(), minlength=cfg.n_routed_experts)
         assert loads[layer, :-1].tolist() == counts.tolist() and loads[layer, -1] == (counts > 0).sum()

@@ -320,7 +320,7 @@ def evens(prompt: Sequence[int], count: int) -> list[int]:
     tokens = list(prompt)
     for _ in range(count):
         token = next_token(tokens)
-        tokens.append(token if token % 2 == 0 and token else (token + 1) % VOCAB or 2)
+        tokens.append(next(t % VOCAB for t in range(token, token + 4) if t % VOCAB >= 2 and t % 2 == 0))
     return tokens[len(prompt) :]
 
 
