@@ -864,6 +864,9 @@ struct Step {
   float *latents;  // this layer's [pages, 64, XP]
   int64_t *loads;  // [E + 1] of this layer: tokens by expert, and how many experts had any; added to; or null
   const Layer *layer;
+  const Layer *next;   // the layer after it, or null: then x goes through `norm` into `out` [n, D]
+  const float *norm;
+  float norm_eps, *out;
 
   int XP() const { return up(m.C + m.R, PANEL); }
 
@@ -875,6 +878,8 @@ struct Step {
     auto &tiles = e.tiles;
     tiles.clear();
     int heads = std::min(m.H, TILE_ROWS), per = std::max(1, TILE_ROWS / heads), parts = 0;
+    // Few tokens: smaller tiles, or threads would have nothing to do. A row does not know which tile it is in.
+    if (t.n < e.pool.threads) heads = std::min(heads, 4), per = 1;
     for (int i = 0; i < t.n;) {
       int n = 1;
       while (n < per && i + n < t.n && t.row[i + n] == t.row[i]) n++;
@@ -992,10 +997,15 @@ struct Step {
     for (int k = 0; k < m.K; k++) gates[k] = (m.normalise ? gates[k] / (total + 1e-20f) : gates[k]) * m.routed_scale;
   }
 
-  void enter(int i) {  // what the layer's first products read
+  void enter(const Layer *layer, int i) {  // what a layer's first products read of token i
     rms_norm(x + (int64_t)i * m.D, layer->input_norm, m.D, layer->eps, e.xn.p + (int64_t)i * m.D);
     const Matrix &first = layer->q_a.out ? layer->q_a : layer->q_b;
     if (integer(first) || integer(layer->kv_a)) e.xq.row(i, e.xn.p + (int64_t)i * m.D, m.D);
+  }
+
+  void leave(int i) {  // the layer is done with token i
+    if (next) enter(next, i);
+    else rms_norm(x + (int64_t)i * m.D, norm, m.D, norm_eps, out + (int64_t)i * m.D);
   }
 
   // Silu(gate) * up from alternating panels: four panels in, two out.
@@ -1019,8 +1029,7 @@ struct Step {
   void run(int id) {
     Pool &pool = e.pool;
     const Layer &L = *layer;
-    pool.tasks(t.n, [&](int i) { enter(i); });
-    pool.barrier();
+
     int n = t.n, D = m.D, H = m.H, C = m.C, X = C + m.R, qd = H * (m.N + m.R);
     bool lora = L.q_a.out > 0;
     const Matrix &first = lora ? L.q_a : L.q_b;
@@ -1033,27 +1042,32 @@ struct Step {
       else chunk(L.kv_a, 0, i - a, in, n, e.kv.p, kv_ld);
     });
     pool.barrier();
-    pool.tasks(n, [&](int i) {
+    auto latent = [&](int i) {
       const float *kv = e.kv.p + i * kv_ld;
       float *to = latents + (int64_t)t.slot[i] * XP();
       rms_norm(kv, L.kv_a_norm, C, 1e-6f, to);
       rotate(kv + C, to + C, t.position[i]);
-      if (lora) {
+    };
+    if (lora) {
+      pool.tasks(n, [&](int i) {
         rms_norm(e.q_a.p + i * first_ld, L.q_a_norm, L.q_a.out, 1e-6f, e.q_a.p + i * first_ld);
         if (integer(L.q_b)) e.qq.row(i, e.q_a.p + i * first_ld, L.q_a.out);
-      }
-    });
-    pool.barrier();
-    if (lora) {
+      });
+      pool.barrier();
       Rows qa = rows(e.q_a.p, first_ld, e.qq, L.q_b.in);
       pool.tasks(chunks_of(L.q_b), [&](int i) { chunk(L.q_b, 0, i, qa, n, e.q.p, q_ld); });
       pool.barrier();
     }
-    // Queries into the latent space, head by head, some tokens at a time.
+    // Queries into the latent space, head by head, some tokens at a time; and the new latents into their pages.
     constexpr int SOME = 64;
     int blocks = (n + SOME - 1) / SOME;
-    pool.tasks(H * blocks, [&](int i) {
-      int h = i % H, t0 = i / H * SOME, M = std::min(SOME, n - t0);
+    pool.tasks(H * blocks + blocks, [&](int i) {
+      int t0 = (i < H * blocks ? i / H : i - H * blocks) * SOME, M = std::min(SOME, n - t0);
+      if (i >= H * blocks) {
+        for (int j = 0; j < M; j++) latent(t0 + j);
+        return;
+      }
+      int h = i % H;
       Rows r{e.q.p + t0 * q_ld + h * (m.N + m.R), q_ld, nullptr, nullptr, nullptr, nullptr, m.N};
       float *to = e.ql.p + ((int64_t)t0 * H + h) * XP();
       for (int c = 0; c < chunks_of(L.uk); c++) chunk(L.uk, h, c, r, M, to, (int64_t)H * XP());
@@ -1096,6 +1110,26 @@ struct Step {
     feed_forward(id);
   }
 
+  void gather() {  // slots by expert, tokens in order within one
+    int n = t.n, K = m.K;
+    std::fill(e.start.begin(), e.start.end(), 0);
+    for (int i = 0; i < n * K; i++) e.start[e.chosen[i] + 1]++;
+    for (int i = 0; i < m.E; i++) e.start[i + 1] += e.start[i];
+    e.active.clear();
+    for (int i = 0; i < m.E; i++)
+      if (e.start[i + 1] > e.start[i]) e.active.push_back(i);
+    if (loads) {
+      for (int i = 0; i < m.E; i++) loads[i] += e.start[i + 1] - e.start[i];
+      loads[m.E] += (int64_t)e.active.size();
+    }
+    std::vector<int32_t> at(e.start.begin(), e.start.end() - 1);
+    for (int i = 0; i < n * K; i++) {
+      int place = at[e.chosen[i]]++;
+      e.token_of[place] = i / K;
+      e.place_of[i] = place;
+    }
+  }
+
   void feed_forward(int id) {
     Pool &pool = e.pool;
     const Layer &L = *layer;
@@ -1116,27 +1150,11 @@ struct Step {
       Rows r{e.xn.p + (int64_t)t0 * D, D, nullptr, nullptr, nullptr, nullptr, D};
       for (int c = 0; c < chunks_of(L.router); c++) chunk(L.router, 0, c, r, M, e.logits.p + t0 * e_ld, e_ld);
       for (int i = t0; i < t0 + M; i++) route(e.logits.p + i * e_ld, e.chosen.data() + (int64_t)i * K, e.gates.data() + (int64_t)i * K);
+      if (n <= SOME) gather();  // the only task: there is nobody to wait for
     });
     pool.barrier();
-    if (moe) {
-      if (id == 0) {  // slots by expert, tokens in order within one
-        std::fill(e.start.begin(), e.start.end(), 0);
-        for (int i = 0; i < n * K; i++) e.start[e.chosen[i] + 1]++;
-        for (int i = 0; i < m.E; i++) e.start[i + 1] += e.start[i];
-        std::vector<int32_t> at(e.start.begin(), e.start.end() - 1);
-        for (int i = 0; i < n * K; i++) {
-          int place = at[e.chosen[i]]++;
-          e.token_of[place] = i / K;
-          e.place_of[i] = place;
-        }
-        e.active.clear();
-        for (int i = 0; i < m.E; i++)
-          if (e.start[i + 1] > e.start[i]) e.active.push_back(i);
-        if (loads) {
-          for (int i = 0; i < m.E; i++) loads[i] += e.start[i + 1] - e.start[i];
-          loads[m.E] += (int64_t)e.active.size();
-        }
-      }
+    if (moe && n > SOME) {
+      if (id == 0) gather();
       pool.barrier();
     }
     Rows in = rows(e.xn.p, D, e.xq, D);
@@ -1179,10 +1197,12 @@ struct Step {
           for (int k = 0; k < K; k++) sum = std::fma(g[k], y[k][c], sum);
           to[c] += sum + own[c];
         }
+        leave(i);
       });
     } else {
       pool.tasks(n, [&](int i) {
         for (int c = 0; c < D; c++) x[(int64_t)i * D + c] += e.wide.p[i * d_ld + c];
+        leave(i);
       });
     }
     pool.barrier();
@@ -1278,17 +1298,19 @@ void rq_forward(Engine *e, const Model *m, const Tokens *t, float *x, int lookup
                 float *h, int64_t *loads) {
   if (lookup) embed(*m, *t, x);
   room(*e, *m, m->layers, m->n_layers, t->n);
-  Step s{*e, *m, *t, x, latents, loads, m->layers};
+  Step s{*e, *m, *t, x, latents, loads, m->layers, nullptr, m->norm, m->eps, h};
   s.plan_attention();
   everyone(*e, [&](int id) {
     Step own = s;
+    e->pool.tasks(t->n, [&](int i) { own.enter(m->layers, i); });
+    e->pool.barrier();
     for (int i = 0; i < m->n_layers; i++) {
       own.layer = m->layers + i;
+      own.next = i + 1 < m->n_layers ? own.layer + 1 : nullptr;
       own.latents = latents + i * layer_stride;
       own.loads = loads ? loads + (int64_t)i * (m->E + 1) : nullptr;
       own.run(id);
     }
-    e->pool.tasks(t->n, [&](int i) { rms_norm(x + (int64_t)i * m->D, m->norm, m->D, m->eps, h + (int64_t)i * m->D); });
   });
 }
 
@@ -1307,12 +1329,13 @@ void rq_mtp(Engine *e, const Model *m, const Layer *layer, const Matrix *eh_proj
   rq_linear(e, eh_proj, 0, both.data(), 2 * D, n, x.data(), up(D, PANEL));
   if (D % PANEL)
     for (int i = 0; i < n; i++) memmove(x.data() + (int64_t)i * D, x.data() + (int64_t)i * up(D, PANEL), 4 * D);
-  Step s{*e, *m, *t, x.data(), latents, nullptr, layer};
+  Step s{*e, *m, *t, x.data(), latents, nullptr, layer, nullptr, norm, layer->eps, out};
   s.plan_attention();
   everyone(*e, [&](int id) {
     Step own = s;
+    e->pool.tasks(n, [&](int i) { own.enter(layer, i); });
+    e->pool.barrier();
     own.run(id);
-    e->pool.tasks(n, [&](int i) { rms_norm(x.data() + (int64_t)i * D, norm, D, layer->eps, out + (int64_t)i * D); });
   });
 }
 }
