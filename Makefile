@@ -47,9 +47,14 @@ speedrun: setup-dev
 	$(BIN)/python runs/tiny-cpu/speedrun.py $(ARGS)
 
 bench: setup-dev
-	$(BIN)/rorqual bench prefill --model bench-cpu --prompt 512 --json benchmarks/cpu-prefill.json
-	$(BIN)/rorqual bench decode --model bench-cpu --prompt 512 --json benchmarks/cpu-decode-1.json
-	$(BIN)/rorqual bench decode --model bench-cpu --prompt 64 --batch 8 --json benchmarks/cpu-decode-8.json
+	for dtype in float32 int8; do $(BIN)/rorqual bench prefill --dtype $$dtype --json benchmarks/cpu-prefill-$$dtype.json; done
+	for dtype in float32 bfloat16 int8; do \
+	  $(BIN)/rorqual bench decode --dtype $$dtype --json benchmarks/cpu-decode-512-$$dtype.json; done
+	for prompt in 16 3072; do \
+	  $(BIN)/rorqual bench decode --dtype int8 --prompt $$prompt --json benchmarks/cpu-decode-$$prompt-int8.json; done
+	$(BIN)/rorqual bench decode --dtype int8 --prompt 64 --batch 8 --json benchmarks/cpu-decode-batch8-int8.json
+	$(BIN)/rorqual bench serve --dtype int8 --json benchmarks/cpu-serve-int8.json
+	$(BIN)/rorqual bench mtp --model models/rorqual-nano --json benchmarks/cpu-mtp.json
 	$(BIN)/rorqual bench train --model bench-cpu --batch 8 --seq-len 512 --rounds 3 --json benchmarks/cpu-train.json
 	$(BIN)/rorqual bench load --model bench-gpu --json benchmarks/load.json
 	$(BIN)/python scripts/benchmarks.py

@@ -34,6 +34,7 @@ from rorqual.ops.native.pack import (
     Packed,
     Plain,
     interleave,
+    one_by_one,
     pack_fp8,
     pack_integers,
     pack_plain,
@@ -86,6 +87,7 @@ class NativeModel:
     fit the model's shape (`unsupported`).
     """
 
+    @torch.no_grad()
     def __init__(self, model: Transformer, *, kind: Kind | None, max_positions: int, threads: int = 1) -> None:
         cfg = model.cfg
         if reason := unsupported(cfg):
@@ -290,14 +292,20 @@ class NativeModel:
 
     def _experts(self, experts: nn.Module) -> tuple[build.Matrix, build.Matrix]:
         if isinstance(experts, QuantizedExperts):
-            down = self._pack_stored(experts.down, experts.down.parts, self.kind)
-            return self._keep(self._pack_pairs(experts.gate_up, experts.gate_up.parts)), self._keep(down)
+            gate_up, down = experts.gate_up, experts.down
+            count = gate_up.shape[0]
+
+            def part(stored: Stored, i: int) -> dict[str, Tensor]:
+                return {name: tensor[i : i + 1] for name, tensor in stored.parts.items()}
+
+            pairs = one_by_one(count, lambda i: self._pack_pairs(gate_up, part(gate_up, i)))
+            downs = one_by_one(count, lambda i: self._pack_stored(down, part(down, i), self.kind))
+            return self._keep(pairs), self._keep(downs)
         assert isinstance(experts, RoutedExperts)
         gate, up = experts.gate_up_proj.chunk(2, 1)
-        return (
-            self._keep(self._pack(interleave(gate, up), self.kind)),
-            self._keep(self._pack(experts.down_proj, self.kind)),
-        )
+        pairs = one_by_one(len(gate), lambda i: self._pack(interleave(gate[i : i + 1], up[i : i + 1]), self.kind))
+        packed = one_by_one(len(gate), lambda i: self._pack(experts.down_proj[i : i + 1], self.kind))
+        return self._keep(pairs), self._keep(packed)
 
     def _pack(self, weight: Tensor, kind: Kind | None) -> Packed:
         """[count, out, in] plain -> `kind`, where its groups fit."""

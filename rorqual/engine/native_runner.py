@@ -20,11 +20,9 @@ from torch import Tensor
 
 from rorqual.engine.core import Draw, Masks
 from rorqual.engine.native import NativeModel, StepTokens
-from rorqual.engine.runner import zeros
+from rorqual.engine.runner import FAULT, zeros
 from rorqual.engine.sampler import Row, sample
 from rorqual.engine.scheduler import Slice
-
-FAULT = "its hidden states are not finite numbers"
 
 
 class NativeRunner:

@@ -2,11 +2,12 @@
 
 A step becomes few forwards: all slices of one token together as [B, 1], and prompt chunks of similar length together as
 [B, T], padded at the end. Padding stands at position 0 and writes to the scrap page, so it changes nothing but the
-shape. Only the last position of a slice goes through the head, and all of them in one multiplication.
+shape. Only the last position of a slice goes through the head, and all of them in one multiplication. On a GPU single
+tokens go through a captured graph (`graphs`).
 
 The latent cache is one tensor [layers, pages, page_size, C + R], zeroed once: attention multiplies masked places by 0,
-and 0 times whatever an uninitialised page holds may be NaN. Left out: CUDA graphs, and grouping across page-table
-widths (a short request computes masked attention over its longest mate's pages).
+and 0 times whatever an uninitialised page holds may be NaN. Left out: grouping across page-table widths (a short chunk
+computes masked attention over its longest mate's pages).
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ import torch
 from torch import Tensor
 
 from rorqual.engine.core import Draw, Masks
-from rorqual.engine.sampler import Row, sample
+from rorqual.engine.graphs import Decoded, DecodeGraphs
+from rorqual.engine.sampler import Row, is_greedy, sample
 from rorqual.engine.scheduler import Slice
 from rorqual.model.batch import Batch, LatentPages
 from rorqual.model.transformer import Transformer
+from rorqual.ops.attention import attend_pages_missing
 
+FAULT = "its hidden states are not finite numbers"
 PADDING = 0.75
 """Chunks share a forward when the shortest has at least this share of the longest's tokens."""
 
@@ -40,12 +44,22 @@ class ModelRunner:
         shape = (cfg.num_hidden_layers, num_pages, page_size, cfg.cache_dim)
         self.latents = zeros(shape, model.compute_dtype or model.dtype, model.device)
         self.page_bytes = self.latents[:, 0].numel() * self.latents.itemsize
+        self.graphs: DecodeGraphs | None = None
+        if self.latents.is_cuda and not attend_pages_missing():
+            self.graphs = DecodeGraphs(model, self.latents, page_size)
 
     @torch.inference_mode()
     def run(self, plan: Sequence[Slice], masks: Masks | None = None) -> list[list[Draw]]:
         """Computes every slice, draws a token where a slice ends its job. Faults are per slice."""
         last: list[Tensor | None] = [None] * len(plan)
-        for group in _groups(plan):
+        single = [i for i, s in enumerate(plan) if s.count == 1]
+        decoded = self.graphs.run([plan[i] for i in single]) if self.graphs and single else None
+        if decoded and len(single) == len(plan):
+            return self._drawn(plan, decoded, masks)
+        if decoded:
+            for i, h_D in zip(single, decoded.hidden, strict=True):
+                last[i] = h_D
+        for group in _groups(plan, singles=decoded is None):
             h_BD = self._forward([plan[i] for i in group])
             for row, i in enumerate(group):
                 last[i] = h_BD[row]
@@ -53,21 +67,31 @@ class ModelRunner:
         # A fault anywhere in a slice reaches its last position through attention, so looking there is enough, and
         # looking at slices that draw nothing keeps faulty pages from being shared.
         sound = h_ND.isfinite().all(-1).tolist()
-        draws: list[list[Draw]] = [
-            [] if ok else [Draw(fault="its hidden states are not finite numbers")] for ok in sound
-        ]
+        draws: list[list[Draw]] = [[] if ok else [Draw(fault=FAULT)] for ok in sound]
         drawing = [i for i, s in enumerate(plan) if s.samples and sound[i]]
         if drawing:
             # [drawing] copies; when every slice draws, as in pure decoding, there is nothing to pick.
             logits_BV = self.model.head(h_ND if len(drawing) == len(plan) else h_ND[drawing])
-            allowed = masks() if masks else None
-            rows = []
-            for i in drawing:
-                job, mask = plan[i].job, allowed[i][0] if allowed and allowed[i] else None
-                rows.append(Row(job.request.params, job.seed, job.tokens, len(job.request.prompt), mask, self.eos))
-            for i, draw in zip(drawing, sample(logits_BV, rows), strict=True):
+            for i, draw in zip(drawing, sample(logits_BV, self._rows(plan, drawing, masks)), strict=True):
                 draws[i] = [draw]
         return draws
+
+    def _drawn(self, plan: Sequence[Slice], decoded: Decoded, masks: Masks | None) -> list[list[Draw]]:
+        """A step that only decoded: its greedy draws are there already."""
+        rows = self._rows(plan, range(len(plan)), masks)
+        if all(map(is_greedy, rows)):
+            draws = [Draw(token) for token in decoded.best]
+        else:
+            draws = sample(decoded.logits, rows)
+        return [[draw if ok else Draw(fault=FAULT)] for draw, ok in zip(draws, decoded.sound, strict=True)]
+
+    def _rows(self, plan: Sequence[Slice], drawing: Sequence[int], masks: Masks | None) -> list[Row]:
+        allowed = masks() if masks else None
+        rows = []
+        for i in drawing:
+            job, mask = plan[i].job, allowed[i][0] if allowed and allowed[i] else None
+            rows.append(Row(job.request.params, job.seed, job.tokens, len(job.request.prompt), mask, self.eos))
+        return rows
 
     def wipe(self, pages: Sequence[int]) -> None:
         self.latents[:, [0, *pages]] = 0
@@ -124,10 +148,10 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
-def _groups(plan: Sequence[Slice]) -> Iterator[list[int]]:
+def _groups(plan: Sequence[Slice], singles: bool) -> Iterator[list[int]]:
     """Indices of slices that share a forward: single tokens, then chunks by falling length with little padding."""
     single = [i for i, s in enumerate(plan) if s.count == 1]
-    if single:
+    if single and singles:
         yield single
     chunks = sorted((i for i, s in enumerate(plan) if s.count > 1), key=lambda i: -plan[i].count)
     while chunks:

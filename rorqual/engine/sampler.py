@@ -137,6 +137,11 @@ def _pick(x_BV: Tensor, rows: Sequence[int]) -> Tensor:
 # ---- the logits themselves -------------------------------------------------------------------------------------------
 
 
+def is_greedy(row: Row) -> bool:
+    """Whether the draw is the raw logits' argmax and nothing else is asked for."""
+    return row.params.temperature == 0 and row.params.logprobs is None and not _adjusts(row)
+
+
 def _adjusts(row: Row) -> bool:
     p = row.params
     return (

@@ -29,15 +29,18 @@ class LatentPages:
     latents: [layers, pages, page_size, kv_lora_rank + qk_rope_head_dim], written in place by the forward;
     page_table_BP: int64, the pages of each row in order; slots_BT: int64, page * page_size + offset for each new token.
     A key's place in its row's pages is its absolute position. Page 0 is scrap: padding points there.
+    lengths_B: set while decoding one token a row on a GPU: keys each row sees, its own included; attention then reads the
+    pages where they lie.
     """
 
     latents: Tensor
     page_table_BP: Tensor
     slots_BT: Tensor
+    lengths_B: Tensor | None = None
 
     def layer(self, index: int) -> LayerPages:
         """One layer's pages; MTP modules follow the model's layers."""
-        return LayerPages(self.latents[index], self.page_table_BP, self.slots_BT)
+        return LayerPages(self.latents[index], self.page_table_BP, self.slots_BT, self.lengths_B)
 
 
 class LayerPages(NamedTuple):
@@ -46,10 +49,15 @@ class LayerPages(NamedTuple):
     pages: Tensor
     page_table_BP: Tensor
     slots_BT: Tensor
+    lengths_B: Tensor | None = None
+
+    def write(self, latents_BTX: Tensor) -> None:
+        """The new tokens' latents into their slots."""
+        self.pages.view(-1, self.pages.shape[-1])[self.slots_BT] = latents_BTX.to(self.pages.dtype)
 
     def through(self, latents_BTX: Tensor) -> Tensor:
         """Write the new latents into the pages; return all keys of each row in order, [B, S, C + R]."""
-        self.pages.view(-1, self.pages.shape[-1])[self.slots_BT] = latents_BTX.to(self.pages.dtype)
+        self.write(latents_BTX)
         return self.pages[self.page_table_BP].flatten(1, 2).to(latents_BTX.dtype)
 
 

@@ -9,8 +9,12 @@ from torch import Tensor, nn
 from rorqual.config import ModelConfig
 from rorqual.model.batch import Routing
 from rorqual.model.layers import MLP
-from rorqual.ops.experts import experts_backends
+from rorqual.ops.experts import experts_backends, experts_triton
+from rorqual.ops.fused import fuses
 from rorqual.ops.router import route
+
+DECODING = 64
+"""Up to so many tokens the experts are computed by the kernels for few tokens (`ops.triton.experts`), on a GPU."""
 
 
 class Gate(nn.Module):
@@ -50,6 +54,8 @@ class RoutedExperts(nn.Module):
         self.run = experts_backends.get(backend)
 
     def forward(self, x_ND: Tensor, gates_NK: Tensor, chosen_NK: Tensor) -> Tensor:
+        if fuses(x_ND) and len(x_ND) <= DECODING:
+            return experts_triton(x_ND, self.gate_up_proj, self.down_proj, gates_NK, chosen_NK)
         return self.run(x_ND, self.gate_up_proj, self.down_proj, gates_NK, chosen_NK)
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rorqual.ops.triton.available import triton_missing
 from rorqual.registry import Backends
 
 Attend = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
@@ -55,6 +56,90 @@ def attend_latent(q_BTHX: Tensor, latents_BSX: Tensor, latent_dim: int, scale: f
     probs = scores.masked_fill(~visible_BTS[:, :, None], float("-inf")).softmax(-1)
     probs_BMS = probs.to(q_BTHX.dtype).view(B, T * H, -1)
     return torch.matmul(probs_BMS, latents_BSX[..., :latent_dim]).view(B, T, H, latent_dim)
+
+
+AttendPages = Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
+attend_pages_backends: Backends[AttendPages] = Backends("attention over pages")
+PAGES_BOUND = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}
+"""Largest relative error |out - reference| / |reference| (Frobenius norms) of a backend of `attend_pages` by dtype, against
+the reference in fp32 on the same numbers: 16-bit backends round the probabilities and the result."""
+
+
+@attend_pages_backends.register("reference")
+def attend_pages_reference(
+    q_NHX: Tensor, pages_PSX: Tensor, table_NP: Tensor, lengths_N: Tensor, latent_dim: int, scale: float
+) -> Tensor:
+    """The pages of each row gathered, then `attend_latent` in fp32."""
+    size = pages_PSX.shape[1]
+    visible_NS = torch.arange(table_NP.shape[1] * size, device=q_NHX.device) < lengths_N[:, None]
+    pages_NP = table_NP.where(visible_NS[:, ::size], 0)
+    latents_NSX = pages_PSX[pages_NP].flatten(1, 2).float().masked_fill(~visible_NS[..., None], 0.0)
+    out_NHC = attend_latent(q_NHX.float()[:, None], latents_NSX, latent_dim, scale, visible_NS[:, None])[:, 0]
+    return out_NHC.masked_fill(lengths_N[:, None, None] == 0, 0.0).to(q_NHX.dtype)
+
+
+@attend_pages_backends.register("triton", triton_missing)
+def attend_pages_triton(
+    q_NHX: Tensor, pages_PSX: Tensor, table_NP: Tensor, lengths_N: Tensor, latent_dim: int, scale: float
+) -> Tensor:
+    """The pages are read where they lie; can be captured in a CUDA graph."""
+    from rorqual.ops.triton.mla import decode
+
+    return decode(q_NHX, pages_PSX, table_NP, lengths_N, latent_dim, scale)
+
+
+def attend_pages_missing() -> str | None:
+    """Why nothing faster than the reference can run here, or None."""
+    return triton_missing()
+
+
+def attend_pages(
+    q_NHX: Tensor, pages_PSX: Tensor, table_NP: Tensor, lengths_N: Tensor, latent_dim: int, scale: float,
+    backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """Absorbed attention of N queries [N, H, C + R], each over its own pages of a latent cache -> [N, H, C] in q's dtype.
+
+    pages_PSX: [pages, page_size, C + R], contiguous; table_NP: int, each query's pages in order; lengths_N: int, the keys
+    each query sees, from its first page on (drafted tokens of one row are queries of growing lengths). Length 0 gives
+    zeros. What lies beyond a length, in the table or in a page, does not matter. backend "auto": triton on a GPU.
+    Raises BackendUnavailable for a named backend that cannot run here.
+    """
+    if backend == "auto":
+        backend = "triton" if q_NHX.is_cuda and attend_pages_missing() is None else "reference"
+    return attend_pages_backends.get(backend)(q_NHX, pages_PSX, table_NP, lengths_N, latent_dim, scale)
+
+
+def attend_in_chunks(
+    q_BHTX: Tensor,
+    expand: Callable[[int, int], tuple[Tensor, Tensor]],
+    chunk: int,
+    scale: float,
+    visible_BTS: Tensor,
+) -> Tensor:
+    """`attend_reference` over keys that are made chunk by chunk, so that never more than `chunk` of them exist expanded.
+
+    expand(start, end) -> keys [B, H, end - start, X] and values [B, H, end - start, U]. Each chunk is attended for itself
+    and the parts are merged by their log-sum-exp, in fp32. A query that sees nothing returns zeros.
+    """
+    out: Tensor | None = None
+    for start in range(0, visible_BTS.shape[2], chunk):
+        end = min(start + chunk, visible_BTS.shape[2])
+        k, v = expand(start, end)
+        scores = torch.matmul(q_BHTX, k.transpose(-1, -2)).float() * scale
+        scores = scores.masked_fill(~visible_BTS[:, None, :, start:end], float("-inf"))
+        lse = scores.logsumexp(-1, keepdim=True)
+        seen = lse > float("-inf")
+        probs = (scores - lse.where(seen, 0.0)).exp()
+        part = torch.matmul(probs.to(v.dtype), v).float()
+        if out is None:
+            out, total = part, lse
+            continue
+        both = torch.logaddexp(total, lse)
+        safe = both.where(both > float("-inf"), 0.0)
+        out = out * (total - safe).exp() + part * (lse - safe).exp()
+        total = both
+    assert out is not None
+    return out.to(q_BHTX.dtype)
 
 
 def absorbed_is_cheaper(queries: int, C: int, R: int, N: int, U: int) -> bool:

@@ -2,8 +2,9 @@
 
 `loop` is the definition: expert by expert, only those that were chosen. `grouped` sorts the (token, slot) pairs by
 expert and runs two grouped matrix products, with no loop and no wait for the device, so that a step can be compiled
-or captured. Both add a token's experts in fp32 in slot order, never by atomics, so a row does not depend on the
-other rows of its batch.
+or captured. `triton` is for decoding: few tokens, where all that counts is how fast the chosen experts' weights are
+read. All add a token's experts in fp32 in slot order, never by atomics, so a row does not depend on the other rows of
+its batch.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rorqual.errors import BackendUnavailable
+from rorqual.ops.triton.available import triton_missing
 from rorqual.registry import Backends
 
 Experts = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -71,3 +74,13 @@ def experts_grouped(
     gate, up = F.grouped_mm(x_MD, gate_up_E2FD.to(x_ND.dtype).mT, offs=ends_E).chunk(2, -1)
     y_MD = F.grouped_mm(F.silu(gate) * up, down_EDF.to(x_ND.dtype).mT, offs=ends_E)
     return _combine(y_MD, order_M, gates_NK)
+
+
+@experts_backends.register("triton", triton_missing)
+def experts_triton(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, gates_NK: Tensor, chosen_NK: Tensor) -> Tensor:
+    """The same by `ops.triton.experts`, forward only. Raises BackendUnavailable where a gradient is asked for."""
+    from rorqual.ops.triton.experts import routed_experts
+
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x_ND, gate_up_E2FD, down_EDF, gates_NK)):
+        raise BackendUnavailable("experts backend 'triton' has no gradient", remedy="train with 'grouped'")
+    return routed_experts(x_ND, gate_up_E2FD, down_EDF, gates_NK, chosen_NK)

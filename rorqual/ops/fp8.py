@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rorqual.ops.formats import Parts, finite
+from rorqual.ops.triton.available import triton_missing
 from rorqual.registry import Backends
 
 BLOCK = 128
@@ -115,23 +115,13 @@ def _round(value: Tensor) -> Tensor:
 # ---- multiplying ---------------------------------------------------------------------------------------------------
 
 
-def _triton_missing() -> str | None:
-    if find_spec("triton") is None:
-        return "the package triton is not installed"
-    from triton import knobs
-
-    if not torch.cuda.is_available() and not knobs.runtime.interpret:
-        return "it needs a CUDA device (or Triton's interpreter, for tests)"
-    return None
-
-
 @weight_only_backends.register("reference")
 def weight_only_reference(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """x [..., in] times the expanded weight, in x's dtype."""
     return F.linear(x, dequantize_blocks(codes, scale, x.dtype))
 
 
-@weight_only_backends.register("expand", _triton_missing)
+@weight_only_backends.register("expand", triton_missing)
 def weight_only_expand(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """The same with the weight expanded in one pass: for many rows, where expanding it once is little."""
     from rorqual.ops.triton.fp8 import expand
@@ -154,7 +144,7 @@ def _scaled_mm_missing() -> str | None:
 
 
 def _tiles_fast(x: Tensor) -> tuple[Tensor, Tensor]:
-    if _triton_missing() is None:
+    if triton_missing() is None:
         from rorqual.ops.triton.fp8 import quantize_rows
 
         return quantize_rows(x)
@@ -190,7 +180,7 @@ def _pad_blocks(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     return codes, F.pad(scale, (0, codes.shape[1] // BLOCK - scale.shape[1]), value=1.0)
 
 
-@weight_only_backends.register("triton", _triton_missing)
+@weight_only_backends.register("triton", triton_missing)
 def weight_only_triton(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """The codes are expanded in registers, so that half the bytes of bf16 move."""
     from rorqual.ops.triton.fp8 import fp8_rows
@@ -198,7 +188,7 @@ def weight_only_triton(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     return fp8_rows(x, codes, scale, dynamic=False)
 
 
-@dynamic_backends.register("triton", _triton_missing)
+@dynamic_backends.register("triton", triton_missing)
 def dynamic_triton(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """Both sides in FP8; each block's product is scaled in fp32."""
     from rorqual.ops.triton.fp8 import fp8_rows
@@ -261,7 +251,7 @@ class Fp8Blocks:
 
     def dense(self, parts: Parts, dtype: torch.dtype) -> Tensor:
         codes, scale = parts["weight"], parts["weight_scale_inv"]
-        if codes.is_cuda and codes.dim() == 2 and codes.is_contiguous() and _triton_missing() is None:
+        if codes.is_cuda and codes.dim() == 2 and codes.is_contiguous() and triton_missing() is None:
             from rorqual.ops.triton.fp8 import expand
 
             return expand(codes, scale, dtype)
@@ -273,7 +263,7 @@ class Fp8Blocks:
     def groups_experts(self, x: Tensor) -> bool:
         """Whether all experts go through one launch (`ops.triton.fp8.fp8_experts`) for these activations."""
         if self.backend == "auto":
-            return x.is_cuda and x.dtype != torch.float32 and _triton_missing() is None
+            return x.is_cuda and x.dtype != torch.float32 and triton_missing() is None
         return self.backend == "triton"
 
     def describe(self, plain: Sequence[str]) -> dict[str, Any]:

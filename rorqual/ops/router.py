@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rorqual.ops.fused import fuses
+
 
 def route(
     logits_NE: Tensor,
@@ -19,7 +21,25 @@ def route(
     normalise: bool = True,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """fp32 router logits -> (gates [N, K] fp32, chosen experts [N, K] int64, affinities [N, E] fp32).
+    """fp32 router logits -> (gates [N, K] fp32, chosen experts [N, K] int64, affinities [N, E] fp32), in one kernel where
+    that can be (`ops.fused.fuses`)."""
+    if fuses(logits_NE):
+        from rorqual.ops.triton.fused import route as fused
+
+        return fused(logits_NE, bias_E, top_k, n_group, topk_group, normalise, scale)
+    return reference(logits_NE, bias_E, top_k, n_group, topk_group, normalise, scale)
+
+
+def reference(
+    logits_NE: Tensor,
+    bias_E: Tensor,
+    top_k: int,
+    n_group: int = 1,
+    topk_group: int = 1,
+    normalise: bool = True,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition.
 
     A group's score is the sum of its two best biased affinities; the best `topk_group` groups stay. Gates are the
     unbiased affinities of the chosen, normalised to one where asked, times `scale`.

@@ -8,6 +8,7 @@ that stays in memory. `Packed.reference` computes the same product plainly.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -77,6 +78,20 @@ def pack_integers(codes: Tensor, scale: Tensor, bits: int) -> Packed:
         panels = unsigned[:, :, 0::2] | (unsigned[:, :, 1::2] << 4)
     kind: Kind = "int4" if bits == 4 else "int8"
     return Packed(kind, (count, out, width), panels.contiguous(), _panels(scale.to(torch.bfloat16)))
+
+
+def one_by_one(count: int, make: Callable[[int], Packed]) -> Packed:
+    """A stack of `count` matrices from those that make(i) packs singly, so that what packing needs is needed for one."""
+    first = make(0)
+    whole = [None if t is None else t.new_empty(count, *t.shape[1:]) for t in (first.data, first.scales)]
+    for i in range(count):
+        packed = first if i == 0 else make(i)
+        for to, part in zip(whole, (packed.data, packed.scales), strict=True):
+            if to is not None and part is not None:
+                to[i] = part[0]
+    data, scales = whole
+    assert data is not None
+    return Packed(first.kind, (count, *first.shape[1:]), data, scales)
 
 
 def quantise_rows(x: Tensor) -> Tensor:

@@ -29,9 +29,10 @@ BLOCK = 128
 def _tile(
     x, x_scale, w, w_scale, source, in_range, n, first, last, k_size, n_size,
     stride_x, stride_xs, stride_w, stride_ws,
-    DYNAMIC: tl.constexpr, EXACT: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PLAIN: tl.constexpr, DYNAMIC: tl.constexpr, EXACT: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """acc[n, m] = sum of w[n, k] x[m, k] over the k of blocks first..last-1, scaled block by block."""
+    """acc[n, m] = sum of w[n, k] x[m, k] over the k of blocks first..last-1, scaled block by block unless PLAIN."""
     k = tl.arange(0, 128)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     x_rows = x + source[:, None] * stride_x + k[None, :]
@@ -46,8 +47,11 @@ def _tile(
             inside = (at + k < k_size)[None, :]
             x_tile = tl.load(x_rows + at, mask=in_range[:, None] & inside, other=0.0)
             w_tile = tl.load(w_rows + at, mask=(n < n_size)[:, None] & inside, other=0.0)
-        scale = tl.load(w_scales + block)
-        if DYNAMIC:
+        if not PLAIN:
+            scale = tl.load(w_scales + block)
+        if PLAIN:
+            acc = tl.dot(w_tile.to(x_tile.dtype), tl.trans(x_tile), acc, input_precision="ieee")
+        elif DYNAMIC:
             token_scale = tl.load(x_scale + source * stride_xs + block, mask=in_range, other=0.0)
             acc += tl.dot(w_tile, tl.trans(x_tile)) * (scale * token_scale)[None, :]
         elif EXACT:
@@ -63,7 +67,8 @@ def _rows_kernel(
     total_rows, experts, k_size, n_size, blocks_per_split,
     stride_x, stride_xs, stride_we, stride_wh, stride_w, stride_se, stride_sh, stride_ws, stride_y, stride_split,
     ONE: tl.constexpr, GATED: tl.constexpr, GATHER: tl.constexpr,
-    DYNAMIC: tl.constexpr, EXACT: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PLAIN: tl.constexpr, DYNAMIC: tl.constexpr, EXACT: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(1)
     if ONE:
@@ -85,12 +90,12 @@ def _rows_kernel(
         w_scale += expert.to(tl.int64) * stride_se
         acc = _tile(
             x, x_scale, w, w_scale, source, in_range, n, first, last, k_size, n_size,
-            stride_x, stride_xs, stride_w, stride_ws, DYNAMIC, EXACT, EVEN_K, BLOCK_M, BLOCK_N,
+            stride_x, stride_xs, stride_w, stride_ws, PLAIN, DYNAMIC, EXACT, EVEN_K, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         if GATED:
             up = _tile(
                 x, x_scale, w + stride_wh, w_scale + stride_sh, source, in_range, n, first, last, k_size, n_size,
-                stride_x, stride_xs, stride_w, stride_ws, DYNAMIC, EXACT, EVEN_K, BLOCK_M, BLOCK_N,
+                stride_x, stride_xs, stride_w, stride_ws, PLAIN, DYNAMIC, EXACT, EVEN_K, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             acc = acc * tl.sigmoid(acc) * up
         place = y + tl.program_id(2) * stride_split + rows.to(tl.int64)[:, None] * stride_y + n[None, :]
@@ -163,17 +168,19 @@ def tiling(rows_per_expert: float, shape: Sequence[int], tiles: int, gated: bool
     return Tiling(_block_m(rows_per_expert), 64, splits, 4, 3)
 
 
-def _launch(
-    x: Tensor, codes: Tensor, scale: Tensor, tiles: tuple[Tensor, Tensor, Tensor] | None, gather: Tensor | None,
+def launch(
+    x: Tensor, codes: Tensor, scale: Tensor | None, tiles: tuple[Tensor, Tensor, Tensor] | None, gather: Tensor | None,
     rows: int, dynamic: bool, how: Tiling,
 ) -> Tensor:  # fmt: skip
     """codes [E, halves, N, K], scale [E, halves, GN, GK] -> [rows, N], SwiGLU applied where there are two halves.
-    tiles None: one expert, every row its."""
+    scale None: the codes are plain weights. tiles None: one expert, every row its."""
     experts, halves, n_size, k_size = codes.shape
     tile_expert, tile_begin, row_end = tiles or (None, None, None)
     count = triton.cdiv(rows, how.block_m) if tile_expert is None else tile_expert.numel()
     shape, dtype = ((rows, n_size), x.dtype) if how.splits == 1 else ((how.splits, rows, n_size), torch.float32)
     y = torch.empty(shape, dtype=dtype, device=x.device)
+    plain = scale is None
+    scale = codes if scale is None else scale  # a pointer that is never read
     out_dtype, x_scale, exact = x.dtype, scale, x.dtype == torch.float32
     if dynamic:
         # Triton's interpreter rounds to FP8 wrongly where a carry reaches the exponent (3.8).
@@ -184,8 +191,8 @@ def _launch(
         rows, experts, k_size, n_size, triton.cdiv(blocks, how.splits),
         x.stride(0), x_scale.stride(-2), codes.stride(0), codes.stride(1), codes.stride(2),
         scale.stride(0), scale.stride(1), scale.stride(2), y.stride(-2), rows * n_size,
-        ONE=tiles is None, GATED=halves == 2, GATHER=gather is not None, DYNAMIC=dynamic, EXACT=exact,
-        EVEN_K=k_size % BLOCK == 0, BLOCK_M=how.block_m, BLOCK_N=how.block_n,
+        ONE=tiles is None, GATED=halves == 2, GATHER=gather is not None, PLAIN=plain, DYNAMIC=dynamic,
+        EXACT=exact, EVEN_K=k_size % BLOCK == 0, BLOCK_M=how.block_m, BLOCK_N=how.block_n,
         num_warps=how.warps, num_stages=how.stages,
     )  # fmt: skip
     return y if how.splits == 1 else y.sum(0).to(out_dtype)
@@ -214,7 +221,7 @@ def fp8_rows(x: Tensor, codes: Tensor, scale: Tensor, dynamic: bool, how: Tiling
     flat = x.reshape(-1, x.shape[-1])
     rows = flat.shape[0]
     how = how or tiling(rows, codes.shape, triton.cdiv(rows, _block_m(rows)), gated=False)
-    y = _launch(flat, codes[None, None], scale[None, None], None, None, rows, dynamic, how)
+    y = launch(flat, codes[None, None], scale[None, None], None, None, rows, dynamic, how)
     return y.view(*x.shape[:-1], -1)
 
 
@@ -232,7 +239,7 @@ def fp8_experts(
     first, second = (tiling(per, shape, likely, gated) for shape, gated in zip(shapes, (True, False), strict=True))
     tiles = _tiles(counts_E, rows, first.block_m)
     token_M = (order_M // K).to(torch.int32)
-    h = _launch(x_ND, gate_up["weight"], gate_up["weight_scale_inv"], tiles, token_M, rows, dynamic, first)
-    y = _launch(h, down["weight"][:, None], down["weight_scale_inv"][:, None], tiles, None, rows, dynamic, second)
+    h = launch(x_ND, gate_up["weight"], gate_up["weight_scale_inv"], tiles, token_M, rows, dynamic, first)
+    y = launch(h, down["weight"][:, None], down["weight_scale_inv"][:, None], tiles, None, rows, dynamic, second)
     y_NKD = torch.empty_like(y).index_copy_(0, order_M, y).view(*chosen_NK.shape, -1)
     return (y_NKD.float() * gates_NK[..., None]).sum(1).to(x_ND.dtype)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from rorqual.config import ModelConfig
 from rorqual.model.batch import Batch, LatentPages
 from rorqual.model.transformer import Transformer
+from rorqual.ops.attention import attend_pages
 from rorqual.ops.rope import cos_sin
 from tests.parity import build, draw
 
@@ -66,7 +69,11 @@ def test_absorbed_equals_expanded_attention(seed: int) -> None:
 
 
 @torch.no_grad()
-def test_long_chunks_over_a_cache_expand_and_short_ones_absorb() -> None:
+@pytest.mark.parametrize("context_chunk", [4096, 48])
+def test_long_chunks_over_a_cache_expand_and_short_ones_absorb(
+    context_chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rorqual.model.mla.CONTEXT_CHUNK", context_chunk)
     """Both branches of the layer's own choice give the full forward's result."""
     cfg = ModelConfig.load("test")
     model = build(cfg, 1)
@@ -142,3 +149,26 @@ def test_initialisation_is_the_papers() -> None:
             assert (parameter == 1).all()
         elif parameter.numel() > 500:
             assert abs(parameter.std().item() - 0.006) < 0.001 and abs(parameter.mean().item()) < 0.001, name
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@torch.inference_mode()
+def test_decoding_over_pages_where_they_lie_equals_the_gathered_form(
+    fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU does with one new token a row, here with the plain operations and with the kernels interpreted."""
+    if fused and not torch.cuda.is_available():
+        pytest.importorskip("triton")
+        for module in ("model.mla", "model.moe", "ops.rms_norm", "ops.router"):
+            monkeypatch.setattr(f"rorqual.{module}.fuses", lambda x: True)
+        monkeypatch.setattr("rorqual.model.mla.attend_pages", partial(attend_pages, backend="triton"))
+    cfg = ModelConfig.load("test")
+    model = build(cfg, 1)
+    latents = torch.randn(cfg.num_hidden_layers, 8, 64, cfg.cache_dim)
+    table, positions = torch.tensor([[1, 2], [3, 0], [4, 5]]), torch.tensor([70, 10, 127])
+    slots = table.gather(1, (positions // 64)[:, None]) * 64 + positions[:, None] % 64
+    tokens = torch.randint(0, cfg.vocab_size, (3, 1))
+    gathered, lying = latents.clone(), latents.clone()
+    want = model.hidden(tokens, Batch(positions[:, None], cache=LatentPages(gathered, table, slots)))[0]
+    h = model.hidden(tokens, Batch(positions[:, None], cache=LatentPages(lying, table, slots, positions + 1)))[0]
+    assert torch.allclose(h, want, atol=1e-5) and torch.allclose(lying, gathered, atol=1e-5)

@@ -1,0 +1,152 @@
+"""Decoding over a paged latent cache in Triton: every head attends to the latents where they lie in their pages.
+
+A row's keys are cut into splits of SPLIT keys, which run side by side and are merged in order by their log-sum-exp. The
+size of a split is fixed, not their number, so a row's result depends neither on the rows beside it nor on the width
+of the page table. Lengths and tables are read on the device alone: a captured CUDA graph replays over other ones.
+
+The latents are the left operand of both products (scores^T = K q^T, out^T = K^T p^T): a Hopper matrix unit wants 64 or
+more rows of it, while a program has 16 or 32 heads, and it takes both operands from shared memory, where one copy of a
+block of latents serves as keys and as values. Slots beyond a row's length are never read.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SPLIT = 512
+"""Keys of one split, and the unit in which long rows become parallel."""
+PROGRAMS = 2048
+"""Programs that a launch aims at. A table may be much wider than its rows are long; programs beyond their row's last
+split return at once, but even those take their turn on a processor, so from here on programs take several splits."""
+MERGED = 8
+"""Splits that are merged at once."""
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit(do_not_specialize=["table_stride", "width", "splits"])
+def _split_kernel(
+    q, pages, table, lengths, out, lse, scale_log2, table_stride, width, splits,
+    H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr, KEYS: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, DIRECT: tl.constexpr,
+):  # fmt: skip
+    """Attention of BLOCK_H heads of one row over its splits program_id(1), + num_programs(1), ... DIRECT: there is but
+    one split, and out is the result; otherwise out [N, H, splits, C] and lse (to base 2) [N, H, splits] are parts."""
+    # Blocks of heads run next to each other: they read the same latents.
+    head_blocks: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    n = (tl.program_id(0) // head_blocks).to(tl.int64)
+    h = tl.program_id(0) % head_blocks * BLOCK_H + tl.arange(0, BLOCK_H)
+    first = tl.program_id(1)
+    length = tl.minimum(tl.load(lengths + n).to(tl.int32), width * PAGE)
+    if DIRECT:
+        last = 1  # a row without keys is written too
+    else:
+        last = tl.cdiv(length, SPLIT)
+    if first >= last:
+        return
+    c, r, key = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_R), tl.arange(0, KEYS)
+    in_c, in_r = (c < C)[None, :], (r < R)[None, :]
+    q_rows = q + (n * H + h)[:, None] * (C + R)
+    q_c = tl.load(q_rows + c[None, :], mask=(h < H)[:, None] & in_c, other=0.0)
+    q_r = tl.load(q_rows + C + r[None, :], mask=(h < H)[:, None] & in_r, other=0.0)
+    for split in range(first, last, tl.num_programs(1)):
+        end = tl.minimum(length, split * SPLIT + SPLIT)
+        largest = tl.full((BLOCK_H,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_H,), tl.float32)
+        acc = tl.zeros((BLOCK_C, BLOCK_H), tl.float32)
+        for start in range(split * SPLIT, end, KEYS):
+            page = tl.load(table + n * table_stride + start // PAGE).to(tl.int64)
+            rows = pages + (page * PAGE + start % PAGE + key)[:, None] * (C + R)
+            seen = (start + key < end)[:, None]
+            k_c = tl.load(rows + c[None, :], mask=seen & in_c, other=0.0).to(q_c.dtype)
+            k_r = tl.load(rows + C + r[None, :], mask=seen & in_r, other=0.0).to(q_c.dtype)
+            scores = tl.dot(k_c, tl.trans(q_c), input_precision="ieee")
+            scores = tl.dot(k_r, tl.trans(q_r), scores, input_precision="ieee")
+            scores = tl.where(seen, scores * scale_log2, float("-inf"))
+            now = tl.maximum(largest, tl.max(scores, 0))  # finite: a block holds at least one key that is seen
+            fade = tl.exp2(largest - now)
+            probs = tl.exp2(scores - now[None, :])
+            total = total * fade + tl.sum(probs, 0)
+            acc = tl.dot(tl.trans(k_c), probs.to(q_c.dtype), acc * fade[None, :], input_precision="ieee")
+            largest = now
+        acc = acc / tl.where(total > 0, total, 1.0)[None, :]
+        at = (n * H + h) * splits + split
+        place = out + at[None, :] * C + c[:, None]
+        tl.store(place, acc.to(out.dtype.element_ty), mask=(h < H)[None, :] & (c < C)[:, None])
+        if not DIRECT:
+            tl.store(lse + at, largest + tl.log2(total), mask=h < H)
+
+
+@triton.jit(do_not_specialize=["width", "splits"])
+def _merge_kernel(
+    part, lse, lengths, out, width, splits,
+    H: tl.constexpr, C: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr, BLOCK_C: tl.constexpr,
+    MERGED: tl.constexpr,
+):  # fmt: skip
+    """One head of one row: the splits' parts, weighted by their share of the sum of exponentials."""
+    n, row = tl.program_id(0), (tl.program_id(0) * H + tl.program_id(1)).to(tl.int64)
+    c, s = tl.arange(0, BLOCK_C), tl.arange(0, MERGED)
+    last = tl.cdiv(tl.minimum(tl.load(lengths + n).to(tl.int32), width * PAGE), SPLIT)
+    largest, total = float("-inf"), 0.0
+    acc = tl.zeros((BLOCK_C,), tl.float32)
+    for start in range(0, last, MERGED):
+        at, there = row * splits + start + s, start + s < last
+        lse_s = tl.load(lse + at, mask=there, other=float("-inf"))
+        part_sc = tl.load(part + at[:, None] * C + c[None, :], mask=there[:, None] & (c < C)[None, :], other=0.0)
+        now = tl.maximum(largest, tl.max(lse_s, 0))
+        fade, weight = tl.exp2(largest - now), tl.exp2(lse_s - now)
+        total = total * fade + tl.sum(weight, 0)
+        acc = acc * fade + tl.sum(part_sc * weight[:, None], 0)
+        largest = now
+    acc = acc / tl.where(total > 0, total, 1.0)
+    tl.store(out + row * C + c, acc.to(out.dtype.element_ty), mask=c < C)
+
+
+def decode(
+    q_NHX: Tensor, pages_PSX: Tensor, table_NP: Tensor, lengths_N: Tensor, latent_dim: int, scale: float,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`ops.attention.attend_pages`: queries [N, H, C + R] over pages [pages, page_size, C + R] -> [N, H, C].
+
+    Nothing comes back to the host, and scratch is allocated inside, so the call can be captured in a CUDA graph. Entries
+    of the table beyond a row's length are never read. page_size: a power of two, 16 or more; 64 is what this is made
+    for. out: contiguous, in q's dtype.
+    """
+    N, H, X = q_NHX.shape
+    page, width, C = pages_PSX.shape[1], table_NP.shape[1], latent_dim
+    assert pages_PSX.is_contiguous() and pages_PSX.shape[2] == X and 0 < C < X, (q_NHX.shape, pages_PSX.shape, C)
+    assert page >= 16 and page & (page - 1) == 0 and table_NP.stride(1) == lengths_N.stride(0) == 1
+    if out is None:
+        out = q_NHX.new_empty(N, H, C)
+    assert out.shape == (N, H, C) and out.dtype == q_NHX.dtype and out.is_contiguous()
+    if N == 0:
+        return out
+    splits = max(1, triton.cdiv(width * page, SPLIT))
+    exact = q_NHX.dtype == torch.float32
+    # By what fits an H100 for C = 512 without spilling: a block of keys and the next one in shared memory, [C, heads] of
+    # accumulators in registers. 32 heads read the latents half as often as 16.
+    if exact:
+        keys, block_h, warps = 16, 16, 8
+    else:
+        keys, block_h, warps = 64, *((32, 8) if H >= 32 else (16, 4))
+    block_c = max(16, triton.next_power_of_2(C))
+    row_programs = N * triton.cdiv(H, block_h)
+    if splits == 1:
+        part, lse = out, None
+    else:
+        part = torch.empty(N, H, splits, C, dtype=torch.float32, device=q_NHX.device)
+        lse = torch.empty(N, H, splits, dtype=torch.float32, device=q_NHX.device)
+    _split_kernel[(row_programs, min(splits, triton.cdiv(PROGRAMS, row_programs)))](
+        q_NHX.contiguous(), pages_PSX, table_NP, lengths_N, part, lse, scale * LOG2_E, table_NP.stride(0), width, splits,
+        H=H, C=C, R=X - C, PAGE=page, SPLIT=SPLIT, KEYS=min(page, keys),
+        BLOCK_H=block_h, BLOCK_C=block_c, BLOCK_R=max(16, triton.next_power_of_2(X - C)), DIRECT=splits == 1,
+        num_warps=warps, num_stages=2,
+    )  # fmt: skip
+    if splits > 1:
+        _merge_kernel[(N, H)](
+            part, lse, lengths_N, out, width, splits,
+            H=H, C=C, PAGE=page, SPLIT=SPLIT, BLOCK_C=block_c, MERGED=MERGED, num_warps=4,
+        )  # fmt: skip
+    return out

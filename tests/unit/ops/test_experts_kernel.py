@@ -1,0 +1,99 @@
+"""The Triton experts in the interpreter (or on a GPU where there is one): equal to the loop, row by row the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from rorqual.errors import BackendUnavailable
+from rorqual.ops import experts
+from rorqual.ops.triton.experts import FEW, Streams, few_slots, many_slots, routed_experts
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BOUND = {torch.float32: experts.BOUND, torch.float16: 2e-3}
+# N, D, F, E, K: one token; blocks that divide nothing; exactly at the limit; more than a tile of one expert; K = E.
+FEW_SLOTS = [(1, 24, 256, 9, 3), (2, 270, 22, 4, 2), (8, 24, 16, 8, 2), (1, 5, 3, 2, 1)]
+MANY_SLOTS = [(9, 256, 128, 8, 2), (20, 300, 70, 4, 3), (70, 40, 130, 3, 1), (7, 64, 16, 3, 3), (50, 16, 8, 40, 2)]
+
+
+def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The last expert stays idle where it can."""
+    n, d, width, e, k = shape
+    x, up = torch.randn(n, d), torch.randn(e, 2 * width, d) / d**0.5
+    down, gates = torch.randn(e, d, width) / width**0.5, torch.rand(n, k)
+    chosen = torch.rand(n, max(k, e - 1)).topk(k).indices
+    return tuple(t.to(DEVICE) for t in (x.to(dtype), up.to(dtype), down.to(dtype), gates, chosen))
+
+
+def close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
+    assert got.dtype == dtype and got.shape == want.shape
+    assert (got.float() - want).abs().max() <= BOUND[dtype] * max(1.0, want.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", list(BOUND), ids=str)
+@pytest.mark.parametrize("shape", FEW_SLOTS + MANY_SLOTS)
+def test_triton_equals_the_loop(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    n, _, _, e, k = shape
+    assert (n * k <= FEW * e) == (shape in FEW_SLOTS)
+    x, up, down, gates, chosen = inputs(shape, dtype)
+    want = experts.experts_loop(x.float(), up.float(), down.float(), gates, chosen)
+    close(experts.experts_backends.get("triton")(x, up, down, gates, chosen), want, dtype)
+    shared = torch.randn_like(x)
+    close(routed_experts(x, up, down, gates, chosen, shared), want + shared.float(), dtype)
+
+
+@pytest.mark.parametrize("run", [few_slots, many_slots])
+@pytest.mark.parametrize("chosen", [0, 4], ids=lambda e: f"all to {e}")
+def test_all_tokens_may_choose_one_expert(run: Callable[..., Tensor], chosen: int) -> None:
+    x, up, down, gates, _ = inputs((19, 24, 16, 5, 1), torch.float32)
+    one = torch.full((19, 1), chosen, device=DEVICE)
+    close(run(x, up, down, gates, one, None), experts.experts_loop(x, up, down, gates, one), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", list(BOUND), ids=str)
+@pytest.mark.parametrize("run", [few_slots, many_slots])
+def test_a_row_alone_is_the_row_in_its_batch(run: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    shape = (10, 70, 20, 4, 1) if run is few_slots else (20, 200, 72, 4, 3)
+    x, up, down, gates, chosen = inputs(shape, dtype)
+    batch = run(x, up, down, gates, chosen, x)
+    for n in (0, 7, len(x) - 1):
+        row = slice(n, n + 1)
+        assert torch.equal(run(x[row], up, down, gates[row], chosen[row], x[row]), batch[row])
+
+
+@pytest.mark.parametrize("n", [2, 20])
+def test_nan_stays_in_its_row_and_weights_may_have_another_dtype(n: int) -> None:
+    x, up, down, gates, chosen = inputs((n, 32, 16, 6, 2), torch.float32)
+    x[1, 3] = float("nan")
+    half = up.half(), down.half()
+    got = routed_experts(x, *half, gates, chosen)
+    assert torch.equal(got.isnan().any(1), x.isnan().any(1))
+    keep = ~x.isnan().any(1)
+    close(got[keep], experts.experts_loop(x, *(w.float() for w in half), gates, chosen)[keep], torch.float32)
+
+
+def test_rows_and_experts_may_be_slices_of_larger_tensors() -> None:
+    x, up, down, gates, chosen = inputs((8, 32, 16, 8, 2), torch.float32)
+    part = x[::2, :24], up[:, :, :24], down[:, :24], gates[::2], chosen[::2]
+    want = experts.experts_loop(*(t.contiguous() for t in part))
+    for run in (few_slots, many_slots):
+        close(run(*(t if i < 3 else t.contiguous() for i, t in enumerate(part)), None), want, torch.float32)
+    assert routed_experts(x[:0], up, down, gates[:0], chosen[:0]).shape == (0, 32)
+
+
+def test_blocks_change_speed_only() -> None:
+    values = inputs((2, 70, 40, 8, 2), torch.float32)
+    want = experts.experts_loop(*values)
+    for how in (Streams(8, 16, 64, 4, 1), Streams(4, 4, 512, 8, 4)):
+        close(few_slots(*values, None, how), want, torch.float32)
+
+
+def test_a_gradient_is_refused() -> None:
+    x, up, down, gates, chosen = inputs((1, 8, 8, 4, 2), torch.float32)
+    with pytest.raises(BackendUnavailable, match="no gradient"):
+        experts.experts_triton(x, up.requires_grad_(), down, gates, chosen)
+    with torch.no_grad():
+        experts.experts_triton(x, up, down, gates, chosen)
