@@ -22,7 +22,10 @@ Peer = Annotated[bool, typer.Option("--peer/--no-peer", help="Measure transforme
 Dtype = Annotated[
     str, typer.Option(help="Our weights: float32, bfloat16, int8 or int4; default float32 on CPU, bfloat16 on GPU.")
 ]
-Threads = Annotated[int, typer.Option(help="CPU threads of every engine; 0 means all physical cores.", min=0)]
+Threads = Annotated[
+    int,
+    typer.Option(help="CPU threads of every engine; 0: all physical cores, in serve and mtp what is fastest.", min=0),
+]
 Llama = Annotated[
     bool, typer.Option("--llama/--no-llama", help="Measure llama.cpp at the same bits, where llama-cpp-python is.")
 ]
@@ -169,7 +172,7 @@ def _generate(
 def serve(
     model: Model = "bench-cpu",
     device: Device = "cpu",
-    requests: Annotated[int, typer.Option(help="Requests, all there at the start.", min=1)] = 64,
+    requests: Annotated[int, typer.Option(help="Requests, all there at the start.", min=2)] = 64,
     dtype: Dtype = "",
     threads: Threads = 0,
     max_num_seqs: Annotated[int, typer.Option(help="Most requests computed at once.", min=1)] = 32,

@@ -384,9 +384,10 @@ class EngineCore:
         """Offer newly published pages to the disk. Nothing has taken them since: only `schedule` takes pages."""
         for page in pages:
             entry = self.scheduler.pool.entry(page)
-            if self.disk and entry and self.disk.wants(entry.key):
+            if self.disk and entry:
                 try:
-                    self.disk.put(entry, self.runner.read_page(page))
+                    if self.disk.wants(entry.key):
+                        self.disk.put(entry, self.runner.read_page(page))
                 except Exception:
                     log.exception("a page could not be read for the disk")
                     self._leave_disk()
@@ -406,7 +407,12 @@ class EngineCore:
             raise RequestError(
                 "this engine has no grammar compiler, so it cannot constrain the output", param="grammar"
             )
-        return self.grammar_compiler.matcher(grammar)
+        try:
+            return self.grammar_compiler.matcher(grammar)
+        except RequestError:
+            raise
+        except Exception as error:  # no compiler installed, no tokenizer: this request's misfortune, nobody else's
+            raise RequestError(f"the output cannot be constrained: {error}", param="grammar") from error
 
     def _fail(self, lives: Sequence[_Live], fault: str) -> list[Output]:
         pages = self.scheduler.private_pages(live.job for live in lives)

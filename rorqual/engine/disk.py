@@ -94,7 +94,7 @@ class DiskCache:
         if not self.writing or self._queue.full():
             self.dropped += self.writing
             return False
-        return not self._path(key).exists()
+        return not os.path.exists(self._path(key))  # noqa: PTH110  # Path.exists raises for some errors
 
     def put(self, entry: Published, content: bytes) -> None:
         """Queue a page to be written."""

@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 INTEGERS = ("int8", "int4")
-CONTRACT = 1
-"""Raised when the CPU kernels begin to compute other bits than before: latents on disk are not used across it."""
 
 
 def load_core(settings: EngineSettings) -> EngineCore:
@@ -52,12 +50,7 @@ def load_core(settings: EngineSettings) -> EngineCore:
             if settings.kernels == "native" or settings.deterministic is True or settings.dtype in INTEGERS:
                 raise
             log.warning("computing with torch, several times slower: %s", error)
-    if settings.kernels == "native":
-        raise BackendUnavailable(f"the CPU kernels do not run on {device}", remedy="use --device cpu")
-    if settings.deterministic is True:
-        raise BackendUnavailable(
-            f"torch on {device} does not compute the same bits in every batch", remedy="leave deterministic out"
-        )
+    _refuse(settings, device)
     if settings.dtype in INTEGERS:
         raise BackendUnavailable(
             f"dtype {settings.dtype} is the CPU kernels' own",
@@ -93,6 +86,12 @@ def build_core(
     """An engine around a model that is already in memory, computing with torch; it sees changes of the weights.
     options: `EngineCore`'s."""
     cfg, device = model.cfg, model.device
+    _refuse(settings, device)
+    if settings.cache_dir is not None and not fingerprint:
+        raise ConfigError(
+            "a model in memory cannot keep its cache on disk: nothing tells its weights from another's",
+            remedy="leave cache_dir out",
+        )
     dtype = model.compute_dtype or model.dtype
     page_bytes = cfg.num_hidden_layers * cfg.cache_dim * dtype.itemsize * PAGE_SIZE
     pages, max_model_len = cache_size(cfg, page_bytes, device, settings)
@@ -110,20 +109,35 @@ def build_core(
     return _assemble(runner, facts, settings, identity, options)
 
 
+def _refuse(settings: EngineSettings, device: torch.device) -> None:
+    """Raises BackendUnavailable for what torch cannot give."""
+    if settings.kernels == "native":
+        raise BackendUnavailable(
+            "the CPU kernels compute models loaded from a directory, on a CPU",
+            remedy=f"leave kernels out to compute with torch on {device}",
+        )
+    if settings.deterministic is True:
+        raise BackendUnavailable(
+            f"torch on {device} does not compute the same bits in every batch", remedy="leave deterministic out"
+        )
+
+
 def _load_native(path: Path, settings: EngineSettings) -> EngineCore:
     # Here, because compiling and loading them is for those who use them.
     from rorqual.engine.native import NativeModel, unsupported
     from rorqual.engine.native_runner import NativeRunner
-    from rorqual.ops.native.build import library
-    from rorqual.ops.native.pack import KINDS
+    from rorqual.ops.native.build import library, library_file
 
-    if settings.dtype not in ("auto", "float32", "bfloat16", *INTEGERS):
-        told = ", ".join(("auto", *KINDS))
-        raise ConfigError(f"dtype {settings.dtype!r} is not one of {told}")
+    known = ("auto", "float32", "bfloat16", *INTEGERS)
+    if settings.dtype not in known:
+        raise ConfigError(
+            f"dtype {settings.dtype!r} is not one of {', '.join(known)}",
+            remedy='leave it at "auto" for a checkpoint that is stored in fp8',
+        )
     library()
     cfg = ModelConfig.load(str(path))
     if reason := unsupported(cfg):
-        raise BackendUnavailable(f"the CPU kernels do not take this model: {reason}")
+        raise BackendUnavailable(f"the CPU kernels do not take this model: {reason}", remedy="use kernels torch")
     extras = _extras(path, cfg, settings)
     page_bytes = (cfg.num_hidden_layers + cfg.num_nextn_predict_layers) * (-(-cfg.cache_dim // 16) * 16) * 4 * PAGE_SIZE
     pages, max_model_len = cache_size(cfg, page_bytes, torch.device("cpu"), settings)
@@ -147,7 +161,8 @@ def _load_native(path: Path, settings: EngineSettings) -> EngineCore:
         bandwidth=model.bandwidth(),
         deterministic=True,
     )
-    identity = f"native {CONTRACT} {path.name} {model.name}".encode() + extras.pop("fingerprint")
+    # The library's name is made of source, compiler and processor: other bits, other pages.
+    identity = f"{library_file().name} {path.name} {settings.dtype} {model.name}".encode() + extras.pop("fingerprint")
     return _assemble(runner, facts, settings, identity, extras)
 
 
@@ -185,7 +200,7 @@ def _extras(path: Path, cfg: ModelConfig, settings: EngineSettings) -> dict[str,
     return {
         "grammar_compiler": LazyCompiler(path / "tokenizer.json", cfg.vocab_size, eos_token_ids(path, cfg)),
         # Only what outlives the process must tell one set of weights from another.
-        "fingerprint": fingerprint(path) if settings.cache_dir is not None else b"",
+        "fingerprint": fingerprint(path, cfg) if settings.cache_dir is not None else b"",
     }
 
 
@@ -204,9 +219,9 @@ class LazyCompiler:
         return self._compiler.matcher(grammar)
 
 
-def fingerprint(path: Path) -> bytes:
-    """Of a directory's weights: their headers, sizes, and samples of their bytes. Copies have the same."""
-    told = blake2b(digest_size=16)
+def fingerprint(path: Path, cfg: ModelConfig) -> bytes:
+    """Of a model: its config, and its weights' headers, sizes and samples of their bytes. Copies have the same."""
+    told = blake2b(json.dumps(cfg.to_json(), sort_keys=True).encode(), digest_size=16)
     for file in sorted(path.glob("*.safetensors")):
         size = file.stat().st_size
         told.update(f"{size}".encode())

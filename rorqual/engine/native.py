@@ -158,7 +158,7 @@ class NativeModel:
 
     def bandwidth(self) -> float:
         """Bytes/s that all threads together read from memory, measured over a buffer of 64 MB."""
-        room = torch.ones(1 << 24)
+        room = torch.ones(1 << 24, dtype=torch.float32, device="cpu")
         best = math.inf
         for _ in range(3):
             start = time.perf_counter()
@@ -170,7 +170,7 @@ class NativeModel:
         """Time how many rows it takes until widening a bf16 or fp8 weight once beats doing it per row. Both give the same
         bits."""
         matrix = (build.Matrix * 1)(self.layers[0].o)
-        x, y = torch.randn(8, matrix[0].in_), torch.empty(8, -(-matrix[0].out // PANEL) * PANEL)
+        x, y = _room(8, matrix[0].in_).fill_(1.0), _room(8, -(-matrix[0].out // PANEL) * PANEL)
         begin = time.perf_counter()
 
         def seconds(expand_from: int, rows: int) -> float:
@@ -198,7 +198,7 @@ class NativeModel:
     def forward(self, tokens: StepTokens, latents: Tensor, loads: np.ndarray | None = None) -> Tensor:
         """Hidden states after the final norm, [n, D] fp32. latents [layers, pages, 64, row_width] fp32, written in place;
         loads: int64 [layers, E + 1], to which are added each expert's tokens and, last, how many experts had any."""
-        x, h = self._embed(tokens), torch.empty(len(tokens), self.cfg.hidden_size)
+        x, h = self._embed(tokens), _room(len(tokens), self.cfg.hidden_size)
         self.lib.rq_forward(
             self.engine, self.struct, tokens.struct, x.data_ptr(), self._table is not None, latents.data_ptr(),
             latents.stride(0), h.data_ptr(), None if loads is None else loads.ctypes.data,
@@ -220,13 +220,13 @@ class NativeModel:
     def _embed(self, tokens: StepTokens) -> Tensor:
         """[n, D] fp32; undefined where the kernels look the rows up themselves."""
         if self._table is not None:
-            return torch.empty(len(tokens), self.cfg.hidden_size)
+            return _room(len(tokens), self.cfg.hidden_size)
         return self.embed_tokens(torch.tensor(tokens.ids)).float().contiguous()
 
     def logits(self, h: Tensor) -> Tensor:
         """h [n, D] fp32, contiguous -> [n, V] fp32."""
         width = -(-self.head[0].out // PANEL) * PANEL
-        y = torch.empty(h.shape[0], width)
+        y = _room(h.shape[0], width)
         self.lib.rq_linear(self.engine, self.head, 0, h.data_ptr(), h.stride(0), h.shape[0], y.data_ptr(), width)
         return y[:, : self.cfg.vocab_size]
 
@@ -359,6 +359,11 @@ def unsupported(cfg: ModelConfig) -> str | None:
     if (cfg.num_experts_per_tok or 0) > 64:
         return f"{cfg.num_experts_per_tok} experts per token are more than 64"
     return None
+
+
+def _room(*shape: int) -> Tensor:
+    """For the kernels, whatever torch's defaults are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def _bytes(matrix: build.Matrix) -> float:

@@ -58,7 +58,9 @@ class NativeRunner:
         self._hidden = h
         self._offsets = {id(s): int(end) - n for s, end, n in zip(plan, ends, counts, strict=True)}
         # A fault anywhere in a slice reaches its last position through attention.
-        last = h if len(h) == len(plan) else h[torch.from_numpy(ends - 1)]
+        # Of a slice with drafts the last before them: what a draft leads to counts only where it stands.
+        lasts = ends - 1 - np.array([len(s.drafts) for s in plan])
+        last = h if len(h) == len(plan) else h[torch.from_numpy(lasts)]
         sound = np.isfinite(last.numpy().sum(-1)).tolist()
         drawing = [i for i, s in enumerate(plan) if s.samples and sound[i]]
         draws: list[list[Draw]] = [[] if ok else [Draw(fault=FAULT)] for ok in sound]

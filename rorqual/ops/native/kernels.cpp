@@ -32,9 +32,15 @@ namespace {
 
 // ---- vectors -----------------------------------------------------------------------------------------------------------
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__) && defined(__FMA__)
+#define VECTORS_256
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#define VECTORS_512
+#endif
+#endif
+#if defined(VECTORS_512)
 constexpr int W = 16;
-#elif defined(__AVX2__)
+#elif defined(VECTORS_256)
 constexpr int W = 8;
 #else
 constexpr int W = 4;
@@ -48,9 +54,9 @@ inline vf load(const float *p) { return *(const vfu *)p; }
 inline void store(float *p, vf v) { *(vfu *)p = v; }
 inline vf splat(float x) { return x - vf{}; }
 inline vf fma(vf a, vf b, vf c) {
-#if defined(__AVX512F__)
+#if defined(VECTORS_512)
   return _mm512_fmadd_ps(a, b, c);
-#elif defined(__FMA__)
+#elif defined(VECTORS_256)
   return _mm256_fmadd_ps(a, b, c);
 #else
   return a * b + c;
@@ -65,9 +71,9 @@ inline void hold(vf &v) {
 }
 
 inline vf bf16(const uint16_t *p) {  // W numbers
-#if defined(__AVX512F__)
+#if defined(VECTORS_512)
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
-#elif defined(__AVX2__)
+#elif defined(VECTORS_256)
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
 #else
   vi bits;
@@ -78,9 +84,9 @@ inline vf bf16(const uint16_t *p) {  // W numbers
 
 inline vf e4m3(const uint8_t *p) {  // exact: exponent and mantissa shifted into place, the bias by a product
   vi bits;
-#if defined(__AVX512F__)
+#if defined(VECTORS_512)
   bits = (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
-#elif defined(__AVX2__)
+#elif defined(VECTORS_256)
   bits = (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
 #else
   for (int i = 0; i < W; i++) bits[i] = p[i];
@@ -120,10 +126,10 @@ inline vf silu(vf x) {
 
 // Sums of eight vectors, always by the same tree.
 inline void sums(const vf *a, float *out) {
-#if defined(__AVX2__)
+#if defined(VECTORS_256)
   __m256 v[8];
   for (int i = 0; i < 8; i++) {
-#if defined(__AVX512F__)
+#if defined(VECTORS_512)
     v[i] = _mm256_add_ps(_mm512_castps512_ps256(a[i]), _mm512_extractf32x8_ps(a[i], 1));
 #else
     v[i] = a[i];
@@ -187,7 +193,8 @@ struct Pool {
   std::mutex mutex;
   std::condition_variable wake;
   std::atomic<uint64_t> job{0};
-  std::atomic<int> arrived{0}, phase{0}, task{0};
+  std::atomic<int> arrived{0}, task{0};
+  std::atomic<unsigned> phase{0};
   bool quit = false;
   void (*run)(void *, int) = nullptr;
   void *argument = nullptr;
@@ -243,7 +250,7 @@ struct Pool {
       task.store(0, std::memory_order_relaxed);
       return;
     }
-    int now = phase.load(std::memory_order_relaxed);
+    unsigned now = phase.load(std::memory_order_relaxed);
     if (arrived.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
       arrived.store(0, std::memory_order_relaxed);
       task.store(0, std::memory_order_relaxed);
@@ -332,7 +339,7 @@ inline void tile(const float *const *x, const char *w, int64_t panel, const floa
       UNROLL for (int v = 0; v < NV; v++) store(y[m] + p * PANEL + v * W, acc[m][p * NV + v]);
 }
 
-#if defined(__AVX2__)
+#if defined(VECTORS_256)
 inline void hold(__m256i &v) { asm("" : "+x"(v)); }
 
 inline __m256i dot4(__m256i acc, __m256i u, __m256i s) {
@@ -344,7 +351,7 @@ inline __m256i dot4(__m256i acc, __m256i u, __m256i s) {
 }
 #endif
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#if defined(VECTORS_512) && defined(__AVX512VNNI__) && defined(__AVX512BW__)
 #define WIDE_INTEGERS
 constexpr int INT_ROWS = 8;  // rows of the widest integer tile
 
@@ -416,7 +423,7 @@ inline void tile_int(const Rows &r, const int64_t *row, const char *w, int64_t p
                      int64_t scale_panel, float *const *y) {
   int groups = r.in / GROUP;
   constexpr int BYTES = KIND == INT8 ? GROUP * PANEL : GROUP * PANEL / 2;
-#if defined(__AVX2__)
+#if defined(VECTORS_256)
   const int8_t *codes[MR];
   for (int m = 0; m < MR; m++) codes[m] = r.codes + row[m] * r.in;
   __m256 acc[MR][NP][2];
@@ -590,7 +597,7 @@ void panels_float(const Matrix &w, int which, int p0, int p1, const Rows &r, int
     else tile<MR, 1, F32>(x, base, stride, nullptr, 0, k0, k1, out, k0 > 0);                        \
     break;
           CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-#if defined(__AVX512F__)
+#if defined(VECTORS_512)
           CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
 #endif
 #undef CASE

@@ -99,7 +99,7 @@ def quantise_rows(x: Tensor) -> Tensor:
     tiles = x.float().unflatten(-1, (-1, GROUP))
     largest = tiles.abs().amax(-1, keepdim=True)
     # In fp64, where the product is exact: the kernels round it once, in a fused multiply-add.
-    codes = torch.where(largest > 0, tiles.double() * (127 / largest).double(), 0.0).round()
+    codes = torch.where(largest > 0, tiles.double() * torch.div(torch.tensor(127.0), largest).double(), 0.0).round()
     return (codes * (largest / 127).double()).flatten(-2)
 
 

@@ -34,7 +34,8 @@ def model(request: pytest.FixtureRequest) -> Transformer:
 
 
 def engine(model: Transformer, **settings: object) -> EngineCore:
-    return build_core(model, EngineSettings("", **settings), name="tiny", eos_token_ids=(1,))  # type: ignore[arg-type]
+    options = {"name": "tiny", "eos_token_ids": (1,), "fingerprint": b"test"}
+    return build_core(model, EngineSettings("", **settings), **options)  # type: ignore[arg-type]
 
 
 def prompt(n: int) -> tuple[int, ...]:

@@ -7,6 +7,8 @@ must be equal and log-probabilities equal bit for bit.
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +19,9 @@ from rorqual.checkpoint import save_model
 from rorqual.config import ModelConfig
 from rorqual.engine.api import Output, Request, SamplingParams
 from rorqual.engine.core import EngineCore
-from rorqual.engine.load import load_core
+from rorqual.engine.load import build_core, load_core
 from rorqual.engine.settings import EngineSettings
+from rorqual.errors import BackendUnavailable, ConfigError
 from rorqual.model.transformer import Transformer
 from rorqual.ops.native import build
 
@@ -152,3 +155,26 @@ def test_other_weights_of_the_same_shape_do_not_find_the_cache(
     _, last = run(second, requests)
     assert sum(out.stats.disk_tokens for out in last.values() if out.stats) == 0
     second.close()
+
+
+def test_another_config_or_storage_does_not_find_the_cache(
+    model: Path, requests: list[Request], tmp_path: Path
+) -> None:
+    first = make(model, prefix_cache=True, cache_dir=str(tmp_path / "cache"))
+    run(first, requests)
+    first.close()
+    shutil.copytree(model, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    for path, dtype in ((tmp_path / "model", "auto"), (model, "bfloat16")):
+        other = make(path, dtype=dtype, prefix_cache=True, cache_dir=str(tmp_path / "cache"))
+        _, last = run(other, requests)
+        assert sum(out.stats.disk_tokens for out in last.values() if out.stats) == 0
+        other.close()
+
+
+def test_a_model_in_memory_keeps_no_cache_on_disk_and_promises_no_bits(tmp_path: Path) -> None:
+    network = Transformer(SHAPE)
+    for refused, error in (({"cache_dir": str(tmp_path)}, ConfigError), ({"deterministic": True}, BackendUnavailable)):
+        with pytest.raises(error):
+            build_core(network, EngineSettings("", **refused), name="in memory", eos_token_ids=(1,))

@@ -63,7 +63,7 @@ def expect(kind: str, x: Tensor, dense: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(16, 32), (40, 96), (200, 416), (130, 1056), (7, 64)])
 def test_products_equal_the_plain_ones(kind: str, shape: tuple[int, int]) -> None:
-    torch.manual_seed(hash((kind, shape)) % 2**31)
+    torch.manual_seed(KINDS.index(kind) * 1000 + sum(shape))
     form, dense = packed(kind, torch.randn(3, *shape))
     for rows in (1, 2, 3, 4, 5, 7, 8, 13, 27, 100):
         x = torch.randn(rows, shape[1]) * torch.rand(rows, 1) * 4
