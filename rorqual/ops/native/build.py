@@ -5,8 +5,8 @@ setup`) or when it is first needed, for the very instruction set of this process
 name made of source, compiler and processor, so that a changed one is never used by mistake. Without a compiler
 `library()` raises BackendUnavailable, and the engine computes with torch instead.
 
-C++ was chosen without measuring torch.compile or numba against it: it compiles in eight seconds, computes a step in one call,
-and has the processor's byte products at hand.
+C++ was chosen without measuring torch.compile or numba against it: it compiles in eight seconds, computes a step in one
+call, and has the processor's byte products at hand.
 """
 
 from __future__ import annotations
