@@ -10,8 +10,10 @@ A directory appears whole or not at all: it is written beside its place and rena
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,21 +58,35 @@ def load_model(
     for a config.json that is not this architecture.
     """
     device = torch.device(device)
-    source = Source.open(directory, _scheme(activation_scheme, device))
-    plain = _resolve_dtype(dtype, source)
-    formats = {} if dequantize else _module_formats(source)
-    model = Transformer(
-        source.cfg,
-        dtype=plain,
-        device=device,
-        compute_dtype=compute_dtype,
-        formats=formats.get,
-        allocate=False,
-        **options,
-    )
-    check(source, model)
-    _fill(model, source, device, memory_map and device.type == "cpu")
+    with _no_collection():
+        source = Source.open(directory, _scheme(activation_scheme, device))
+        plain = _resolve_dtype(dtype, source)
+        formats = {} if dequantize else _module_formats(source)
+        model = Transformer(
+            source.cfg,
+            dtype=plain,
+            device=device,
+            compute_dtype=compute_dtype,
+            formats=formats.get,
+            allocate=False,
+            **options,
+        )
+        check(source, model)
+        _fill(model, source, device, memory_map and device.type == "cpu")
     return model.eval()
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python's cyclic collector waits: the many small entries of a header set it going, there is no garbage among them,
+    and one pass over all that torch has imported takes longer (0.1 s) than loading does."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _scheme(asked: Scheme | Literal["auto"], device: torch.device) -> Scheme | None:
