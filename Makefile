@@ -54,6 +54,7 @@ bench: setup-dev
 	  $(BIN)/rorqual bench decode --dtype int8 --prompt $$prompt --json benchmarks/cpu-decode-$$prompt-int8.json; done
 	$(BIN)/rorqual bench decode --dtype int8 --prompt 64 --batch 8 --json benchmarks/cpu-decode-batch8-int8.json
 	$(BIN)/rorqual bench serve --dtype int8 --json benchmarks/cpu-serve-int8.json
+	$(BIN)/rorqual bench ready --json benchmarks/cpu-ready.json
 	$(BIN)/rorqual bench mtp --model models/rorqual-nano --json benchmarks/cpu-mtp.json
 	$(BIN)/rorqual bench train --model bench-cpu --batch 8 --seq-len 512 --rounds 3 --json benchmarks/cpu-train.json
 	$(BIN)/rorqual bench load --model bench-gpu --json benchmarks/load.json

@@ -30,6 +30,16 @@ def main() -> None:
         _rows(r, "Interoperation: relative error of logits by engine") for r in results if r["kind"] == "interop"
     ]
     sections += [_load(r) for r in results if r["kind"] == "load"]
+    titles = {
+        "ready": "Starting: seconds and memory beyond `import torch`",
+        "serve": "Continuous batching: all requests at once",
+        "mtp": "Speculation by the MTP module",
+    }
+    for kind, title in titles.items():
+        for r in results:
+            if r["kind"] == kind:
+                facts = ", ".join(f"{k} {v}" for k, v in r.items() if k not in ("kind", "rows", "environment"))
+                sections.append(_rows(r, f"{title} ({facts})"))
     sections += [_soak(r) for r in results if r["kind"] == "soak"]
     (FOLDER / "README.md").write_text("\n".join(s for s in sections if s), encoding="utf-8")
 
@@ -42,7 +52,9 @@ def _speed(results: list[dict[str, Any]]) -> str:
     ]
     for r in results:
         e = r["environment"]
-        facts = ", ".join(f"{k} {v}" for k, v in r.items() if k in ("model", "batch", "prompt", "seq_len", "new"))
+        facts = ", ".join(
+            f"{k} {v}" for k, v in r.items() if k in ("model", "dtype", "batch", "prompt", "seq_len", "new")
+        )
         for name, x in r["engines"].items():
             rate = f"{x['tokens_per_s']:,.0f} | {x['of_bound']:.1%} | {x['ratio']:.2f}"
             lines.append(
@@ -106,8 +118,9 @@ def _layers(r: dict[str, Any]) -> str:
 
 def _rows(r: dict[str, Any], title: str) -> str:
     e = r["environment"]
-    return f"## {title}\n\n{e['hardware']}, torch {e['torch']}, commit {e['commit']}, {e['date']}.\n\n" + _table(
-        r["rows"]
+    return (
+        f"## {title}\n\n{e['hardware']}, {e['processor']}, torch {e['torch']}, commit {e['commit']}, {e['date']}.\n\n"
+        + _table(r["rows"])
     )
 
 

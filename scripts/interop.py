@@ -30,7 +30,7 @@ from rorqual.checkpoint import load_model, save_model  # noqa: E402
 from rorqual.checkpoint.convert import convert  # noqa: E402
 from rorqual.checkpoint.gguf import export_gguf  # noqa: E402
 from rorqual.checkpoint.source import Source  # noqa: E402
-from rorqual.cli.bench import environment  # noqa: E402
+from rorqual.cli.bench_report import environment  # noqa: E402
 from rorqual.config import ModelConfig  # noqa: E402
 from rorqual.data.tokenizer import Tokenizer  # noqa: E402
 from rorqual.model.transformer import Transformer  # noqa: E402

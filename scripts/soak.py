@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from rorqual.cli.bench import environment
+from rorqual.cli.bench_report import environment
 
 TESTS = {
     "training killed and resumed": ["tests/unit/train", "-k", "killed"],

@@ -114,7 +114,7 @@ def main() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from rorqual.cli.bench import environment
+    from rorqual.cli.bench_report import environment
 
     parser = argparse.ArgumentParser(description="The parity table against transformers, fp32 on the CPU.")
     parser.add_argument("--configs", type=int, default=14)

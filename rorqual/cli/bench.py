@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import statistics
-import subprocess
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from rorqual.cli.bench_report import environment, finish, interleaved, print_rows, report
 
 app = typer.Typer(help="Measure speed; every figure beside its peer and its physical bound.", no_args_is_help=True)
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the result as JSON.", metavar="FILE")]
@@ -177,10 +176,11 @@ def serve(
     threads: Threads = 0,
     max_num_seqs: Annotated[int, typer.Option(help="Most requests computed at once.", min=1)] = 32,
     rounds: Annotated[int, typer.Option(help="Rounds; medians are reported.", min=1)] = 3,
+    llama: Llama = True,
     json_file: JsonFile = None,
 ) -> None:
     """Continuous batching: mixed requests (prompts of 16 to 1,024 tokens, answers of 16 to 256), against the time of the
-    same forwards back to back; what lies above 1 is the engine's own.
+    same forwards back to back (what lies above 1 is the engine's own), and against llama.cpp batching continuously too.
 
     Example:
 
@@ -188,33 +188,48 @@ def serve(
     """
     from rorqual.cli import benchmarks as b
     from rorqual.cli import serving
+    from rorqual.engine.load import physical_cores
 
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
     weights, traffic = b.Weights(model), serving.Traffic(requests)
     core = b.engine(weights, device, max_num_seqs, dtype, threads)
+    engines: dict[str, Callable[[int], serving.Served]] = {"rorqual": lambda seed: serving.serve(core, traffic, seed)}
+    if llama and device == "cpu" and dtype in b.LlamaGeneration.KINDS and b.llama_python():
+        room = b.Work(max_num_seqs, traffic.prompt[1], traffic.new[1])
+        peer = b.LlamaGeneration(weights, room, dtype, threads or physical_cores())
+        engines[f"llama.cpp {peer.kind}"] = lambda seed: peer.serve(traffic.lengths(seed), seed)
     serving.serve(core, serving.Traffic(4), 0)
-    done = [serving.serve(core, traffic, seed) for seed in range(1, rounds + 1)]
-
-    def middle(pick: Callable[[serving.Served], float]) -> float:
-        return statistics.median(map(pick, done))
-
-    def centile(values: list[float], share: int) -> float:
-        return 1000 * statistics.quantiles(values, n=100, method="inclusive")[share - 1]
-
-    rows = [
-        {
-            "tokens/s": middle(lambda s: s.tokens / s.seconds),
-            "prompt tokens/s": middle(lambda s: s.prompt_tokens / s.seconds),
-            "steps": middle(lambda s: s.steps),
-            "time / forwards": middle(lambda s: s.seconds / s.steps_s if s.steps_s else float("nan")),
-            "first token ms, median": middle(lambda s: centile(s.first_s, 50)),
-            "p99 ": middle(lambda s: centile(s.first_s, 99)),
-            "next token ms, median": middle(lambda s: centile(s.gap_s, 50)),
-            "p99": middle(lambda s: centile(s.gap_s, 99)),
-        }
-    ]
+    served: dict[str, list[serving.Served]] = {name: [] for name in engines}
+    for seed in range(1, rounds + 1):
+        for name, run in engines.items():
+            served[name].append(run(seed))
     facts = {"model": model, "requests": requests, "max_num_seqs": max_num_seqs, "dtype": dtype, "rounds": rounds}
-    _finish("serve", facts, rows, device, json_file)
+    rows = [serving.summary(name, runs, served["rorqual"]) for name, runs in served.items()]
+    finish("serve", facts, rows, device, json_file)
+
+
+@app.command()
+def ready(
+    model: Model = "bench-cpu",
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="auto, float32, bfloat16, int8, int4; several at once.")
+    ] = None,
+    rounds: Rounds = 3,
+    json_file: JsonFile = None,
+) -> None:
+    """Starting the CPU engine in a fresh process: seconds until it can serve and memory it holds, both beyond `import
+    torch`, after loading and after a prompt of 512 tokens and 100 more, over packed weights and cache.
+
+    Example:
+
+        rorqual bench ready --model models/rorqual-nano --dtype int8
+    """
+    from rorqual.cli import benchmarks as b
+    from rorqual.cli import starting
+
+    weights = b.Weights(model)
+    rows = [starting.measure(weights.path, kind, rounds) for kind in dtype or ["float32", "bfloat16", "int8", "int4"]]
+    finish("ready", {"model": model, "rounds": rounds}, rows, "cpu", json_file)
 
 
 @app.command()
@@ -241,130 +256,12 @@ def mtp(
     tokenizer = Tokenizer.load(weights.path)
     paragraphs = [p for p in text.read_text(encoding="utf-8").split("\n\n") if len(p) > 100]
     starts = [(tokenizer.bos_id, *tokenizer.encode(p)[:24]) for p in paragraphs[:prompts]]
+    if not starts:
+        raise typer.BadParameter(f"{text} has no paragraph of more than 100 characters", param_hint="--text")
     drafted, plain = (b.engine(weights, "cpu", 1, dtype, threads, speculation=k) for k in (1, 0))
     row = serving.mtp(drafted, plain, starts, new)
     facts = {"model": model, "prompts": len(starts), "new": new, "dtype": dtype}
-    _finish("mtp", facts, [row], "cpu", json_file)
-
-
-def _finish(kind: str, facts: dict[str, Any], rows: list[dict[str, Any]], device: str, json_file: Path | None) -> None:
-    """The table, where it was measured, and the JSON."""
-    where = environment(device)
-    print_rows(f"{kind}: " + ", ".join(f"{k} {v}" for k, v in facts.items()), rows)
-    typer.echo(", ".join(f"{k} {v}" for k, v in where.items()))
-    if json_file is not None:
-        json_file.write_text(json.dumps({"kind": kind, **facts, "rows": rows, "environment": where}, indent=1) + "\n")
-
-
-def interleaved(engines: Mapping[str, Callable[[], float | None]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each engine's work, one after another within a round, after one unmeasured call each. An engine that
-    times a part of its work itself returns those seconds."""
-    import torch
-
-    def timed(work: Callable[[], float | None]) -> float:
-        start = time.perf_counter()
-        own = work()
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-        return own if own is not None else time.perf_counter() - start
-
-    for work in engines.values():
-        timed(work)
-        timed(work)
-    seconds: dict[str, list[float]] = {name: [] for name in engines}
-    for _ in range(rounds):
-        for name, work in engines.items():
-            seconds[name].append(timed(work))
-    return seconds
-
-
-def report(
-    kind: str,
-    facts: dict[str, Any],
-    rates: dict[str, list[float]],
-    bound: float,
-    bound_source: str,
-    device: str,
-    json_file: Path | None,
-) -> None:
-    """Print the table; write the JSON. `ratio` is the median of the per-round ratios to the peer."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{kind}: " + ", ".join(f"{k} {v}" for k, v in facts.items()), title_justify="left")
-    for column in ("engine", "tokens/s", "spread", "of the bound", "rorqual / this"):
-        table.add_column(column, justify="left" if column == "engine" else "right")
-    ours = rates["rorqual"]
-    result: dict[str, Any] = {"kind": kind, **facts, "bound_tokens_per_s": bound, "bound": bound_source, "engines": {}}
-    for name, values in rates.items():
-        median = statistics.median(values)
-        ratio = statistics.median(a / b for a, b in zip(ours, values, strict=True))
-        table.add_row(
-            name, f"{median:,.1f}", f"{min(values):,.0f} - {max(values):,.0f}", f"{median / bound:.1%}", f"{ratio:.2f}"
-        )
-        result["engines"][name] = {"tokens_per_s": median, "runs": values, "of_bound": median / bound, "ratio": ratio}
-    result["environment"] = environment(device)
-    console = Console()
-    console.print(table)
-    console.print(f"bound {bound:,.0f} tokens/s: {bound_source}")
-    console.print(", ".join(f"{k} {v}" for k, v in result["environment"].items()))
-    if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def environment(device: str) -> dict[str, str]:
-    """Hardware, versions, commit and date of a measurement."""
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
-    import torch
-
-    from rorqual.train.hardware import describe
-
-    def installed(name: str) -> str:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return "not installed"
-
-    return {
-        "hardware": describe(torch.device(device)),
-        "processor": _processor(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": installed("transformers"),
-        "commit": commit(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def _processor() -> str:
-    try:
-        names = [
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ]
-    except OSError:
-        import platform
-
-        return platform.processor()
-    return names[0] if names else "unknown"
-
-
-def commit() -> str:
-    """Short hash of the checkout, with + where it has changes; "unknown" outside one."""
-    root = Path(__file__).resolve().parent
-    try:
-        head = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=True
-        )
-        dirty = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+    finish("mtp", facts, [row], "cpu", json_file)
 
 
 @app.command()
@@ -486,16 +383,3 @@ def load(
     if json_file is not None:
         result = {"kind": "load", **facts, "rounds": rounds, "rows": rows, "seconds": seconds, "environment": where}
         json_file.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def print_rows(title: str, rows: list[dict[str, Any]]) -> None:
-    """Dictionaries of equal keys as a table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    if not rows:
-        return
-    table = Table(*rows[0], title=title, title_justify="left")
-    for row in rows:
-        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
-    Console().print(table)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from rorqual.checkpoint import save_model
+from rorqual.cli.serving import Served
 from rorqual.config import ModelConfig
 from rorqual.data.packing import Rows
 from rorqual.engine.api import Request, SamplingParams
@@ -194,10 +195,19 @@ class LlamaGeneration:
 
     def run(self) -> float:
         self.seed += 1
-        assert self.process.stdin is not None
-        print(json.dumps({**self.work._asdict(), "seed": self.seed}), file=self.process.stdin, flush=True)
-        answer = self._read()
+        answer = self._ask({**self.work._asdict(), "seed": self.seed})
         return self.work.seconds(answer["prefill"], answer["decode"])
+
+    def serve(self, lengths: list[tuple[int, int]], seed: int) -> Served:
+        """Requests of (prompt, new) tokens, all there at the start, batched continuously over `work.batch` sequences."""
+        answer = self._ask({"serve": lengths, "seed": seed})
+        new, prompt = (sum(both[i] for both in lengths) for i in (1, 0))
+        return Served(answer["seconds"], None, new, prompt, answer["steps"], answer["first_s"], answer["gap_s"])
+
+    def _ask(self, task: dict[str, Any]) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        print(json.dumps(task), file=self.process.stdin, flush=True)
+        return self._read()
 
     def _read(self) -> dict[str, Any]:
         assert self.process.stdout is not None

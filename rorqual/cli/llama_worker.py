@@ -1,7 +1,8 @@
 """llama.cpp as a benchmark peer: reads tasks as JSON lines, answers with seconds. Run by path with a Python that has
 llama-cpp-python (`make interop` builds one in .peers); nothing of rorqual is imported here.
 
-    {"batch": 1, "prompt": 512, "new": 64, "seed": 1}  ->  {"prefill": 0.31, "decode": 0.30, "rss_mb": 150}
+    {"batch": 1, "prompt": 512, "new": 64, "seed": 1}    ->  {"prefill": 0.31, "decode": 0.30, "rss_mb": 150}
+    {"serve": [[prompt tokens, new tokens], …], "seed": 1}  ->  {"seconds": 9.1, "steps": 420, "first_s": […], "gap_s": […]}
 
 Greedy, through the low-level API, flash attention as llama.cpp chooses, all cores but no more threads than asked for.
 """
@@ -13,6 +14,7 @@ import json
 import resource
 import sys
 import time
+from typing import Any
 
 import numpy as np
 
@@ -50,9 +52,50 @@ def main() -> None:
     def best(row: int) -> int:
         return int(np.ctypeslib.as_array(llama.llama_get_logits_ith(state, row), shape=(vocab,)).argmax())
 
+    def serve(lengths: list[list[int]], seed: int) -> dict[str, object]:
+        """As its server does it: every step all sequences that decode, and prompts while the batch of 512 has room."""
+        rng = np.random.default_rng(seed)
+        waiting = [(rng.integers(2, vocab, n).tolist(), new) for n, new in lengths]
+        free, active = (
+            list(range(sequences)),
+            {},
+        )  # sequence -> [prompt, new tokens left, position, next token, last time]
+        first_s: list[float] = []
+        gap_s: list[float] = []
+        steps = 0
+        start = time.perf_counter()
+        while waiting or active:
+            while free and waiting:
+                prompt, new = waiting.pop(0)
+                active[free.pop()] = [prompt, new, 0, None, start]
+            items = [(a[3], a[2], s, True) for s, a in active.items() if a[3] is not None]
+            for s, a in active.items():
+                if a[3] is None:
+                    part = a[0][a[2] : a[2] + 512 - len(items)]
+                    items += [(t, a[2] + i, s, a[2] + i == len(a[0]) - 1) for i, t in enumerate(part)]
+            compute(items)
+            steps += 1
+            drawn = [(s, best(row)) for row, (_, _, s, wanted) in enumerate(items) if wanted]
+            now = time.perf_counter()
+            for _, position, s, _ in items:
+                active[s][2] = position + 1
+            for s, token in drawn:
+                a = active[s]
+                (first_s if a[3] is None else gap_s).append(now - a[4])
+                a[1], a[3], a[4] = a[1] - 1, token, now
+                if not a[1]:
+                    del active[s]
+                    llama.llama_memory_seq_rm(memory, s, -1, -1)
+                    free.append(s)
+        return {"seconds": time.perf_counter() - start, "steps": steps, "first_s": first_s, "gap_s": gap_s}
+
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         task = json.loads(line)
+        if "serve" in task:
+            llama.llama_memory_clear(memory, True)
+            print(json.dumps(serve(task["serve"], task["seed"])), flush=True)
+            continue
         n = task["prompt"]
         prompts = np.random.default_rng(task["seed"]).integers(2, vocab, (task["batch"], n))
         llama.llama_memory_clear(memory, True)

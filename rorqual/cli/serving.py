@@ -74,6 +74,32 @@ def serve(core: EngineCore, traffic: Traffic, seed: int) -> Served:
     return Served(seconds, record.replay(), tokens, total, steps, first_s, gap_s)
 
 
+def summary(name: str, runs: list[Served], ours: list[Served]) -> dict[str, Any]:
+    """An engine's row: medians over rounds; the last column is what our rate is of this one's in the same round."""
+
+    def middle(pick: Callable[[Served], float]) -> float:
+        return statistics.median(map(pick, runs))
+
+    def centile(values: list[float], share: int) -> float:
+        return 1000 * statistics.quantiles(values, n=100, method="inclusive")[share - 1]
+
+    def rate(run: Served) -> float:
+        return run.tokens / run.seconds
+
+    return {
+        "engine": name,
+        "tokens/s": middle(rate),
+        "prompt tokens/s": middle(lambda s: s.prompt_tokens / s.seconds),
+        "steps": middle(lambda s: s.steps),
+        "time / forwards": middle(lambda s: s.seconds / s.steps_s if s.steps_s else math.nan),
+        "first token ms, median": middle(lambda s: centile(s.first_s, 50)),
+        "first token ms, p99": middle(lambda s: centile(s.first_s, 99)),
+        "next token ms, median": middle(lambda s: centile(s.gap_s, 50)),
+        "next token ms, p99": middle(lambda s: centile(s.gap_s, 99)),
+        "rorqual / this": statistics.median(rate(a) / rate(b) for a, b in zip(ours, runs, strict=True)),
+    }
+
+
 class _Record:
     """Keeps what a native runner's model was asked for, to ask it again."""
 

@@ -116,7 +116,7 @@ def _peer(
 
 
 def _write(report: Report, file: Path, device: str, facts: dict[str, Any]) -> None:
-    from rorqual.cli.bench import environment
+    from rorqual.cli.bench_report import environment
     from rorqual.errors import ConfigError
 
     found = report.to_json()

@@ -33,6 +33,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from rorqual.engine.pages import Published
+from rorqual.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -50,11 +51,17 @@ _DIGEST = 16
 class DiskCache:
     """page_bytes: size of every page's content; identity: the pool's; capacity_bytes: of all files together.
 
-    `get`, `wants` and `put` are for one thread and never raise for what the disk does.
+    `get`, `wants` and `put` are for one thread and never raise for what the disk does. Raises ConfigError where not one
+    page fits.
     """
 
     def __init__(self, directory: Path, *, page_bytes: int, identity: bytes, capacity_bytes: int) -> None:
         self.directory, self.page_bytes, self.capacity_bytes = directory, page_bytes, capacity_bytes
+        if page_bytes >= capacity_bytes:
+            raise ConfigError(
+                f"a disk cache of {capacity_bytes:,} bytes holds not one page of {page_bytes:,}",
+                remedy="raise the disk cache's size, or leave it out",
+            )
         self.identity = blake2b(identity, digest_size=16).digest()
         self.writing = True
         self.hits = self.misses = self.dropped = self.written = 0
@@ -130,7 +137,8 @@ class DiskCache:
     # ---- in the thread --------------------------------------------------------------------------------------------
 
     def _write_all(self) -> None:
-        self._shrink()
+        with contextlib.suppress(OSError):  # a directory that cannot be listed: `_write` will say so
+            self._shrink()
         while (item := self._queue.get()) is not None:
             try:
                 if self.writing:

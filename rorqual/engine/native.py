@@ -143,6 +143,7 @@ class NativeModel:
             cfg.n_group or 1, cfg.topk_group or 1, int(cfg.norm_topk_prob), cfg.rms_norm_eps, cfg.softmax_scale,
             cfg.routed_scaling_factor, int(self._table is not None and self._table.dtype == torch.bfloat16),
         )  # fmt: skip
+        _trim()
         self.name = KINDS[self.layers[0].o.kind]
         self.engine: int | None = None
         self.set_threads(threads)
@@ -396,6 +397,12 @@ def _page_out(tensor: Tensor) -> None:
     size = (tensor.data_ptr() + tensor.nbytes) // page * page - start
     if size > 0 and (libc := _libc()) is not None:
         libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), advice)
+
+
+def _trim() -> None:
+    """Give back what packing has freed; the C library would keep it."""
+    if (libc := _libc()) is not None and hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _libc() -> ctypes.CDLL | None:

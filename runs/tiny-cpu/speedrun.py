@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from rorqual import LLM, SamplingParams
-from rorqual.cli.bench import environment
+from rorqual.cli.bench_report import environment
 from rorqual.config import load_toml
 from rorqual.data.prepare import prepare
 from rorqual.data.sources import texts

@@ -26,7 +26,7 @@ from rorqual.errors import BackendUnavailable
 
 log = logging.getLogger(__name__)
 SOURCE = Path(__file__).parent / "kernels.cpp"
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-shared", "-fPIC", "-pthread")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-ffp-contract=off", "-shared", "-fPIC", "-pthread")
 
 c_int, c_long, pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 

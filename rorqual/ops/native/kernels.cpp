@@ -187,6 +187,16 @@ namespace {
 
 // ---- threads ---------------------------------------------------------------------------------------------------------
 
+// Rounds to nearest and keeps subnormals while it lives, whatever the caller's thread has set (torch.set_flush_denormal),
+// so that all threads compute alike.
+struct Rounding {
+#if defined(__x86_64__)
+  unsigned before = _mm_getcsr();
+  Rounding() { _mm_setcsr(0x1f80); }
+  ~Rounding() { _mm_setcsr(before); }
+#endif
+};
+
 struct Pool {
   int threads;
   std::vector<std::thread> workers;
@@ -217,6 +227,7 @@ struct Pool {
 #endif
   }
   void serve(int id) {
+    Rounding ours;  // a thread starts with its maker's
     uint64_t seen = 0;
     for (;;) {
       for (int spin = 0; spin < 20000 && job.load(std::memory_order_acquire) == seen; spin++) pause();
@@ -1254,6 +1265,7 @@ void embed(const Model &m, const Tokens &t, float *x) {
 }
 
 template <class F> void everyone(Engine &e, F f) {
+  Rounding ours;
   e.pool.all([](void *a, int id) { (*(F *)a)(id); }, &f);
 }
 

@@ -1,0 +1,146 @@
+"""What every `rorqual bench` does alike: taking turns, one table, one JSON file, hardware, versions and commit in both."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import typer
+
+
+def finish(kind: str, facts: dict[str, Any], rows: list[dict[str, Any]], device: str, json_file: Path | None) -> None:
+    """The table, where it was measured, and the JSON."""
+    where = environment(device)
+    print_rows(f"{kind}: " + ", ".join(f"{k} {v}" for k, v in facts.items()), rows)
+    typer.echo(", ".join(f"{k} {v}" for k, v in where.items()))
+    if json_file is not None:
+        json_file.write_text(json.dumps({"kind": kind, **facts, "rows": rows, "environment": where}, indent=1) + "\n")
+
+
+def interleaved(engines: Mapping[str, Callable[[], float | None]], rounds: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each engine's work, one after another within a round, after one unmeasured call each. An engine that
+    times a part of its work itself returns those seconds."""
+    import torch
+
+    def timed(work: Callable[[], float | None]) -> float:
+        start = time.perf_counter()
+        own = work()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        return own if own is not None else time.perf_counter() - start
+
+    for work in engines.values():
+        timed(work)
+        timed(work)
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    for _ in range(rounds):
+        for name, work in engines.items():
+            seconds[name].append(timed(work))
+    return seconds
+
+
+def report(
+    kind: str,
+    facts: dict[str, Any],
+    rates: dict[str, list[float]],
+    bound: float,
+    bound_source: str,
+    device: str,
+    json_file: Path | None,
+) -> None:
+    """Print the table; write the JSON. `ratio` is the median of the per-round ratios to the peer."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{kind}: " + ", ".join(f"{k} {v}" for k, v in facts.items()), title_justify="left")
+    for column in ("engine", "tokens/s", "spread", "of the bound", "rorqual / this"):
+        table.add_column(column, justify="left" if column == "engine" else "right")
+    ours = rates["rorqual"]
+    result: dict[str, Any] = {"kind": kind, **facts, "bound_tokens_per_s": bound, "bound": bound_source, "engines": {}}
+    for name, values in rates.items():
+        median = statistics.median(values)
+        ratio = statistics.median(a / b for a, b in zip(ours, values, strict=True))
+        table.add_row(
+            name, f"{median:,.1f}", f"{min(values):,.0f} - {max(values):,.0f}", f"{median / bound:.1%}", f"{ratio:.2f}"
+        )
+        result["engines"][name] = {"tokens_per_s": median, "runs": values, "of_bound": median / bound, "ratio": ratio}
+    result["environment"] = environment(device)
+    console = Console()
+    console.print(table)
+    console.print(f"bound {bound:,.0f} tokens/s: {bound_source}")
+    console.print(", ".join(f"{k} {v}" for k, v in result["environment"].items()))
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def environment(device: str) -> dict[str, str]:
+    """Hardware, versions, commit and date of a measurement."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    from rorqual.train.hardware import describe
+
+    def installed(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return "not installed"
+
+    return {
+        "hardware": describe(torch.device(device)),
+        "processor": _processor(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": installed("transformers"),
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _processor() -> str:
+    try:
+        names = [
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ]
+    except OSError:
+        import platform
+
+        return platform.processor()
+    return names[0] if names else "unknown"
+
+
+def commit() -> str:
+    """Short hash of the checkout, with + where it has changes; "unknown" outside one."""
+    root = Path(__file__).resolve().parent
+    try:
+        head = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=True
+        )
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+
+
+def print_rows(title: str, rows: list[dict[str, Any]]) -> None:
+    """Dictionaries of equal keys as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    if not rows:
+        return
+    table = Table(*rows[0], title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
+    Console().print(table)
