@@ -49,10 +49,10 @@ speedrun: setup-dev
 bench: setup-dev
 	for dtype in float32 int8; do $(BIN)/rorqual bench prefill --dtype $$dtype --json benchmarks/cpu-prefill-$$dtype.json; done
 	for dtype in float32 bfloat16 int8; do \
-	  $(BIN)/rorqual bench decode --dtype $$dtype --json benchmarks/cpu-decode-512-$$dtype.json; done
-	for prompt in 16 3072; do \
-	  $(BIN)/rorqual bench decode --dtype int8 --prompt $$prompt --json benchmarks/cpu-decode-$$prompt-int8.json; done
-	$(BIN)/rorqual bench decode --dtype int8 --prompt 64 --batch 8 --json benchmarks/cpu-decode-batch8-int8.json
+	  $(BIN)/rorqual bench decode --dtype $$dtype --json benchmarks/cpu-decode-512-$$dtype.json; \
+	  for prompt in 16 3072; do \
+	    $(BIN)/rorqual bench decode --dtype $$dtype --prompt $$prompt --json benchmarks/cpu-decode-$$prompt-$$dtype.json; done; \
+	  $(BIN)/rorqual bench decode --dtype $$dtype --prompt 64 --batch 8 --json benchmarks/cpu-decode-batch8-$$dtype.json; done
 	$(BIN)/rorqual bench serve --dtype int8 --json benchmarks/cpu-serve-int8.json
 	$(BIN)/rorqual bench ready --json benchmarks/cpu-ready.json
 	$(BIN)/rorqual bench mtp --model models/rorqual-nano --json benchmarks/cpu-mtp.json

@@ -134,13 +134,21 @@ def commit() -> str:
 
 
 def print_rows(title: str, rows: list[dict[str, Any]]) -> None:
-    """Dictionaries of equal keys as a table."""
+    """Dictionaries of equal keys as a table; on its side where it is wider than high."""
     from rich.console import Console
     from rich.table import Table
 
     if not rows:
         return
-    table = Table(*rows[0], title=title, title_justify="left")
-    for row in rows:
-        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
+    cells = [[f"{v:.3g}" if isinstance(v, float) and v < 1000 else _cell(v) for v in row.values()] for row in rows]
+    heads, *lines = [list(rows[0]), *cells]
+    if len(heads) > 8 and len(rows) < 5:
+        heads, *lines = [list(line) for line in zip(heads, *lines, strict=True)]
+    table = Table(*heads, title=title, title_justify="left")
+    for line in lines:
+        table.add_row(*line)
     Console().print(table)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:,.0f}" if isinstance(value, float) else str(value)

@@ -56,10 +56,9 @@ def main() -> None:
         """As its server does it: every step all sequences that decode, and prompts while the batch of 512 has room."""
         rng = np.random.default_rng(seed)
         waiting = [(rng.integers(2, vocab, n).tolist(), new) for n, new in lengths]
-        free, active = (
-            list(range(sequences)),
-            {},
-        )  # sequence -> [prompt, new tokens left, position, next token, last time]
+        free = list(range(sequences))
+        # sequence -> prompt, new tokens left, position, next token (None while it is read), time of the last
+        active: dict[int, list[Any]] = {}
         first_s: list[float] = []
         gap_s: list[float] = []
         steps = 0

@@ -136,6 +136,11 @@ def test_a_start_trims_to_the_cap_and_clears_what_the_dead_left(open_cache: type
     assert sum(p.stat().st_size for p in files(tmp_path)) <= 4000 and not left.exists()
 
 
+def test_a_cap_below_one_page_is_refused(open_cache: type[DiskCache]) -> None:
+    with pytest.raises(ConfigError, match="not one page"):
+        open_cache(capacity_bytes=CONTENT)
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES])
 def test_a_disk_that_cannot_be_written_is_only_read(
     open_cache: type[DiskCache],

@@ -108,6 +108,22 @@ def test_what_is_not_finite_stays_visible(kind: str, bad: float) -> None:
     assert y[0].isfinite().all() and not y[1].isfinite().any()
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_callers_rounding_mode_does_not_matter(threads: int) -> None:
+    """Subnormal numbers count in every thread, and the caller finds its mode as it left it."""
+    form, _ = packed("float32", torch.full((1, 640, 32), 2.0**-127))
+    x = torch.ones(64, 32)
+    want = product(form, x, threads=threads)
+    assert want.min() > 0
+    assert torch.set_flush_denormal(True)
+    try:
+        got = product(form, x, threads=threads)
+        flushes = bool(torch.tensor(2.0**-127) * 0.5 == 0)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(got, want) and flushes
+
+
 def test_zero_rows_give_zero() -> None:
     for kind in KINDS:
         form, _ = packed(kind, torch.randn(1, 32, 64))
