@@ -4,6 +4,11 @@ A decoding step of a small model is hundreds of kernels of a few microseconds ea
 host. A graph is captured for each batch size and page-table width in powers of two, when it is first needed, and replayed
 over static buffers. Rows beyond the batch are padding: length 1, their latent in the scrap page.
 
+The host is not waited for either: where every row draws greedily, the next step's graph is launched before this step's
+tokens are read, its input being this step's output on the device. If the engine then asks for those rows, they are on their
+way already; rows that it no longer wants (an answer that ended) were computed for nothing, and what they wrote lies beyond
+their tokens, in pages of their own, where the stream's order lets a later owner write over it.
+
 What cannot be captured (a format whose product waits for the host) is remembered, and the runner computes eagerly.
 """
 
@@ -13,11 +18,10 @@ import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from rorqual.engine.scheduler import Slice
+from rorqual.engine.scheduler import Job, Slice
 from rorqual.model.batch import Batch, LatentPages
 from rorqual.model.transformer import Transformer
 
@@ -27,25 +31,38 @@ MAX_BATCH = 256
 
 
 class Decoded(NamedTuple):
-    """hidden [B, D] and logits [B, V] on the device; best: the most likely token of each row; sound: whether its numbers
-    are finite."""
+    """best: the most likely token of each row, -1 where its numbers are not finite. hidden [B, D] and logits [B, V] on the
+    device, or None where only the tokens were asked for; both are overwritten by the next step."""
 
-    hidden: Tensor
-    logits: Tensor
     best: list[int]
-    sound: list[bool]
+    hidden: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class Place(NamedTuple):
+    """A row of a step: the job, the position of the token that goes in, and the page that holds it (a job that was
+    preempted and computed again has others)."""
+
+    job: Job
+    position: int
+    page: int
+
+    @classmethod
+    def of(cls, job: Job, position: int, page_size: int) -> Place:
+        return cls(job, position, job.pages[position // page_size])
 
 
 class _Graph:
     """One captured step. inputs: one int64 buffer, so that one copy fills it: tokens, positions, slots and lengths [B] each,
-    then the page table [B, width]."""
+    the rows of the last step that the tokens come from [B], then the page table [B, width]. Two host buffers take turns,
+    since a copy may still be under way when the next step is written."""
 
     def __init__(self, model: Transformer, latents: Tensor, batch: int, width: int, pool: Any) -> None:
-        self.batch, self.width = batch, width
-        self.host = torch.zeros((4 + width) * batch, dtype=torch.int64, pin_memory=True)
-        self.numbers, self.table = self._parts(self.host)
-        self.numbers[3] = 1
-        self.inputs = self.host.to(latents.device)
+        self.batch, self.width, self.turn = batch, width, 0
+        self.hosts = [torch.zeros((5 + width) * batch, dtype=torch.int64, pin_memory=True) for _ in range(2)]
+        self.answers = [torch.zeros(batch, dtype=torch.int64, pin_memory=True) for _ in range(2)]
+        self.hosts[0][3 * batch : 4 * batch] = 1
+        self.inputs = self.hosts[0].to(latents.device)
         self.model, self.latents = model, latents
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -58,11 +75,11 @@ class _Graph:
             self.hidden, self.logits, self.told = self._step()
 
     def _parts(self, buffer: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens, positions, slots, lengths [4, B], and the table."""
-        return buffer[: 4 * self.batch].view(4, -1), buffer[4 * self.batch :].view(self.batch, -1)
+        """tokens, positions, slots, lengths, sources [5, B], and the table."""
+        return buffer[: 5 * self.batch].view(5, -1), buffer[5 * self.batch :].view(self.batch, -1)
 
     def _step(self) -> tuple[Tensor, Tensor, Tensor]:
-        (tokens, positions, slots, lengths), table = self._parts(self.inputs)
+        (tokens, positions, slots, lengths, _), table = self._parts(self.inputs)
         cache = LatentPages(self.latents, table, slots[:, None], lengths)
         h_BD = self.model.hidden(tokens[:, None], Batch(positions[:, None], cache=cache))[0][:, 0]
         logits_BV = self.model.head(h_BD)
@@ -70,9 +87,48 @@ class _Graph:
         sound = h_BD.isfinite().all(-1) & top.isfinite()
         return h_BD, logits_BV, torch.where(sound, best, -1)
 
-    def replay(self) -> None:
-        self.inputs.copy_(self.host, non_blocking=True)
+    def launch(self, places: Sequence[Place], page_size: int, tokens: Sequence[int] | _Ahead) -> _Ahead:
+        """Start a step, and the copy of its answer to the host. tokens: what goes in, or the step that draws it (and of
+        whose rows these places are the next)."""
+        self.turn ^= 1
+        host, n = self.hosts[self.turn], len(places)
+        numbers, table = (part.numpy() for part in self._parts(host))
+        numbers[:3, n:], numbers[3, n:], numbers[4, n:] = 0, 1, 0
+        table[n:, 0] = 0
+        for i, (job, position, page) in enumerate(places):
+            numbers[1:4, i] = position, page * page_size + position % page_size, position + 1
+            used = position // page_size + 1
+            table[i, :used] = job.pages[:used]
+        if isinstance(tokens, _Ahead):
+            rows = {id(place.job): row for row, place in enumerate(tokens.places)}
+            numbers[4, :n] = [rows[id(place.job)] for place in places]
+            self.inputs.copy_(host, non_blocking=True)
+            (into, *_, sources), _ = self._parts(self.inputs)
+            # What is not a token (a fault, found when the answer is read) must not index the embedding.
+            torch.index_select(tokens.graph.told.clamp(min=0), 0, sources, out=into)
+        else:
+            numbers[0, :n] = tokens
+            self.inputs.copy_(host, non_blocking=True)
         self.graph.replay()
+        answer = self.answers[self.turn]
+        answer.copy_(self.told, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        return _Ahead(self, list(places), answer, done)
+
+
+class _Ahead(NamedTuple):
+    """A step under way."""
+
+    graph: _Graph
+    places: list[Place]
+    answer: Tensor
+    done: torch.cuda.Event
+
+    def best(self) -> list[int]:
+        """Waits for the step."""
+        self.done.synchronize()
+        return self.answer[: len(self.places)].tolist()
 
 
 class DecodeGraphs:
@@ -83,27 +139,60 @@ class DecodeGraphs:
         self.pool = torch.cuda.graph_pool_handle()
         self.graphs: dict[tuple[int, int], _Graph] = {}
         self.usable = True
+        self.ahead: _Ahead | None = None
 
-    def run(self, slices: Sequence[Slice]) -> Decoded | None:
-        """One token for each slice (of one token, without drafts). None where no graph can be had."""
+    def run(self, slices: Sequence[Slice], greedy: bool) -> Decoded | None:
+        """One token for each slice (of one token, without drafts). greedy: nothing but the most likely tokens is wanted, so
+        the next step may begin. None where no graph can be had."""
         if not self.usable or len(slices) > MAX_BATCH:
             return None
-        size = self.page_size
-        used = [s.start // size + 1 for s in slices]
-        graph = self._graph(_power(len(slices)), _power(max(used)))
-        if graph is None:
+        places = [Place.of(s.job, s.start, self.page_size) for s in slices]
+        ahead, self.ahead = self.ahead, None
+        if greedy and ahead and ahead.places == places:
+            self.ahead = self._go_on(ahead)
+            return Decoded(ahead.best())
+        known = dict(zip(ahead.places, ahead.best(), strict=True)) if greedy and ahead else {}
+        left = [place for place in places if place not in known]
+        step = self._launch(left, [p.job.tokens[p.position] for p in left]) if left else None
+        if left and step is None:
             return None
-        numbers, table = graph.numbers.numpy(), graph.table.numpy()
-        numbers[:, len(slices) :] = np.array([[0], [0], [0], [1]])
-        table[len(slices) :, 0] = 0
-        for i, (s, n) in enumerate(zip(slices, used, strict=True)):
-            slot = s.job.pages[n - 1] * size + s.start % size
-            numbers[:, i] = s.job.tokens[s.start], s.start, slot, s.start + 1
-            table[i, :n] = s.job.pages[:n]
-        graph.replay()
-        n = len(slices)
-        best = graph.told[:n].tolist()  # waits for the device
-        return Decoded(graph.hidden[:n], graph.logits[:n], best, [b >= 0 for b in best])
+        if step is not None and len(left) == len(places):
+            if greedy:
+                self.ahead = self._go_on(step)
+                return Decoded(step.best())
+            n, graph = len(places), step.graph
+            return Decoded(step.best(), graph.hidden[:n], graph.logits[:n])
+        if step is not None:
+            known |= zip(left, step.best(), strict=True)
+        best = [known[place] for place in places]
+        self.ahead = self._begin(places, best)
+        return Decoded(best)
+
+    def _go_on(self, step: _Ahead) -> _Ahead | None:
+        """The step after one that is under way."""
+        places = self._next(step.places)
+        return self._launch(places, step) if places else None
+
+    def _begin(self, places: list[Place], drawn: list[int]) -> _Ahead | None:
+        """The step after one that is done."""
+        tokens = dict(zip((id(p.job) for p in places), drawn, strict=True))
+        following = [p for p in self._next(places) if tokens[id(p.job)] >= 0]
+        return self._launch(following, [tokens[id(p.job)] for p in following]) if following else None
+
+    def _next(self, places: list[Place]) -> list[Place]:
+        """Of rows that draw a token now, those that will go on as far as can be known, one position later."""
+        following = []
+        for job, position, _ in places:
+            limit = job.request.params.max_tokens
+            ends = limit is not None and position + 2 - len(job.request.prompt) >= limit
+            if not ends and (position + 1) // self.page_size < len(job.pages):
+                following.append(Place.of(job, position + 1, self.page_size))
+        return following
+
+    def _launch(self, places: list[Place], tokens: Sequence[int] | _Ahead) -> _Ahead | None:
+        widest = max(place.position for place in places) // self.page_size + 1
+        graph = self._graph(_power(len(places)), _power(widest))
+        return graph.launch(places, self.page_size, tokens) if graph else None
 
     def _graph(self, batch: int, width: int) -> _Graph | None:
         key = batch, width

@@ -171,7 +171,7 @@ def _assemble(
 ) -> EngineCore:
     budget = settings.max_batched_tokens
     if budget == "auto":
-        budget = 4096 if info.device.startswith("cuda") else 512
+        budget = 16384 if info.device.startswith("cuda") else 512
     pool = PagePool(info.cache_tokens // PAGE_SIZE + 1, identity=identity, prefix_cache=settings.prefix_cache)
     scheduler = Scheduler(
         pool,
@@ -179,6 +179,7 @@ def _assemble(
         max_num_seqs=settings.max_num_seqs,
         max_batched_tokens=budget,
         max_waiting=settings.max_waiting,
+        lookahead=isinstance(runner, ModelRunner) and runner.graphs is not None,
     )
     disk = None
     if settings.cache_dir is not None:

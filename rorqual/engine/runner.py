@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rorqual.engine.core import Draw, Masks
-from rorqual.engine.graphs import Decoded, DecodeGraphs
+from rorqual.engine.graphs import DecodeGraphs
 from rorqual.engine.sampler import Row, is_greedy, sample
 from rorqual.engine.scheduler import Slice
 from rorqual.model.batch import Batch, LatentPages
@@ -51,44 +51,60 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, plan: Sequence[Slice], masks: Masks | None = None) -> list[list[Draw]]:
         """Computes every slice, draws a token where a slice ends its job. Faults are per slice."""
-        last: list[Tensor | None] = [None] * len(plan)
-        single = [i for i, s in enumerate(plan) if s.count == 1]
-        decoded = self.graphs.run([plan[i] for i in single]) if self.graphs and single else None
-        if decoded and len(single) == len(plan):
-            return self._drawn(plan, decoded, masks)
-        if decoded:
-            for i, h_D in zip(single, decoded.hidden, strict=True):
-                last[i] = h_D
-        for group in _groups(plan, singles=decoded is None):
-            h_BD = self._forward([plan[i] for i in group])
-            for row, i in enumerate(group):
-                last[i] = h_BD[row]
-        h_ND = torch.stack([h for h in last if h is not None])
-        # A fault anywhere in a slice reaches its last position through attention, so looking there is enough, and
-        # looking at slices that draw nothing keeps faulty pages from being shared.
-        sound = h_ND.isfinite().all(-1).tolist()
-        draws: list[list[Draw]] = [[] if ok else [Draw(fault=FAULT)] for ok in sound]
-        drawing = [i for i, s in enumerate(plan) if s.samples and sound[i]]
-        if drawing:
-            # [drawing] copies; when every slice draws, as in pure decoding, there is nothing to pick.
-            logits_BV = self.model.head(h_ND if len(drawing) == len(plan) else h_ND[drawing])
-            for i, draw in zip(drawing, sample(logits_BV, self._rows(plan, drawing, masks)), strict=True):
-                draws[i] = [draw]
+        draws: list[list[Draw]] = [[] for _ in plan]
+        left = self._captured(plan, masks, draws) if self.graphs else list(range(len(plan)))
+        if left:
+            self._eagerly(plan, left, masks, draws)
         return draws
 
-    def _drawn(self, plan: Sequence[Slice], decoded: Decoded, masks: Masks | None) -> list[list[Draw]]:
-        """A step that only decoded: its greedy draws are there already."""
-        rows = self._rows(plan, range(len(plan)), masks)
-        if all(map(is_greedy, rows)):
-            draws = [Draw(token) for token in decoded.best]
-        else:
-            draws = sample(decoded.logits, rows)
-        return [[draw if ok else Draw(fault=FAULT)] for draw, ok in zip(draws, decoded.sound, strict=True)]
+    def _captured(self, plan: Sequence[Slice], masks: Masks | None, draws: list[list[Draw]]) -> list[int]:
+        """Enter the draws of the slices that a graph can compute; returns the others."""
+        assert self.graphs is not None
+        single = [i for i, s in enumerate(plan) if s.count == 1 and s.samples]
+        if not single:
+            self.graphs.ahead = None  # what is computed now may write over it
+            return list(range(len(plan)))
+        rows = self._rows(plan, single, None) if masks is None else []
+        decoded = self.graphs.run([plan[i] for i in single], masks is None and all(map(is_greedy, rows)))
+        if decoded is None:
+            return list(range(len(plan)))
+        drawn = [Draw(token) for token in decoded.best]
+        if decoded.logits is not None:
+            rows = rows or self._rows(plan, single, masks)
+            if not all(map(is_greedy, rows)):
+                drawn = sample(decoded.logits, rows)
+        for i, draw, token in zip(single, drawn, decoded.best, strict=True):
+            draws[i] = [draw if token >= 0 else Draw(fault=FAULT)]
+        done = set(single)
+        return [i for i in range(len(plan)) if i not in done]
 
-    def _rows(self, plan: Sequence[Slice], drawing: Sequence[int], masks: Masks | None) -> list[Row]:
+    def _eagerly(
+        self, plan: Sequence[Slice], which: Sequence[int], masks: Masks | None, draws: list[list[Draw]]
+    ) -> None:
+        """Compute these slices and enter their draws."""
+        last: dict[int, Tensor] = {}
+        for group in _groups(plan, which):
+            h_BD = self._forward([plan[i] for i in group])
+            last |= zip(group, h_BD, strict=True)
+        h_ND = torch.stack([last[i] for i in which])
+        # A fault anywhere in a slice reaches its last position through attention, so looking there is enough, and
+        # looking at slices that draw nothing keeps faulty pages from being shared.
+        sound = dict(zip(which, h_ND.isfinite().all(-1).tolist(), strict=True))
+        for i in which:
+            draws[i] = [] if sound[i] else [Draw(fault=FAULT)]
+        drawing = [i for i in which if plan[i].samples and sound[i]]
+        if drawing:
+            # Stacking copies; when every slice draws, as in pure decoding, there is nothing to pick.
+            h = h_ND if len(drawing) == len(which) else torch.stack([last[i] for i in drawing])
+            rows = self._rows(plan, drawing, masks)
+            for i, draw in zip(drawing, sample(self.model.head(h), rows), strict=True):
+                draws[i] = [draw]
+
+    def _rows(self, plan: Sequence[Slice], which: Sequence[int], masks: Masks | None) -> list[Row]:
+        """What is wanted of these slices."""
         allowed = masks() if masks else None
         rows = []
-        for i in drawing:
+        for i in which:
             job, mask = plan[i].job, allowed[i][0] if allowed and allowed[i] else None
             rows.append(Row(job.request.params, job.seed, job.tokens, len(job.request.prompt), mask, self.eos))
         return rows
@@ -128,7 +144,8 @@ class ModelRunner:
             real_BT, pages_BT * self.page_size + positions_BT % self.page_size, offsets % self.page_size
         )
         tokens_BT = torch.tensor([s.job.tokens[s.start : s.start + s.count] + [0] * (T - s.count) for s in slices])
-        cache = LatentPages(self.latents, table_BP.to(device), slots_BT.to(device))
+        fresh = all(s.start == 0 for s in slices)
+        cache = LatentPages(self.latents, table_BP.to(device), slots_BT.to(device), fresh=fresh)
         h_BTD, _ = self.model.hidden(tokens_BT.to(device), Batch(positions_BT.to(device), cache=cache))
         return h_BTD[torch.arange(len(slices), device=device), (counts[:, 0] - 1).to(device)]
 
@@ -148,12 +165,11 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
-def _groups(plan: Sequence[Slice], singles: bool) -> Iterator[list[int]]:
+def _groups(plan: Sequence[Slice], which: Sequence[int]) -> Iterator[list[int]]:
     """Indices of slices that share a forward: single tokens, then chunks by falling length with little padding."""
-    single = [i for i, s in enumerate(plan) if s.count == 1]
-    if single and singles:
+    if single := [i for i in which if plan[i].count == 1]:
         yield single
-    chunks = sorted((i for i, s in enumerate(plan) if s.count > 1), key=lambda i: -plan[i].count)
+    chunks = sorted((i for i in which if plan[i].count > 1), key=lambda i: -plan[i].count)
     while chunks:
         longest = plan[chunks[0]].count
         group = [i for i in chunks if plan[i].count >= PADDING * longest]

@@ -88,7 +88,8 @@ class Slice:
 
 class Scheduler:
     """max_num_seqs: jobs running at once; max_batched_tokens: the budget of a step, drafts included; max_waiting: the
-    queue's bound; max_model_len: prompt and completion, cut to what the cache can hold for one job alone."""
+    queue's bound; max_model_len: prompt and completion, cut to what the cache can hold for one job alone; lookahead: a
+    decoding job gets its next page one token early, if there is one, for a runner that begins the next step by itself."""
 
     def __init__(
         self,
@@ -98,8 +99,9 @@ class Scheduler:
         max_num_seqs: int = 32,
         max_batched_tokens: int = 512,
         max_waiting: int = 1024,
+        lookahead: bool = False,
     ) -> None:
-        self.pool = pool
+        self.pool, self.lookahead = pool, lookahead
         self.max_model_len = min(max_model_len, pool.usable * pool.page_size)
         self.max_num_seqs, self.max_batched_tokens, self.max_waiting = (
             max_num_seqs,
@@ -182,6 +184,8 @@ class Scheduler:
         for job in ready:
             plan.append(Slice(job, job.computed, 1, self._drafts(job, max(0, spare))))
             spare -= len(plan[-1].drafts)
+            if self.lookahead and self.pool.pages_for(len(job.tokens) + 1) > len(job.pages):
+                job.pages += self.pool.take(1) or []
         return plan
 
     def _make_room(self, job: Job) -> bool:

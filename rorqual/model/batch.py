@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -29,6 +30,7 @@ class LatentPages:
     latents: [layers, pages, page_size, kv_lora_rank + qk_rope_head_dim], written in place by the forward;
     page_table_BP: int64, the pages of each row in order; slots_BT: int64, page * page_size + offset for each new token.
     A key's place in its row's pages is its absolute position. Page 0 is scrap: padding points there.
+    fresh: every row begins at position 0, so its keys are its T tokens themselves.
     lengths_B: set while decoding one token a row on a GPU: keys each row sees, its own included; attention then reads the
     pages where they lie.
     """
@@ -37,10 +39,11 @@ class LatentPages:
     page_table_BP: Tensor
     slots_BT: Tensor
     lengths_B: Tensor | None = None
+    fresh: bool = False
 
     def layer(self, index: int) -> LayerPages:
         """One layer's pages; MTP modules follow the model's layers."""
-        return LayerPages(self.latents[index], self.page_table_BP, self.slots_BT, self.lengths_B)
+        return LayerPages(self.latents[index], self.page_table_BP, self.slots_BT, self.lengths_B, self.fresh)
 
 
 class LayerPages(NamedTuple):
@@ -50,6 +53,7 @@ class LayerPages(NamedTuple):
     page_table_BP: Tensor
     slots_BT: Tensor
     lengths_B: Tensor | None = None
+    fresh: bool = False
 
     def write(self, latents_BTX: Tensor) -> None:
         """The new tokens' latents into their slots."""
@@ -58,7 +62,12 @@ class LayerPages(NamedTuple):
     def through(self, latents_BTX: Tensor) -> Tensor:
         """Write the new latents into the pages; return all keys of each row in order, [B, S, C + R]."""
         self.write(latents_BTX)
-        return self.pages[self.page_table_BP].flatten(1, 2).to(latents_BTX.dtype)
+        return latents_BTX if self.fresh else self.keys(latents_BTX.dtype)
+
+    def keys(self, dtype: torch.dtype) -> Tensor:
+        """All keys of each row in order, [B, S, C + R]; S = T where the rows are fresh."""
+        keys_BSX = self.pages[self.page_table_BP].flatten(1, 2)
+        return (keys_BSX[:, : self.slots_BT.shape[1]] if self.fresh else keys_BSX).to(dtype)
 
 
 @dataclass(frozen=True, slots=True)

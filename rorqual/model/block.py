@@ -27,9 +27,8 @@ class Block(nn.Module):
         cache: LayerPages | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """Returns the new residual stream, and the routing decisions of a routed layer (None of a dense one)."""
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, visible_BTS, cache)
-        normed = self.post_attention_layernorm(x_BTD)
+        attended = self.self_attn(self.input_layernorm(x_BTD), rope, visible_BTS, cache)
+        x_BTD, normed = self.post_attention_layernorm.after(x_BTD, attended)
         if isinstance(self.mlp, MoE):
-            out, routing = self.mlp(normed)
-            return x_BTD + out, routing
+            return self.mlp(normed, x_BTD)
         return x_BTD + self.mlp(normed), None

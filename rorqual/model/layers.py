@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rorqual.ops.fused import fuses
 from rorqual.ops.rms_norm import rms_norm
 
 
@@ -54,6 +55,16 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
+    def after(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """x + y, and its norm: one kernel where that can be."""
+        if fuses(x):
+            from rorqual.ops.triton.decode import add_norm
+
+            both = add_norm(x.flatten(0, -2), y.flatten(0, -2), self.weight, self.eps)
+            return both[0].view_as(x), both[1].view_as(x)
+        x = x + y
+        return x, rms_norm(x, self.weight, self.eps)
+
 
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)). The dense layers' feed-forward, and the shared experts as one."""
@@ -64,5 +75,15 @@ class MLP(nn.Module):
         self.up_proj = Linear(dim, width)
         self.down_proj = Linear(width, dim)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether no weight is quantised."""
+        return all(isinstance(part, Linear) for part in (self.gate_proj, self.up_proj, self.down_proj))
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if fuses(x):
+            from rorqual.ops.triton.fused import swiglu
+
+            return self.down_proj(swiglu(gate, up))
+        return self.down_proj(F.silu(gate) * up)

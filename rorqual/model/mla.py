@@ -62,51 +62,93 @@ class MLA(nn.Module):
         of each row from it, S = pages * page_size; without, the keys are the T tokens themselves."""
         if cache is not None and cache.lengths_B is not None:
             return self.o_proj(self.decode(x_BTD[:, 0], (rope[0][:, 0], rope[1][:, 0]), cache).flatten(-2))[:, None]
-        q_nope_BTHN, q_rope_BTHR = self.queries(x_BTD, rope)
-        latents_BSX = self.latents(x_BTD, rope)
-        if cache is not None:
-            latents_BSX = cache.through(latents_BSX)
-        T = x_BTD.shape[1]
-        if cache is not None and absorbed_is_cheaper(T, self.C, self.R, self.N, self.U):
-            assert visible_BTS is not None
-            out_BTHU = self.absorbed(q_nope_BTHN, q_rope_BTHR, latents_BSX, visible_BTS)
+        if cache is not None and fuses(x_BTD):
+            q_BTHX, latents_BSX = self._read_fused(x_BTD, rope, cache)
         else:
-            chunk = CONTEXT_CHUNK if cache is not None else None
-            out_BTHU = self.expanded(q_nope_BTHN, q_rope_BTHR, latents_BSX, visible_BTS, chunk)
+            q_BTHX = self.queries(x_BTD, rope)
+            latents_BSX = self.latents(x_BTD, rope)
+            if cache is not None:
+                latents_BSX = cache.through(latents_BSX)
+        T, fresh = x_BTD.shape[1], cache is None or cache.fresh
+        if not fresh and absorbed_is_cheaper(T, self.C, self.R, self.N, self.U):
+            assert visible_BTS is not None
+            out_BTHU = self.absorbed(q_BTHX, latents_BSX, visible_BTS)
+        else:
+            chunk = None if fresh else CONTEXT_CHUNK
+            out_BTHU = self.expanded(q_BTHX, latents_BSX, visible_BTS, chunk)
         return self.o_proj(out_BTHU.flatten(-2))
+
+    def _read_fused(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], cache: LayerPages) -> tuple[Tensor, Tensor]:
+        """Queries, and all keys' latents, the new ones written into their pages; few kernels."""
+        from rorqual.ops.triton.fused import rotate_queries_, write_latents
+
+        B, T, _ = x_BTD.shape
+        cos, sin = (angles.expand(B, T, -1).reshape(B * T, -1) for angles in rope)
+        kv = self.kv_a_proj_with_mqa(x_BTD).flatten(0, 1)
+        slots = cache.slots_BT.flatten()
+        write_latents(kv, self.kv_a_layernorm.weight, LATENT_NORM_EPS, cos, sin, cache.pages, slots)
+        q = rotate_queries_(self.project(x_BTD).flatten(0, 1), cos, sin, self.H).view(B, T, self.H, -1)
+        return q, cache.keys(x_BTD.dtype)
 
     def decode(self, x_BD: Tensor, rope: tuple[Tensor, Tensor], cache: LayerPages) -> Tensor:
         """One new token a row, absorbed, the pages read where they lie: [B, H, U]. rope: cos, sin [B, R/2]."""
         assert cache.lengths_B is not None
-        q_nope, q_rope = self.project_queries(x_BD)
-        kv_BX, slots_B = self.kv_a_proj_with_mqa(x_BD), cache.slots_BT[:, 0]
         if fuses(x_BD):
-            from rorqual.ops.triton.fused import rotate_heads, write_latents
-
-            write_latents(kv_BX, self.kv_a_layernorm.weight, LATENT_NORM_EPS, *rope, cache.pages, slots_B)
-            q_rope = rotate_heads(q_rope, *rope)
-        else:
-            cache._replace(slots_BT=slots_B).write(self.latent(kv_BX, rope))
-            q_rope = rotate(q_rope, rope[0][:, None], rope[1][:, None])
-        w_uk, w_uv = self.kv_b_proj.dense(x_BD.dtype).view(self.H, self.N + self.U, self.C).split((self.N, self.U), 1)
+            return self._decode_fused(x_BD, rope, cache)
+        q_nope, q_rope = self.project_queries(x_BD)
+        cache._replace(slots_BT=cache.slots_BT[:, 0]).write(self.latent(self.kv_a_proj_with_mqa(x_BD), rope))
+        w_uk, w_uv = self._absorbing(x_BD.dtype)
         q_latent = torch.bmm(q_nope.transpose(0, 1), w_uk).transpose(0, 1)
-        q = torch.cat((q_latent, q_rope), -1)
+        q = torch.cat((q_latent, rotate(q_rope, rope[0][:, None], rope[1][:, None])), -1)
         o_BHC = attend_pages(q, cache.pages, cache.page_table_BP, cache.lengths_B, self.C, self.scale)
         return torch.bmm(o_BHC.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
 
-    def queries(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Per head: the part matched by content [B, T, H, N] and the part matched by position [B, T, H, R]."""
+    def _decode_fused(self, x_BD: Tensor, rope: tuple[Tensor, Tensor], cache: LayerPages) -> Tensor:
+        """The same in few launches: five for few rows of plain weights."""
+        from rorqual.ops.triton.decode import TOKENS, absorbed_queries, merged_values, rows_dot
+        from rorqual.ops.triton.fused import write_latents
+        from rorqual.ops.triton.mla import busy_split, parts
+
+        assert cache.lengths_B is not None
+        kv_a = self.kv_a_proj_with_mqa
+        first = self.q_proj if hasattr(self, "q_proj") else self.q_a_proj
+        if len(x_BD) <= TOKENS and isinstance(first, Linear) and isinstance(kv_a, Linear):
+            q, kv_BX = rows_dot(x_BD, first.weight, kv_a.weight)
+        else:
+            q, kv_BX = first(x_BD), kv_a(x_BD)
+        if not hasattr(self, "q_proj"):
+            q = self.q_b_proj(self.q_a_layernorm(q))
+        write_latents(kv_BX, self.kv_a_layernorm.weight, LATENT_NORM_EPS, *rope, cache.pages, cache.slots_BT[:, 0])
+        w_uk, w_uv = self._absorbing(x_BD.dtype)
+        q_BHX = absorbed_queries(q, w_uk, *rope, self.R)
+        page = cache.pages.shape[1]
+        keys = cache.page_table_BP.shape[1] * page
+        split = busy_split(len(x_BD), self.H, keys)
+        part, lse = parts(q_BHX, cache.pages, cache.page_table_BP, cache.lengths_B, self.C, self.scale, split)
+        return merged_values(part, lse, cache.lengths_B, w_uv, x_BD.dtype, keys, page, split)
+
+    def _absorbing(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """W_UK [H, N, C] and W_UV [H, U, C]."""
+        w = self.kv_b_proj.dense(dtype).view(self.H, self.N + self.U, self.C)
+        w_uk, w_uv = w.split((self.N, self.U), 1)
+        return w_uk, w_uv
+
+    def queries(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """[B, T, H, N + R]: per head the part matched by content, then the part matched by position, rotated."""
         q_nope, q_rope = self.project_queries(x_BTD)
         cos, sin = rope
-        return q_nope, rotate(q_rope, cos[..., None, :], sin[..., None, :])
+        return torch.cat((q_nope, rotate(q_rope, cos[..., None, :], sin[..., None, :])), -1)
 
     def project_queries(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The same before rotation, for x [..., D]."""
+        """Both parts before rotation, for x [..., D]."""
+        q_nope, q_rope = self.project(x).unflatten(-1, (self.H, -1)).split((self.N, self.R), -1)
+        return q_nope, q_rope
+
+    def project(self, x: Tensor) -> Tensor:
+        """Queries [..., H * (N + R)] as projected."""
         if hasattr(self, "q_proj"):
-            q = self.q_proj(x)
-        else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        return q.unflatten(-1, (self.H, -1)).split((self.N, self.R), -1)
+            return self.q_proj(x)
+        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
 
     def latents(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """What is cached for each token: the normed latent and the rotated shared key, [B, T, C + R]."""
@@ -118,19 +160,20 @@ class MLA(nn.Module):
         return torch.cat((self.kv_a_layernorm(c_kv), rotate(k_rope, *rope)), -1)
 
     def expanded(
-        self,
-        q_nope: Tensor,
-        q_rope: Tensor,
-        latents_BSX: Tensor,
-        visible_BTS: Tensor | None,
-        chunk: int | None = None,
+        self, q_BTHX: Tensor, latents_BSX: Tensor, visible_BTS: Tensor | None, chunk: int | None = None
     ) -> Tensor:
         """Every head with its own keys and values; at most `chunk` of them at a time, if given. Returns [B, T, H, U]."""
-        q = torch.cat((q_nope, q_rope), -1).transpose(1, 2)
+        q = q_BTHX.transpose(1, 2)
 
         def expand(start: int, end: int) -> tuple[Tensor, Tensor]:
             c_kv, k_rope = latents_BSX[:, start:end].split((self.C, self.R), -1)
-            k_nope, v = self.kv_b_proj(c_kv).unflatten(-1, (self.H, -1)).split((self.N, self.U), -1)
+            kv = self.kv_b_proj(c_kv).unflatten(-1, (self.H, -1))
+            k_nope, v = kv.split((self.N, self.U), -1)
+            if fuses(kv):
+                from rorqual.ops.triton.fused import expanded_keys
+
+                k = expanded_keys(kv.flatten(0, 1), k_rope.reshape(-1, self.R), self.N).view(*kv.shape[:3], -1)
+                return k.transpose(1, 2), v.transpose(1, 2)
             k = torch.cat((k_nope, k_rope[:, :, None].expand(-1, -1, self.H, -1)), -1)
             return k.transpose(1, 2), v.transpose(1, 2)
 
@@ -140,8 +183,9 @@ class MLA(nn.Module):
         assert visible_BTS is not None
         return attend_in_chunks(q, expand, chunk, self.scale, visible_BTS).transpose(1, 2)
 
-    def absorbed(self, q_nope: Tensor, q_rope: Tensor, latents_BSX: Tensor, visible_BTS: Tensor) -> Tensor:
+    def absorbed(self, q_BTHX: Tensor, latents_BSX: Tensor, visible_BTS: Tensor) -> Tensor:
         """All heads over the latent itself. Returns [B, T, H, U]."""
+        q_nope, q_rope = q_BTHX.split((self.N, self.R), -1)
         kv_b = self.kv_b_proj.dense(q_nope.dtype).view(self.H, self.N + self.U, self.C)
         q_latent = torch.einsum("bthn,hnc->bthc", q_nope, kv_b[:, : self.N])
         o_latent = attend_latent(torch.cat((q_latent, q_rope), -1), latents_BSX, self.C, self.scale, visible_BTS)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rorqual.config import ModelConfig
 from rorqual.model.batch import Routing
 from rorqual.model.layers import MLP
-from rorqual.ops.experts import experts_backends, experts_triton
+from rorqual.ops.experts import experts_backends
 from rorqual.ops.fused import fuses
 from rorqual.ops.router import route
 
@@ -30,7 +30,12 @@ class Gate(nn.Module):
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gates [N, K] fp32, chosen experts [N, K], affinities [N, E] fp32."""
-        logits_NE = F.linear(x_ND.float(), self.weight.float())
+        if fuses(x_ND) and len(x_ND) <= DECODING:
+            from rorqual.ops.triton.decode import rows_dot
+
+            (logits_NE,) = rows_dot(x_ND, self.weight, dtype=torch.float32)
+        else:
+            logits_NE = F.linear(x_ND.float(), self.weight.float())
         return route(
             logits_NE,
             self.e_score_correction_bias,
@@ -54,8 +59,6 @@ class RoutedExperts(nn.Module):
         self.run = experts_backends.get(backend)
 
     def forward(self, x_ND: Tensor, gates_NK: Tensor, chosen_NK: Tensor) -> Tensor:
-        if fuses(x_ND) and len(x_ND) <= DECODING:
-            return experts_triton(x_ND, self.gate_up_proj, self.down_proj, gates_NK, chosen_NK)
         return self.run(x_ND, self.gate_up_proj, self.down_proj, gates_NK, chosen_NK)
 
 
@@ -66,8 +69,19 @@ class MoE(nn.Module):
         self.experts = RoutedExperts(cfg, backend)
         self.shared_experts = MLP(cfg.hidden_size, cfg.moe_intermediate_size * cfg.n_shared_experts)
 
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Routing]:
+    def forward(self, x_BTD: Tensor, add_BTD: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """add: joins the sum (the residual stream)."""
         x_ND = x_BTD.flatten(0, 1)
         gates_NK, chosen_NK, scores_NE = self.gate(x_ND)
-        routed_BTD = self.experts(x_ND, gates_NK, chosen_NK).view_as(x_BTD)
-        return routed_BTD + self.shared_experts(x_BTD), Routing(scores_NE, chosen_NK)
+        experts, shared = self.experts, self.shared_experts
+        if fuses(x_ND) and len(x_ND) <= DECODING and isinstance(experts, RoutedExperts) and shared.is_plain:
+            from rorqual.ops.triton.experts import routed_experts
+
+            out_ND = routed_experts(
+                x_ND, experts.gate_up_proj, experts.down_proj, gates_NK, chosen_NK,
+                None if add_BTD is None else add_BTD.flatten(0, 1),
+                (shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight),
+            )  # fmt: skip
+            return out_ND.view_as(x_BTD), Routing(scores_NE, chosen_NK)
+        out_BTD = experts(x_ND, gates_NK, chosen_NK).view_as(x_BTD) + shared(x_BTD)
+        return out_BTD if add_BTD is None else add_BTD + out_BTD, Routing(scores_NE, chosen_NK)

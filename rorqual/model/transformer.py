@@ -147,8 +147,8 @@ class Transformer(nn.Module):
 
     def _visible(self, tokens_BT: Tensor, batch: Batch) -> Tensor | None:
         """Which keys each query sees, [B, T, S]; None is plain causal over the tokens themselves."""
-        if batch.cache is not None and batch.cache.lengths_B is not None:
-            return None  # said by the lengths
+        if batch.cache is not None and (batch.cache.fresh or batch.cache.lengths_B is not None):
+            return None  # plain causal; said by the lengths
         if batch.cache is not None:
             assert batch.positions_BT is not None
             page_size = batch.cache.latents.shape[2]

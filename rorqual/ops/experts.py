@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rorqual.errors import BackendUnavailable
+from rorqual.ops.fused import fuses
 from rorqual.ops.triton.available import triton_missing
 from rorqual.registry import Backends
 
@@ -72,6 +73,13 @@ def experts_grouped(
     # Not bincount: its result has a data-dependent shape on CUDA and would wait for the device.
     ends_E = (flat_M[:, None] == experts).sum(0).cumsum(0).to(torch.int32)
     gate, up = F.grouped_mm(x_MD, gate_up_E2FD.to(x_ND.dtype).mT, offs=ends_E).chunk(2, -1)
+    if fuses(x_ND):
+        from rorqual.ops.triton.experts import combine
+        from rorqual.ops.triton.fused import swiglu
+
+        y_MD = F.grouped_mm(swiglu(gate, up), down_EDF.to(x_ND.dtype).mT, offs=ends_E)
+        place_M = torch.empty_like(order_M).scatter_(0, order_M, torch.arange(len(order_M), device=x_ND.device))
+        return combine(y_MD, place_M, gates_NK.contiguous())
     y_MD = F.grouped_mm(F.silu(gate) * up, down_EDF.to(x_ND.dtype).mT, offs=ends_E)
     return _combine(y_MD, order_M, gates_NK)
 

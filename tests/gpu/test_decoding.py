@@ -64,3 +64,45 @@ def test_sampling_and_logprobs_over_graphs() -> None:
     params = SamplingParams(temperature=0.8, top_p=0.9, seed=3, max_tokens=20, ignore_eos=True, logprobs=2)
     request = Request("a", (5, 6, 7), params)
     assert run(core(model, True), [request]) == run(core(model, False), [request])
+
+
+def arriving(engine: EngineCore, requests: list[Request], aborted: str) -> dict[str, list[int]]:
+    """One more request every few steps, one of them aborted on the way."""
+    answers: dict[str, list[int]] = {r.id: [] for r in requests}
+    waiting, steps = list(requests), 0
+    while waiting or engine.busy:
+        if waiting and steps % 3 == 0:
+            engine.add(waiting.pop(0))
+        if len(answers[aborted]) > 5:
+            engine.abort(aborted)
+        for out in engine.step():
+            answers[out.request_id].extend(out.token_ids)
+        steps += 1
+    return answers
+
+
+def test_steps_begun_ahead_change_nothing() -> None:
+    """Arrivals, endings by length and by stop token, an abort, sampled mates, preemption in a small cache: every answer is
+    what the request gets alone and plainly computed, up to ties."""
+    torch.manual_seed(2)
+    shape = replace(ModelConfig.load("test"), max_position_embeddings=512, vocab_size=128, num_nextn_predict_layers=0)
+    model = Transformer(shape, device="cuda")
+    requests = [
+        Request(
+            str(i),
+            tuple(torch.randint(2, 128, (n,)).tolist()),
+            SamplingParams(temperature=0.9 if i == 4 else 0, seed=i, max_tokens=40 + 13 * i, stop_token_ids=(7 + i,)),
+        )
+        for i, n in enumerate((3, 64, 63, 128, 17, 130, 1, 191))
+    ]
+    plain = core(model, False, max_num_seqs=8)
+    want = {request.id: run(plain, [request])[request.id] for request in requests}
+    for cache_tokens in (4096, 448):
+        engine = core(model, True, cache_tokens=cache_tokens, max_model_len=448)
+        got = arriving(engine, requests, "3")
+        assert engine.runner.graphs.usable
+        assert engine.scheduler.pool.available == engine.scheduler.pool.usable, "nothing leaks"
+        for i, tokens in want.items():
+            same = sum(a == b for a, b in zip(tokens, got[i], strict=False))
+            assert same >= 0.95 * (len(tokens) if i != "3" else len(got[i])), (cache_tokens, i, same, len(tokens))
+        assert cache_tokens > 600 or engine.stats.preemptions

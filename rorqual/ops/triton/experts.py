@@ -26,8 +26,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import linear
 
 from rorqual.ops.triton.fp8 import Tiling, launch
+from rorqual.ops.triton.fused import swiglu
 
 FEW = 2
 """Up to so many slots an expert on average, each slot reads its expert's weights for itself."""
@@ -57,19 +59,27 @@ def streams(D: int, F: int, K: int) -> Streams:
 
 @triton.jit
 def _swiglu_kernel(
-    x, w, h, chosen, stride_x, stride_we, stride_w,
-    K: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
+    x, w, shared_gate, shared_up, h, chosen, stride_x, stride_we, stride_w, stride_shared,
+    K: tl.constexpr, S: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """h[slot, f] = silu(gate_f x) (up_f x), fp32, for ROWS of the f of one slot."""
+    """h[slot, f] = silu(gate_f x) (up_f x), fp32, for ROWS of the f of one slot. A token has K slots of chosen experts and
+    then S slots of F rows each of the shared expert."""
     slot = tl.program_id(0)
-    expert = tl.load(chosen + slot).to(tl.int64)
+    token, k = slot // (K + S), slot % (K + S)
     f = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, COLUMNS)
     row = tl.minimum(f, F - 1).to(tl.int64)  # past the end: the last row again, never stored
-    gate_rows = w + expert * stride_we + row[:, None] * stride_w + d[None, :]
-    up_rows = gate_rows + F * stride_w
-    x_row = x + (slot // K).to(tl.int64) * stride_x + d
+    if k < K:
+        expert = tl.load(chosen + token * K + k).to(tl.int64)
+        gate_row = w + expert * stride_we
+        up_row, stride = gate_row + F * stride_w, stride_w
+    else:
+        gate_row = shared_gate + (k - K).to(tl.int64) * F * stride_shared
+        up_row, stride = shared_up + (k - K).to(tl.int64) * F * stride_shared, stride_shared
+    gate_rows = gate_row + row[:, None] * stride + d[None, :]
+    up_rows = up_row + row[:, None] * stride + d[None, :]
+    x_row = x + token.to(tl.int64) * stride_x + d
     gate = tl.zeros((ROWS, COLUMNS), tl.float32)
     up = tl.zeros((ROWS, COLUMNS), tl.float32)
     for at in tl.range(0, D, COLUMNS, num_stages=STAGES):
@@ -88,8 +98,8 @@ def _swiglu_kernel(
 
 @triton.jit
 def _down_kernel(
-    h, w, gates, chosen, add, y, stride_we, stride_w, stride_add,
-    K: tl.constexpr, D: tl.constexpr, F: tl.constexpr, ADD: tl.constexpr,
+    h, w, shared, gates, chosen, add, y, stride_we, stride_w, stride_shared, stride_add,
+    K: tl.constexpr, S: tl.constexpr, D: tl.constexpr, F: tl.constexpr, ADD: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y[n, d] = sum over slots of gate down_d h, for ROWS of the d of one token. One loop over slots and columns, so
@@ -97,20 +107,30 @@ def _down_kernel(
     n = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     f = tl.arange(0, COLUMNS)
-    rows = w + tl.minimum(d, D - 1).to(tl.int64)[:, None] * stride_w + f[None, :]
+    at_d = tl.minimum(d, D - 1).to(tl.int64)[:, None]
+    rows = w + at_d * stride_w + f[None, :]
+    h += n * (K + S) * F
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     STEPS: tl.constexpr = (F + COLUMNS - 1) // COLUMNS
     for step in tl.range(0, K * STEPS, num_stages=STAGES):
-        slot = n * K + step // STEPS
+        k = step // STEPS
         at = step % STEPS * COLUMNS
-        place = rows + tl.load(chosen + slot).to(tl.int64) * stride_we + at
-        gate = tl.load(gates + slot).to(tl.float32)
+        place = rows + tl.load(chosen + n * K + k).to(tl.int64) * stride_we + at
+        gate = tl.load(gates + n * K + k).to(tl.float32)
         if F % COLUMNS == 0:
-            acc += tl.load(place).to(tl.float32) * (tl.load(h + slot * F + at + f) * gate)[None, :]
+            acc += tl.load(place).to(tl.float32) * (tl.load(h + k * F + at + f) * gate)[None, :]
         else:
             inside = at + f < F
-            value = tl.load(h + slot * F + at + f, mask=inside, other=0.0) * gate
+            value = tl.load(h + k * F + at + f, mask=inside, other=0.0) * gate
             acc += tl.load(place, mask=inside[None, :], other=0.0).to(tl.float32) * value[None, :]
+    if S:
+        # The shared expert's slots lie side by side in its rows.
+        place = shared + at_d * stride_shared + f[None, :]
+        h += K * F
+        for at in tl.range(0, S * F, COLUMNS, num_stages=STAGES):
+            inside = at + f < S * F
+            value = tl.load(h + at + f, mask=inside, other=0.0)
+            acc += tl.load(place + at, mask=inside[None, :], other=0.0).to(tl.float32) * value[None, :]
     total = tl.sum(acc, 1)
     if ADD:
         total += tl.load(add + n * stride_add + d, mask=d < D, other=0.0).to(tl.float32)
@@ -159,6 +179,10 @@ def _combine_kernel(y, place, gates, add, out, stride_add, K: tl.constexpr, D, A
     tl.store(out + n * D + d, total.to(out.dtype.element_ty), mask=d < D)
 
 
+Shared = tuple[Tensor, Tensor, Tensor]
+"""The shared expert's gate and up [W, D] and down [D, W], W a multiple of the routed experts' F."""
+
+
 def routed_experts(
     x_ND: Tensor,
     gate_up_E2FD: Tensor,
@@ -166,35 +190,40 @@ def routed_experts(
     gates_NK: Tensor,
     chosen_NK: Tensor,
     add_ND: Tensor | None = None,
+    shared: Shared | None = None,
 ) -> Tensor:
     """The op of `ops.experts`: x [N, D], gate_up [E, 2F, D], down [E, D, F], gates [N, K], chosen [N, K] integers ->
-    [N, D] in x's dtype. add [N, D] (the shared expert's output) joins the sum last, in fp32, before the one rounding.
-    Weights of another dtype are converted as they are read. Chosen experts must exist: nothing checks them."""
+    [N, D] in x's dtype. shared: an expert of every token, with gate 1. add [N, D] (the residual stream) joins the sum
+    last, in fp32, before the one rounding. Weights of another dtype are converted as they are read. Chosen experts must
+    exist: nothing checks them."""
     if x_ND.shape[0] == 0:
         return torch.empty_like(x_ND)
-    rows = (x_ND, gate_up_E2FD, down_EDF) if add_ND is None else (x_ND, gate_up_E2FD, down_EDF, add_ND)
+    rows = (x_ND, gate_up_E2FD, down_EDF, *(() if add_ND is None else (add_ND,)), *(shared or ()))
     assert all(t.stride(-1) == 1 for t in rows)
     gates_NK, chosen_NK = gates_NK.contiguous(), chosen_NK.contiguous()
     run = few_slots if chosen_NK.numel() <= FEW * down_EDF.shape[0] else many_slots
-    return run(x_ND, gate_up_E2FD, down_EDF, gates_NK, chosen_NK, add_ND)
+    return run(x_ND, gate_up_E2FD, down_EDF, gates_NK, chosen_NK, add_ND, shared)
 
 
 def few_slots(
     x_ND: Tensor, w_E2FD: Tensor, down_EDF: Tensor, gates_NK: Tensor, chosen_NK: Tensor, add_ND: Tensor | None,
-    how: Streams | None = None,
+    shared: Shared | None = None, how: Streams | None = None,
 ) -> Tensor:  # fmt: skip
     (N, D), F, K = x_ND.shape, down_EDF.shape[2], chosen_NK.shape[1]
     how = how or streams(D, F, K)
-    h_MF = torch.empty(N * K, F, dtype=torch.float32, device=x_ND.device)
+    gate, up, down = shared or (w_E2FD[0], w_E2FD[0], down_EDF[0])  # not read without
+    S = len(gate) // F if shared else 0
+    assert not shared or (len(gate) == S * F and gate.stride(0) == up.stride(0)), "the shared expert is whole experts"
+    h_MF = torch.empty(N * (K + S), F, dtype=torch.float32, device=x_ND.device)
     y_ND = torch.empty(N, D, dtype=x_ND.dtype, device=x_ND.device)
-    _swiglu_kernel[(N * K, triton.cdiv(F, how.gate_rows))](
-        x_ND, w_E2FD, h_MF, chosen_NK, x_ND.stride(0), w_E2FD.stride(0), w_E2FD.stride(1),
-        K=K, D=D, F=F, ROWS=how.gate_rows, COLUMNS=how.columns, STAGES=how.stages, num_warps=how.warps,
+    _swiglu_kernel[(N * (K + S), triton.cdiv(F, how.gate_rows))](
+        x_ND, w_E2FD, gate, up, h_MF, chosen_NK, x_ND.stride(0), w_E2FD.stride(0), w_E2FD.stride(1), gate.stride(0),
+        K=K, S=S, D=D, F=F, ROWS=how.gate_rows, COLUMNS=how.columns, STAGES=how.stages, num_warps=how.warps,
     )  # fmt: skip
     _down_kernel[(N, triton.cdiv(D, how.down_rows))](
-        h_MF, down_EDF, gates_NK, chosen_NK, add_ND, y_ND,
-        down_EDF.stride(0), down_EDF.stride(1), 0 if add_ND is None else add_ND.stride(0),
-        K=K, D=D, F=F, ADD=add_ND is not None,
+        h_MF, down_EDF, down, gates_NK, chosen_NK, add_ND, y_ND,
+        down_EDF.stride(0), down_EDF.stride(1), down.stride(0), 0 if add_ND is None else add_ND.stride(0),
+        K=K, S=S, D=D, F=F, ADD=add_ND is not None,
         ROWS=how.down_rows, COLUMNS=how.columns, STAGES=how.stages, num_warps=how.warps,
     )  # fmt: skip
     return y_ND
@@ -202,9 +231,13 @@ def few_slots(
 
 def many_slots(
     x_ND: Tensor, w_E2FD: Tensor, down_EDF: Tensor, gates_NK: Tensor, chosen_NK: Tensor, add_ND: Tensor | None,
-    how: Tiling = TILE,
+    shared: Shared | None = None, how: Tiling = TILE,
 ) -> Tensor:  # fmt: skip
-    (N, D), (E, _, F), K = x_ND.shape, down_EDF.shape, chosen_NK.shape[1]
+    N, (E, _, F), K = len(x_ND), down_EDF.shape, chosen_NK.shape[1]
+    if shared is not None:
+        gate, up, down = (w.to(x_ND.dtype) for w in shared)
+        y_ND = linear(swiglu(linear(x_ND, gate), linear(x_ND, up)), down)
+        add_ND = y_ND if add_ND is None else add_ND + y_ND
     slots, tiles = N * K, N * K // how.block_m + E
     place_M, token_M = torch.empty(2, slots, dtype=torch.int32, device=x_ND.device)
     tile_expert = torch.full((tiles,), E, dtype=torch.int32, device=x_ND.device)  # E: no tile
@@ -215,7 +248,14 @@ def many_slots(
     listed = tile_expert, tile_begin, row_end
     h_MF = launch(x_ND, w_E2FD.unflatten(1, (2, F)), None, listed, token_M, slots, False, how)
     y_MD = launch(h_MF, down_EDF[:, None], None, listed, None, slots, False, how)
-    out_ND = torch.empty(N, D, dtype=x_ND.dtype, device=x_ND.device)
+    return combine(y_MD, place_M, gates_NK, add_ND)
+
+
+def combine(y_MD: Tensor, place_M: Tensor, gates_NK: Tensor, add_ND: Tensor | None = None) -> Tensor:
+    """Experts' outputs [M, D], sorted by expert, into their tokens: slot i's row stands at place[i]; a token's slots are
+    added in order in fp32, add [N, D] last -> [N, D] in y's dtype."""
+    (N, K), D = gates_NK.shape, y_MD.shape[1]
+    out_ND = torch.empty(N, D, dtype=y_MD.dtype, device=y_MD.device)
     _combine_kernel[(N, triton.cdiv(D, 256))](
         y_MD, place_M, gates_NK, add_ND, out_ND, 0 if add_ND is None else add_ND.stride(0),
         K=K, D=D, ADD=add_ND is not None, BLOCK=256, num_warps=2,

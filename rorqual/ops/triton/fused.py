@@ -44,6 +44,28 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 @triton.jit
+def _swiglu_kernel(gate, up, out, width, stride_g, stride_u, BLOCK: tl.constexpr):
+    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(gate + row * stride_g + at, mask=at < width, other=0.0)
+    u = tl.load(up + row * stride_u + at, mask=at < width, other=0.0)
+    g32 = g.to(tl.float32)
+    tl.store(out + row * width + at, (g32 / (1.0 + tl.exp(-g32))).to(g.dtype) * u, mask=at < width)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up in one kernel, [..., F] each with F contiguous (halves of one tensor, say)."""
+    width = gate.shape[-1]
+    g, u = gate.reshape(-1, width), up.reshape(-1, width)
+    out = torch.empty(g.shape, dtype=gate.dtype, device=gate.device)
+    if len(g):
+        block = min(1024, triton.next_power_of_2(width))
+        _swiglu_kernel[(len(g), triton.cdiv(width, block))](
+            g, u, out, width, g.stride(0), u.stride(0), BLOCK=block, num_warps=4
+        )
+    return out.view(gate.shape)
+
+
+@triton.jit
 def _latents_kernel(
     kv, weight, cos, sin, pages, slots, eps, stride_kv, stride_angle, stride_slot,
     C: tl.constexpr, HALF: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -79,30 +101,61 @@ def write_latents(
 
 
 @triton.jit
-def _rotate_kernel(x, cos, sin, out, heads, stride_n, stride_h, stride_angle, HALF: tl.constexpr, BLOCK: tl.constexpr):
-    n, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    pair = tl.arange(0, BLOCK)
-    real = pair < HALF
-    at = x + n * stride_n + h * stride_h + 2 * pair
-    even, odd = tl.load(at, mask=real, other=0.0), tl.load(at + 1, mask=real, other=0.0)
-    c = tl.load(cos + n * stride_angle + pair, mask=real, other=0.0)
-    s = tl.load(sin + n * stride_angle + pair, mask=real, other=0.0)
-    e32, o32 = even.to(tl.float32), odd.to(tl.float32)
-    to = out + (n * heads + h) * 2 * HALF + 2 * pair
-    tl.store(to, (e32 * c - o32 * s).to(even.dtype), mask=real)
-    tl.store(to + 1, (o32 * c + e32 * s).to(even.dtype), mask=real)
+def _rotate_kernel(q, cos, sin, stride_q, stride_angle, H, N: tl.constexpr, R: tl.constexpr, BLOCK_H: tl.constexpr,
+                   BLOCK_R: tl.constexpr):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    h, pair = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_R)
+    inside = (h < H)[:, None] & (pair < R // 2)[None, :]
+    at = q + n * stride_q + (h * (N + R) + N)[:, None] + 2 * pair[None, :]
+    even = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    odd = tl.load(at + 1, mask=inside, other=0.0).to(tl.float32)
+    a = tl.load(cos + n * stride_angle + pair, mask=pair < R // 2, other=0.0)[None, :]
+    b = tl.load(sin + n * stride_angle + pair, mask=pair < R // 2, other=0.0)[None, :]
+    tl.store(at, (even * a - odd * b).to(q.dtype.element_ty), mask=inside)
+    tl.store(at + 1, (odd * a + even * b).to(q.dtype.element_ty), mask=inside)
 
 
-def rotate_heads(x_NHR: Tensor, cos_NR: Tensor, sin_NR: Tensor) -> Tensor:
-    """`ops.rope.rotate` of every head [N, H, R] (R contiguous) by its token's angles, cos and sin [N, R/2] fp32."""
-    n, heads, width = x_NHR.shape
-    out = torch.empty((n, heads, width), dtype=x_NHR.dtype, device=x_NHR.device)
-    half = width // 2
-    _rotate_kernel[(n, heads)](
-        x_NHR, cos_NR, sin_NR, out, heads, x_NHR.stride(0), x_NHR.stride(1), cos_NR.stride(0),
-        HALF=half, BLOCK=triton.next_power_of_2(half), num_warps=1,
+def rotate_queries_(q_NX: Tensor, cos_NR: Tensor, sin_NR: Tensor, heads: int) -> Tensor:
+    """The rotary part of each head of q [N, H * (nope + R)] rotated by its token's angles (`ops.rope.rotate`), in place."""
+    R = 2 * cos_NR.shape[-1]
+    nope = q_NX.shape[1] // heads - R
+    block = min(16, triton.next_power_of_2(heads))
+    _rotate_kernel[(len(q_NX), triton.cdiv(heads, block))](
+        q_NX, cos_NR, sin_NR, q_NX.stride(0), cos_NR.stride(0), heads, N=nope, R=R, BLOCK_H=block,
+        BLOCK_R=triton.next_power_of_2(R // 2), num_warps=2,
     )  # fmt: skip
-    return out
+    return q_NX
+
+
+@triton.jit
+def _keys_kernel(kv, rope, k, H, stride_kv, stride_rope, NU: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
+                 BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):  # fmt: skip
+    s = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    n, r = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
+    to = k + ((s * H + h) * (N + R))[:, None]
+    inside = (h < H)[:, None] & (n < N)[None, :]
+    tl.store(to + n[None, :], tl.load(kv + s * stride_kv + (h * NU)[:, None] + n[None, :], mask=inside), mask=inside)
+    shared = tl.load(rope + s * stride_rope + r, mask=r < R, other=0.0)
+    tl.store(
+        to + N + r[None, :],
+        shared[None, :] + tl.zeros((BLOCK_H, 1), shared.dtype),
+        mask=(h < H)[:, None] & (r < R)[None, :],
+    )
+
+
+def expanded_keys(kv_SHX: Tensor, k_rope_SR: Tensor, nope: int) -> Tensor:
+    """Every head's key: the first `nope` numbers of kv [S, H, N + U], then the rotary key [S, R] shared by all heads
+    -> [S, H, N + R]."""
+    (S, H, X), R = kv_SHX.shape, k_rope_SR.shape[1]
+    assert kv_SHX.stride(1) == X and kv_SHX.stride(2) == k_rope_SR.stride(1) == 1
+    k = torch.empty(S, H, nope + R, dtype=kv_SHX.dtype, device=kv_SHX.device)
+    block = min(16, triton.next_power_of_2(H))
+    _keys_kernel[(S, triton.cdiv(H, block))](
+        kv_SHX, k_rope_SR, k, H, kv_SHX.stride(0), k_rope_SR.stride(0), NU=X, N=nope, R=R, BLOCK_H=block,
+        BLOCK_N=triton.next_power_of_2(nope), BLOCK_R=triton.next_power_of_2(R), num_warps=4,
+    )  # fmt: skip
+    return k
 
 
 @triton.jit

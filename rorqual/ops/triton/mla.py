@@ -1,8 +1,8 @@
 """Decoding over a paged latent cache in Triton: every head attends to the latents where they lie in their pages.
 
-A row's keys are cut into splits of SPLIT keys, which run side by side and are merged in order by their log-sum-exp. The
-size of a split is fixed, not their number, so a row's result depends neither on the rows beside it nor on the width
-of the page table. Lengths and tables are read on the device alone: a captured CUDA graph replays over other ones.
+A row's keys are cut into splits, which run side by side and are merged in order by their log-sum-exp. With one size of split
+(SPLIT) a row's result depends neither on the rows beside it nor on the width of the page table; `busy_split` gives that
+up for speed. Lengths and tables are read on the device alone: a captured CUDA graph replays over other ones.
 
 The latents are the left operand of both products (scores^T = K q^T, out^T = K^T p^T): a Hopper matrix unit wants 64 or
 more rows of it, while a program has 16 or 32 heads, and it takes both operands from shared memory, where one copy of a
@@ -17,12 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 SPLIT = 512
-"""Keys of one split, and the unit in which long rows become parallel."""
+"""Keys of one split where nothing else is asked for."""
 PROGRAMS = 2048
 """Programs that a launch aims at. A table may be much wider than its rows are long; programs beyond their row's last
 split return at once, but even those take their turn on a processor, so from here on programs take several splits."""
 MERGED = 8
 """Splits that are merged at once."""
+PROCESSORS = 132
+"""An H100's multiprocessors."""
 LOG2_E = 1.4426950408889634
 
 
@@ -106,24 +108,65 @@ def _merge_kernel(
 
 def decode(
     q_NHX: Tensor, pages_PSX: Tensor, table_NP: Tensor, lengths_N: Tensor, latent_dim: int, scale: float,
-    out: Tensor | None = None,
+    out: Tensor | None = None, split: int = SPLIT,
 ) -> Tensor:  # fmt: skip
     """`ops.attention.attend_pages`: queries [N, H, C + R] over pages [pages, page_size, C + R] -> [N, H, C].
 
     Nothing comes back to the host, and scratch is allocated inside, so the call can be captured in a CUDA graph. Entries
     of the table beyond a row's length are never read. page_size: a power of two, 16 or more; 64 is what this is made
-    for. out: contiguous, in q's dtype.
+    for. out: contiguous, in q's dtype. split: keys of one split, a multiple of the page.
     """
-    N, H, X = q_NHX.shape
-    page, width, C = pages_PSX.shape[1], table_NP.shape[1], latent_dim
-    assert pages_PSX.is_contiguous() and pages_PSX.shape[2] == X and 0 < C < X, (q_NHX.shape, pages_PSX.shape, C)
-    assert page >= 16 and page & (page - 1) == 0 and table_NP.stride(1) == lengths_N.stride(0) == 1
+    (N, H, _), page, width, C = q_NHX.shape, pages_PSX.shape[1], table_NP.shape[1], latent_dim
     if out is None:
         out = q_NHX.new_empty(N, H, C)
     assert out.shape == (N, H, C) and out.dtype == q_NHX.dtype and out.is_contiguous()
     if N == 0:
         return out
-    splits = max(1, triton.cdiv(width * page, SPLIT))
+    if width * page <= split:
+        _launch(q_NHX, pages_PSX, table_NP, lengths_N, C, scale, out, None, split)
+        return out
+    part, lse = parts(q_NHX, pages_PSX, table_NP, lengths_N, C, scale, split)
+    _merge_kernel[(N, H)](
+        part, lse, lengths_N, out, width, part.shape[2],
+        H=H, C=C, PAGE=page, SPLIT=split, BLOCK_C=max(16, triton.next_power_of_2(C)), MERGED=MERGED, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def parts(
+    q_NHX: Tensor, pages_PSX: Tensor, table_NP: Tensor, lengths_N: Tensor, latent_dim: int, scale: float,
+    split: int = SPLIT,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same, not merged: each split's result [N, H, splits, C], and the logarithm to base 2 of its sum of exponentials
+    [N, H, splits], fp32; undefined in splits beyond a row's length."""
+    N, H, _ = q_NHX.shape
+    splits = max(1, triton.cdiv(table_NP.shape[1] * pages_PSX.shape[1], split))
+    part = torch.empty(N, H, splits, latent_dim, dtype=torch.float32, device=q_NHX.device)
+    lse = torch.empty(N, H, splits, dtype=torch.float32, device=q_NHX.device)
+    if N:
+        _launch(q_NHX, pages_PSX, table_NP, lengths_N, latent_dim, scale, part, lse, split)
+    return part, lse
+
+
+def busy_split(rows: int, heads: int, keys: int) -> int:
+    """Keys of a split with which every multiprocessor has about two programs: short ones for few rows, where a split is
+    a chain of loads that one processor waits for, and long ones for many, where parts are memory moved for nothing."""
+    programs = rows * triton.cdiv(heads, 32 if heads >= 32 else 16)
+    wanted = max(1, 2 * PROCESSORS // programs)
+    return min(1024, max(64, triton.next_power_of_2(triton.cdiv(keys, wanted))))
+
+
+def _launch(
+    q_NHX: Tensor, pages_PSX: Tensor, table_NP: Tensor, lengths_N: Tensor, C: int, scale: float,
+    out: Tensor, lse: Tensor | None, split: int,
+) -> None:  # fmt: skip
+    """lse None: one split, and out is the result."""
+    N, H, X = q_NHX.shape
+    page, width = pages_PSX.shape[1], table_NP.shape[1]
+    assert pages_PSX.is_contiguous() and pages_PSX.shape[2] == X and 0 < C < X, (q_NHX.shape, pages_PSX.shape, C)
+    assert page >= 16 and page & (page - 1) == 0 and table_NP.stride(1) == lengths_N.stride(0) == 1
+    assert split % page == 0, "a split is whole pages"
+    splits = max(1, triton.cdiv(width * page, split))
     exact = q_NHX.dtype == torch.float32
     # By what fits an H100 for C = 512 without spilling: a block of keys and the next one in shared memory, [C, heads] of
     # accumulators in registers. 32 heads read the latents half as often as 16.
@@ -131,22 +174,10 @@ def decode(
         keys, block_h, warps = 16, 16, 8
     else:
         keys, block_h, warps = 64, *((32, 8) if H >= 32 else (16, 4))
-    block_c = max(16, triton.next_power_of_2(C))
     row_programs = N * triton.cdiv(H, block_h)
-    if splits == 1:
-        part, lse = out, None
-    else:
-        part = torch.empty(N, H, splits, C, dtype=torch.float32, device=q_NHX.device)
-        lse = torch.empty(N, H, splits, dtype=torch.float32, device=q_NHX.device)
     _split_kernel[(row_programs, min(splits, triton.cdiv(PROGRAMS, row_programs)))](
-        q_NHX.contiguous(), pages_PSX, table_NP, lengths_N, part, lse, scale * LOG2_E, table_NP.stride(0), width, splits,
-        H=H, C=C, R=X - C, PAGE=page, SPLIT=SPLIT, KEYS=min(page, keys),
-        BLOCK_H=block_h, BLOCK_C=block_c, BLOCK_R=max(16, triton.next_power_of_2(X - C)), DIRECT=splits == 1,
+        q_NHX.contiguous(), pages_PSX, table_NP, lengths_N, out, lse, scale * LOG2_E, table_NP.stride(0), width, splits,
+        H=H, C=C, R=X - C, PAGE=page, SPLIT=split, KEYS=min(page, keys), BLOCK_H=block_h,
+        BLOCK_C=max(16, triton.next_power_of_2(C)), BLOCK_R=max(16, triton.next_power_of_2(X - C)), DIRECT=lse is None,
         num_warps=warps, num_stages=2,
     )  # fmt: skip
-    if splits > 1:
-        _merge_kernel[(N, H)](
-            part, lse, lengths_N, out, width, splits,
-            H=H, C=C, PAGE=page, SPLIT=SPLIT, BLOCK_C=block_c, MERGED=MERGED, num_warps=4,
-        )  # fmt: skip
-    return out

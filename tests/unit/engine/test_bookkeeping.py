@@ -75,6 +75,7 @@ class Engine(RuleBasedStateMachine):
         on_disk=st.booleans(),
         capacity=st.sampled_from([3, 1000]),
         prefix_cache=st.booleans(),
+        lookahead=st.booleans(),
     )
     def start(
         self,
@@ -86,6 +87,7 @@ class Engine(RuleBasedStateMachine):
         on_disk: bool,
         capacity: int,
         prefix_cache: bool,
+        lookahead: bool,
     ) -> None:
         def build() -> EngineCore:
             core, self.runner = make_core(
@@ -99,6 +101,7 @@ class Engine(RuleBasedStateMachine):
                 draft_depth=draft_depth,
                 speculation="auto" if measured else draft_depth,
                 prefix_cache=prefix_cache,
+                lookahead=lookahead,
                 cache_dir=self.directory if on_disk and prefix_cache else None,
                 capacity_bytes=capacity * FILE_BYTES,
             )

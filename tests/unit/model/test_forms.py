@@ -64,8 +64,8 @@ def test_absorbed_equals_expanded_attention(seed: int) -> None:
     rope = cos_sin(torch.arange(21)[None], model.rope_speeds, model.rope_factor)
     q, latents = mla.queries(x, rope), mla.latents(x, rope)
     visible = torch.ones(21, 21, dtype=torch.bool).tril().expand(2, -1, -1)
-    assert (mla.absorbed(*q, latents, visible) - mla.expanded(*q, latents, visible)).abs().max() < 1e-4
-    assert (mla.expanded(*q, latents, None) - mla.expanded(*q, latents, visible)).abs().max() < 1e-4
+    assert (mla.absorbed(q, latents, visible) - mla.expanded(q, latents, visible)).abs().max() < 1e-4
+    assert (mla.expanded(q, latents, None) - mla.expanded(q, latents, visible)).abs().max() < 1e-4
 
 
 @torch.no_grad()

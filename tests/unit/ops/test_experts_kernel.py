@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import linear, silu
 
 from rorqual.errors import BackendUnavailable
 from rorqual.ops import experts
@@ -41,8 +42,22 @@ def test_triton_equals_the_loop(shape: tuple[int, ...], dtype: torch.dtype) -> N
     x, up, down, gates, chosen = inputs(shape, dtype)
     want = experts.experts_loop(x.float(), up.float(), down.float(), gates, chosen)
     close(experts.experts_backends.get("triton")(x, up, down, gates, chosen), want, dtype)
-    shared = torch.randn_like(x)
-    close(routed_experts(x, up, down, gates, chosen, shared), want + shared.float(), dtype)
+    residual = torch.randn_like(x)
+    close(routed_experts(x, up, down, gates, chosen, residual), want + residual.float(), dtype)
+
+
+@pytest.mark.parametrize("dtype", list(BOUND), ids=str)
+@pytest.mark.parametrize("shape", [*FEW_SLOTS, MANY_SLOTS[1]])
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_shared_expert_joins(count: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, up, down, gates, chosen = inputs(shape, dtype)
+    width, D = count * down.shape[2], x.shape[1]
+    one, two = torch.randn(2, width, D, device=DEVICE).div(D**0.5).to(dtype)
+    back = torch.randn(D, width, device=DEVICE).div(width**0.5).to(dtype)
+    residual = torch.randn_like(x)
+    want = experts.experts_loop(x.float(), up.float(), down.float(), gates, chosen) + residual.float()
+    want += linear(silu(linear(x.float(), one.float())) * linear(x.float(), two.float()), back.float())
+    close(routed_experts(x, up, down, gates, chosen, residual, (one, two, back)), want, dtype)
 
 
 @pytest.mark.parametrize("run", [few_slots, many_slots])
@@ -88,7 +103,7 @@ def test_blocks_change_speed_only() -> None:
     values = inputs((2, 70, 40, 8, 2), torch.float32)
     want = experts.experts_loop(*values)
     for how in (Streams(8, 16, 64, 4, 1), Streams(4, 4, 512, 8, 4)):
-        close(few_slots(*values, None, how), want, torch.float32)
+        close(few_slots(*values, None, None, how), want, torch.float32)
 
 
 def test_a_gradient_is_refused() -> None:

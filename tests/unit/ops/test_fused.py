@@ -24,6 +24,22 @@ def test_norm(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     assert torch.allclose(fused.rms_norm(strided, weight, 1e-6), plain_norm.reference(strided, weight, 1e-6), rtol=2e-3)
 
 
+def test_queries_are_rotated_in_place() -> None:
+    q = torch.randn(4, 3, 12 + 8, device=DEVICE)
+    cos, sin = rope.cos_sin(torch.tensor([0, 5, 100, 9], device=DEVICE), torch.rand(4, device=DEVICE), 1.2)
+    want = torch.cat((q[..., :12], rope.rotate(q[..., 12:], cos[:, None], sin[:, None])), -1)
+    wide = torch.cat((q.flatten(1), torch.full((4, 5), 9.0, device=DEVICE)), 1)
+    assert fused.rotate_queries_(wide[:, :60], cos, sin, 3).data_ptr() == wide.data_ptr()
+    assert torch.allclose(wide[:, :60], want.flatten(1), atol=1e-6) and (wide[:, 60:] == 9).all()
+
+
+@pytest.mark.parametrize("heads", [3, 20])
+def test_keys_are_expanded(heads: int) -> None:
+    kv, shared = torch.randn(5, heads, 24 + 10, device=DEVICE), torch.randn(5, 30, device=DEVICE)[:, 20:]
+    want = torch.cat((kv[..., :24], shared[:, None].expand(-1, heads, -1)), -1)
+    assert torch.equal(fused.expanded_keys(kv, shared, 24), want)
+
+
 def test_latents_are_normed_rotated_and_put_in_their_slots() -> None:
     kv, weight = torch.randn(5, 48 + 12, device=DEVICE), torch.randn(48, device=DEVICE)
     cos, sin = rope.cos_sin(torch.arange(5, device=DEVICE) * 7, torch.rand(6, device=DEVICE), 1.0)
@@ -38,11 +54,13 @@ def test_latents_are_normed_rotated_and_put_in_their_slots() -> None:
     assert (flat[untouched.to(DEVICE)] == 9.0).all()
 
 
-def test_heads_are_rotated() -> None:
-    q = torch.randn(4, 3, 20, device=DEVICE)[..., 8:]
-    cos, sin = rope.cos_sin(torch.tensor([0, 5, 100, 9], device=DEVICE), torch.rand(6, device=DEVICE), 1.2)
-    want = rope.rotate(q, cos[:, None], sin[:, None])
-    assert torch.allclose(fused.rotate_heads(q, cos, sin), want, atol=1e-6)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_swiglu(dtype: torch.dtype) -> None:
+    halves = torch.randn(2, 3, 1400, device=DEVICE).to(dtype).chunk(2, -1)
+    whole = torch.randn(2, 4, 1100, device=DEVICE).to(dtype).unbind()
+    for gate, up in (halves, whole):
+        want = torch.nn.functional.silu(gate) * up
+        assert torch.allclose(fused.swiglu(gate, up), want, rtol=2e-3 if dtype == torch.float16 else 1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
