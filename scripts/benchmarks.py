@@ -33,6 +33,7 @@ def main() -> None:
     titles = {
         "ready": "Starting: seconds and memory beyond `import torch`",
         "serve": "Continuous batching: all requests at once",
+        "attention": "Decoding attention over latent pages, 512 + 64 numbers a token",
         "mtp": "Speculation by the MTP module",
     }
     for kind, title in titles.items():

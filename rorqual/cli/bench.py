@@ -148,6 +148,8 @@ def _generate(
     if dtype not in b.BYTES:
         raise typer.BadParameter(f"{dtype!r} is not one of {', '.join(b.BYTES)}", param_hint="--dtype")
     work, weights = b.Work(*shape), b.Weights(model)
+    if weights.preset and work.prompt + work.new > weights.cfg.max_position_embeddings:
+        weights.cfg = weights.cfg.replace(max_position_embeddings=work.prompt + work.new)  # random weights take any
     count = threads or physical_cores()
     ours = b.Generation(weights, device, work, dtype, count)
     engines: dict[str, Callable[[], float | None]] = {"rorqual": ours.run}
@@ -326,6 +328,27 @@ def layer(
         json_file.write_text(json.dumps(result, indent=1) + "\n")
     if any(row["error"] > row["bound"] for row in agreement if row["std"] == 0.006):
         raise typer.Exit(1)
+
+
+@app.command()
+def attention(
+    device: Device = "cuda",
+    heads: Annotated[list[int] | None, typer.Option(help="Query heads; default 16 and 128.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Sequences; default 1 and 64.")] = None,
+    context: Annotated[int, typer.Option(help="Cached tokens of each.", min=1)] = 8192,
+    json_file: JsonFile = None,
+) -> None:
+    """Decoding attention over latent pages (512 + 64 numbers a token, bf16) by the kernel: microseconds, TFLOP/s, GB/s and
+    its share of the measured copy bandwidth, and the error against the reference.
+
+    Example:
+
+        rorqual bench attention --heads 128 --batch 64 --context 8192
+    """
+    from rorqual.cli import layers
+
+    rows = layers.attention(device, heads or [16, 128], batch or [1, 64], context)
+    finish("attention", {"context": context}, rows, device, json_file)
 
 
 @app.command()

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -106,18 +107,24 @@ class Work(NamedTuple):
 
 
 class Weights:
-    """One checkpoint for every engine: a directory, or a preset's random weights by seed, written once, bf16."""
+    """One checkpoint for every engine: a directory, or a preset's random weights by seed, in bf16. A preset is written to
+    disk when somebody reads it from there (`path`)."""
 
     def __init__(self, model: str) -> None:
         self.folder: tempfile.TemporaryDirectory[str] | None = None
-        if Path(model).is_dir():
-            self.path = Path(model)
-        else:
-            self.folder = tempfile.TemporaryDirectory()
-            self.path = Path(self.folder.name) / "model"
-            torch.manual_seed(0)
-            save_model(Transformer(ModelConfig.load(model), dtype=torch.bfloat16), self.path)
-        self.cfg = ModelConfig.load(str(self.path))
+        self.preset = None if Path(model).is_dir() else model
+        self.cfg = ModelConfig.load(model)
+        self._given = Path(model)
+
+    @cached_property
+    def path(self) -> Path:
+        if self.preset is None:
+            return self._given
+        self.folder = self.folder or tempfile.TemporaryDirectory()
+        path = Path(self.folder.name) / "model"
+        torch.manual_seed(0)
+        save_model(Transformer(self.cfg, dtype=torch.bfloat16), path)
+        return path
 
     def gguf(self, kind: str) -> Path:
         from rorqual.checkpoint.gguf import export_gguf
@@ -133,14 +140,19 @@ class Weights:
 def engine(
     weights: Weights, device: str, max_num_seqs: int, dtype: str, threads: int, speculation: int = 0
 ) -> EngineCore:
-    """Our engine core. threads: on a CPU, 0 for what is fastest."""
-    from rorqual.engine.load import load_core
+    """Our engine core. threads: on a CPU, 0 for what is fastest. A preset's weights are made where they are needed."""
+    from rorqual.engine.load import build_core, load_core
 
+    on_gpu = device.startswith("cuda") and weights.preset is not None
     told = EngineSettings(
-        str(weights.path), dtype, device, max_num_seqs=max_num_seqs, prefix_cache=False, speculation=speculation,
-        threads=threads or "auto",
+        "" if on_gpu else str(weights.path), dtype, device, max_num_seqs=max_num_seqs, prefix_cache=False,
+        speculation=speculation, threads=threads or "auto",
     )  # fmt: skip
-    return load_core(told)
+    if not on_gpu:
+        return load_core(told)
+    torch.manual_seed(0)
+    model = Transformer(weights.cfg, dtype=getattr(torch, dtype), device=device).eval()
+    return build_core(model, told, name=str(weights.preset), eos_token_ids=weights.cfg.eos_token_ids)
 
 
 class Generation:

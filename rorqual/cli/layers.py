@@ -274,6 +274,32 @@ def copy_bandwidth(device: str, size: int = 1 << 30) -> float:
     return 2 * a.nbytes / seconds
 
 
+def attention(device: str, heads: list[int], batches: list[int], context: int) -> list[dict[str, Any]]:
+    """The paged kernel at the released latent's size, every row `context` tokens long."""
+    from rorqual.ops.attention import attend_pages
+    from rorqual.ops.triton.mla import busy_split, decode
+
+    C, R, page = 512, 64, 64
+    width, bandwidth, out = -(-context // page), copy_bandwidth(device), []
+    for batch in batches:
+        pages = torch.randn(batch * width, page, C + R, device=device, dtype=torch.bfloat16)
+        table = torch.randperm(batch * width, device=device).view(batch, width)
+        lengths = torch.full((batch,), context, device=device)
+        for H in heads:
+            q = torch.randn(batch, H, C + R, device=device, dtype=torch.bfloat16)
+            split = busy_split(batch, H, width * page)
+            run = partial(decode, q, pages, table, lengths, C, (C + R) ** -0.5, split=split)
+            want = attend_pages(q[:1], pages, table[:1], lengths[:1], C, (C + R) ** -0.5, "reference").float()
+            error, seconds = float((run()[:1].float() - want).norm() / want.norm()), timed(run)
+            rate = batch * context * (C + R) * pages.itemsize / seconds
+            out.append({
+                "heads": H, "batch": batch, "split": split, "microseconds": 1e6 * seconds,
+                "tflops": 2 * batch * context * H * (2 * C + R) / seconds / 1e12, "gigabytes_per_s": rate / 1e9,
+                "of_bandwidth": rate / bandwidth, "error": error,
+            })  # fmt: skip
+    return out
+
+
 def products(cfg: ModelConfig, device: str, rows: list[int]) -> list[dict[str, Any]]:
     """Every way of multiplying by an FP8 weight, by shape: microseconds, and the error against fp64 arithmetic."""
     D, H = cfg.hidden_size, cfg.num_attention_heads

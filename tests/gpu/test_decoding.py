@@ -91,7 +91,13 @@ def test_steps_begun_ahead_change_nothing() -> None:
         Request(
             str(i),
             tuple(torch.randint(2, 128, (n,)).tolist()),
-            SamplingParams(temperature=0.9 if i == 4 else 0, seed=i, max_tokens=40 + 13 * i, stop_token_ids=(7 + i,)),
+            SamplingParams(
+                temperature=0.9 if i == 4 else 0,
+                seed=i,
+                max_tokens=40 + 13 * i,
+                ignore_eos=True,
+                stop_token_ids=(7,) if i in (2, 5) else (),
+            ),
         )
         for i, n in enumerate((3, 64, 63, 128, 17, 130, 1, 191))
     ]
