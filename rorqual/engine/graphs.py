@@ -83,9 +83,9 @@ class _Graph:
         cache = LatentPages(self.latents, table, slots[:, None], lengths)
         h_BD = self.model.hidden(tokens[:, None], Batch(positions[:, None], cache=cache))[0][:, 0]
         logits_BV = self.model.head(h_BD)
+        # What is not finite in a hidden state is not finite in its logits, and max passes it on.
         top, best = logits_BV.max(-1)
-        sound = h_BD.isfinite().all(-1) & top.isfinite()
-        return h_BD, logits_BV, torch.where(sound, best, -1)
+        return h_BD, logits_BV, torch.where(top.isfinite(), best, -1)
 
     def launch(self, places: Sequence[Place], page_size: int, tokens: Sequence[int] | _Ahead) -> _Ahead:
         """Start a step, and the copy of its answer to the host. tokens: what goes in, or the step that draws it (and of

@@ -125,7 +125,7 @@ def _queries_kernel(
 
 def together(tokens: int) -> int:
     """How many tokens share a program that holds a tile of weights: all processors busy first, then fewer reads."""
-    return 1 if tokens <= 8 else 4
+    return 1 if tokens <= 8 else 8
 
 
 def absorbed_queries(q_NX: Tensor, w_uk_HNC: Tensor, cos_NR: Tensor, sin_NR: Tensor, rope_dim: int) -> Tensor:
@@ -181,7 +181,7 @@ def merged_values(
     (T, H, splits, C), U = part.shape, w_uv_HUC.shape[1]
     assert w_uv_HUC.shape == (H, U, C) and w_uv_HUC.stride(2) == 1
     out = torch.empty(T, H, U, dtype=dtype, device=part.device)
-    block_u = min(32, triton.next_power_of_2(U))
+    block_u = min(32 if T <= 8 else 64, triton.next_power_of_2(U))
     _values_kernel[(T, H, triton.cdiv(U, block_u))](
         part, lse, lengths_N, w_uv_HUC, out, keys // page, splits, w_uv_HUC.stride(0), w_uv_HUC.stride(1),
         H=H, C=C, U=U, PAGE=page, SPLIT=split, MERGED=8,

@@ -166,7 +166,10 @@ def _sort_kernel(
 
 
 @triton.jit
-def _combine_kernel(y, place, gates, add, out, stride_add, K: tl.constexpr, D, ADD: tl.constexpr, BLOCK: tl.constexpr):
+def _combine_kernel(
+    y, place, gates, add, more, out, stride_add, K: tl.constexpr, D, ADD: tl.constexpr, MORE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -176,6 +179,8 @@ def _combine_kernel(y, place, gates, add, out, stride_add, K: tl.constexpr, D, A
         total += tl.load(gates + n * K + k).to(tl.float32) * value
     if ADD:
         total += tl.load(add + n * stride_add + d, mask=d < D, other=0.0).to(tl.float32)
+    if MORE:
+        total += tl.load(more + n * D + d, mask=d < D, other=0.0).to(tl.float32)
     tl.store(out + n * D + d, total.to(out.dtype.element_ty), mask=d < D)
 
 
@@ -234,10 +239,10 @@ def many_slots(
     shared: Shared | None = None, how: Tiling = TILE,
 ) -> Tensor:  # fmt: skip
     N, (E, _, F), K = len(x_ND), down_EDF.shape, chosen_NK.shape[1]
+    more_ND = None
     if shared is not None:
         gate, up, down = (w.to(x_ND.dtype) for w in shared)
-        y_ND = linear(swiglu(linear(x_ND, gate), linear(x_ND, up)), down)
-        add_ND = y_ND if add_ND is None else add_ND + y_ND
+        more_ND = linear(swiglu(linear(x_ND, gate), linear(x_ND, up)), down)
     slots, tiles = N * K, N * K // how.block_m + E
     place_M, token_M = torch.empty(2, slots, dtype=torch.int32, device=x_ND.device)
     tile_expert = torch.full((tiles,), E, dtype=torch.int32, device=x_ND.device)  # E: no tile
@@ -248,16 +253,18 @@ def many_slots(
     listed = tile_expert, tile_begin, row_end
     h_MF = launch(x_ND, w_E2FD.unflatten(1, (2, F)), None, listed, token_M, slots, False, how)
     y_MD = launch(h_MF, down_EDF[:, None], None, listed, None, slots, False, how)
-    return combine(y_MD, place_M, gates_NK, add_ND)
+    return combine(y_MD, place_M, gates_NK, add_ND, more_ND)
 
 
-def combine(y_MD: Tensor, place_M: Tensor, gates_NK: Tensor, add_ND: Tensor | None = None) -> Tensor:
+def combine(
+    y_MD: Tensor, place_M: Tensor, gates_NK: Tensor, add_ND: Tensor | None = None, more_ND: Tensor | None = None
+) -> Tensor:
     """Experts' outputs [M, D], sorted by expert, into their tokens: slot i's row stands at place[i]; a token's slots are
-    added in order in fp32, add [N, D] last -> [N, D] in y's dtype."""
+    added in order in fp32, add [N, D] and more [N, D] (contiguous) last -> [N, D] in y's dtype."""
     (N, K), D = gates_NK.shape, y_MD.shape[1]
     out_ND = torch.empty(N, D, dtype=y_MD.dtype, device=y_MD.device)
     _combine_kernel[(N, triton.cdiv(D, 256))](
-        y_MD, place_M, gates_NK, add_ND, out_ND, 0 if add_ND is None else add_ND.stride(0),
-        K=K, D=D, ADD=add_ND is not None, BLOCK=256, num_warps=2,
+        y_MD, place_M, gates_NK, add_ND, more_ND, out_ND, 0 if add_ND is None else add_ND.stride(0),
+        K=K, D=D, ADD=add_ND is not None, MORE=more_ND is not None, BLOCK=256, num_warps=2,
     )  # fmt: skip
     return out_ND

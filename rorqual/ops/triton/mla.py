@@ -21,6 +21,8 @@ SPLIT = 512
 PROGRAMS = 2048
 """Programs that a launch aims at. A table may be much wider than its rows are long; programs beyond their row's last
 split return at once, but even those take their turn on a processor, so from here on programs take several splits."""
+KEYS, STAGES = 64, 2
+"""Keys of a block, and blocks in flight."""
 MERGED = 8
 """Splits that are merged at once."""
 PROCESSORS = 132
@@ -173,11 +175,11 @@ def _launch(
     if exact:
         keys, block_h, warps = 16, 16, 8
     else:
-        keys, block_h, warps = 64, *((32, 8) if H >= 32 else (16, 4))
+        keys, block_h, warps = KEYS, *((32, 8) if H >= 32 else (16, 4))
     row_programs = N * triton.cdiv(H, block_h)
     _split_kernel[(row_programs, min(splits, triton.cdiv(PROGRAMS, row_programs)))](
         q_NHX.contiguous(), pages_PSX, table_NP, lengths_N, out, lse, scale * LOG2_E, table_NP.stride(0), width, splits,
         H=H, C=C, R=X - C, PAGE=page, SPLIT=split, KEYS=min(page, keys), BLOCK_H=block_h,
         BLOCK_C=max(16, triton.next_power_of_2(C)), BLOCK_R=max(16, triton.next_power_of_2(X - C)), DIRECT=lse is None,
-        num_warps=warps, num_stages=2,
+        num_warps=warps, num_stages=STAGES,
     )  # fmt: skip
