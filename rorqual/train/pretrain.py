@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
-import time
-from collections import deque
-from collections.abc import Callable, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -22,16 +24,17 @@ from rorqual.checkpoint.hf import DTYPES
 from rorqual.config import ModelConfig, dump_toml, from_dict, to_dict
 from rorqual.data.packing import PackedSamples, PackedStream
 from rorqual.data.shards import Reader
-from rorqual.errors import ConfigError, DataError
+from rorqual.errors import ConfigError, DataError, TrainingError
 from rorqual.model.transformer import Transformer
-from rorqual.plan.count import training_flops_per_token
-from rorqual.train import checkpoints, schedule
+from rorqual.train import checkpoints
 from rorqual.train.config import RunConfig, Source, resolve
-from rorqual.train.hardware import describe, memory_bytes, peak_flops
-from rorqual.train.record import Events, LiveLine, MetricsFile, read_metrics
-from rorqual.train.trainer import METRICS, Fetch, StepResult, Trainer
+from rorqual.train.hardware import describe
+from rorqual.train.limits import no_room
+from rorqual.train.loop import Loop
+from rorqual.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
+Kind = Literal["pretrain", "sft"]
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,9 @@ class RunRecord:
     last: dict[str, Any]
 
 
-def pretrain(
-    cfg: RunConfig, kind: Literal["pretrain", "sft"] = "pretrain", say: Callable[[str], None] = log.info
-) -> RunRecord:
-    """Run or resume `cfg`. Raises ConfigError, DataError, CheckpointError; on Ctrl-C writes a checkpoint and returns."""
+def pretrain(cfg: RunConfig, kind: Kind = "pretrain", say: Callable[[str], None] = log.info) -> RunRecord:
+    """Run or resume `cfg`. Raises ConfigError, DataError, CheckpointError, TrainingError; on SIGTERM or Ctrl-C writes a
+    checkpoint and returns."""
     cfg = resolve(cfg, kind=kind, cuda=torch.cuda.is_available(), cores=torch.get_num_threads())
     run = Path(cfg.out)
     model_cfg = model_config(cfg)
@@ -60,29 +62,71 @@ def pretrain(
     assert isinstance(cfg.threads, int)
     torch.set_num_threads(cfg.threads)
     trainer = Trainer(cfg, build_model(cfg, model_cfg, device))
-    done, progress = 0, {"tokens": 0, "elapsed_s": 0.0}
+    done, progress = 0, {"elapsed_s": 0.0}
     if saved := checkpoints.steps(run):
         done, progress = saved[-1], checkpoints.restore(run, saved[-1], trainer)
         say(f"resuming after step {done}")
     say(f"{describe(device)}: {model_summary(trainer.model)}; run directory {run}")
-    loop = Loop(cfg, trainer, run, done, progress, say)
-    try:
-        loop.run(train, val)
-    except KeyboardInterrupt:
-        loop.save()
-        say(f"interrupted after step {loop.step}; the same command goes on from there")
+    with full_disk_is_said(run):
+        loop = Loop(cfg, trainer, run, done, progress, say)
+        try:
+            with signals_stop(loop):
+                loop.run(train, val)
+        finally:
+            loop.close()
+    if loop.step < loop.steps:
+        say(f"stopped after step {loop.step}; the same command goes on from there")
         return RunRecord(run, None, loop.step, loop.last)
+    return RunRecord(run, _export(trainer, run, done, loop.step), loop.step, loop.last)
+
+
+@contextmanager
+def full_disk_is_said(run: Path) -> Iterator[None]:
+    """Turns the system's error about a full disk into one that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if not no_room(error):
+            raise
+        raise TrainingError(
+            f"the disk of {run} is full: {error}", remedy="make room and give the same command again"
+        ) from error
+
+
+def _export(trainer: Trainer, run: Path, done: int, step: int) -> Path:
+    """model/, and model-ema/ where there is an average, unless an earlier call left them."""
+    cfg, export = trainer.cfg, run / "model"
+    if (export / "config.json").is_file() and step == done:
+        return export
+    options: dict[str, Any] = {
+        "dtype": DTYPES[cfg.export_dtype], "files_from": cfg.data.tokenizer or cfg.init_from or None
+    }  # fmt: skip
+    if trainer.average is not None:
+        with trainer.average.in_place():
+            save_model(trainer.model, run / "model-ema", **options)
+    save_model(trainer.model, export, **options)
+    return export
+
+
+@contextmanager
+def signals_stop(loop: Loop) -> Iterator[None]:
+    """Inside, SIGTERM and Ctrl-C end the loop after the step under way, so that what is saved is whole; a second Ctrl-C
+    does not wait. Only the main thread can hear signals; elsewhere nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if loop.stop and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        loop.stop = True
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
     finally:
-        loop.close()
-    export = run / "model"
-    if not (export / "config.json").is_file() or loop.step > done:
-        save_model(
-            trainer.model,
-            export,
-            dtype=DTYPES[cfg.export_dtype],
-            files_from=cfg.data.tokenizer or cfg.init_from or None,
-        )
-    return RunRecord(run, export, loop.step, loop.last)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def model_config(cfg: RunConfig) -> ModelConfig:
@@ -115,6 +159,8 @@ def open_rows(cfg: RunConfig, model_cfg: ModelConfig, sources: Sequence[Source])
     """The packed rows of some sources. Raises DataError where they do not fit the model."""
     readers = [Reader(s.path) for s in sources]
     for reader in readers:
+        if cfg.data.verify:
+            reader.verify()
         if reader.meta.vocab_size > model_cfg.vocab_size:
             raise DataError(
                 f"{reader.directory} has a vocabulary of {reader.meta.vocab_size}, the model {model_cfg.vocab_size}",
@@ -153,99 +199,3 @@ def _claim(run: Path, cfg: RunConfig, model_cfg: ModelConfig) -> None:
     run.mkdir(parents=True, exist_ok=True)
     file.write_text(dump_toml(cfg), encoding="utf-8")
     (run / "model_config.json").write_text(json.dumps(model_cfg.to_json(), indent=2) + "\n", encoding="utf-8")
-
-
-class Loop:
-    """The steps of a run, its records and its checkpoints."""
-
-    def __init__(
-        self,
-        cfg: RunConfig,
-        trainer: Trainer,
-        run: Path,
-        done: int,
-        progress: dict[str, Any],
-        say: Callable[[str], None],
-    ) -> None:
-        self.cfg, self.trainer, self.directory, self.step = cfg, trainer, run, done
-        self.tokens, self.elapsed = int(progress["tokens"]), float(progress["elapsed_s"])
-        self.last: dict[str, Any] = next(reversed(_history(run, done)), {})
-        self.metrics, self.events = MetricsFile(run / "metrics.jsonl", done), Events(run, done)
-        self.live, self.say = LiveLine(cfg.steps), say
-        self.peak, self.peak_source = peak_flops(trainer.model.device)
-        self.flops_per_token = training_flops_per_token(trainer.model.cfg, cfg.data.seq_len)
-        self.pending: list[tuple[int, StepResult, float]] = []
-        self.recent: deque[float] = deque(maxlen=50)
-        self.saved_at = time.monotonic()
-
-    def run(self, train: PackedStream | PackedSamples, val: PackedStream | PackedSamples | None) -> None:
-        """From the step reached to the last."""
-        cfg, cuda = self.cfg, self.trainer.model.device.type == "cuda"
-        if self.step < cfg.steps:
-            self.say(f"MFU is measured against {self.peak / 1e12:.3g} TFLOP/s: {self.peak_source}")
-        while self.step < cfg.steps:
-            start = time.perf_counter()
-            result = self.trainer.step(self.step, train.rows)
-            self.step += 1
-            self.tokens += cfg.batch * cfg.data.seq_len
-            self.pending.append((self.step, result, start))
-            evaluate = val is not None and (self.step % cfg.eval_every == 0 or self.step == cfg.steps)
-            # Reading a metric waits for the device; on a GPU that is done for ten steps at once.
-            if evaluate or not cuda or len(self.pending) == 10 or self._due():
-                self._flush(val.rows if evaluate and val is not None else None, val)
-            if self._due():
-                self.save()
-
-    def _due(self) -> bool:
-        cfg = self.cfg
-        at_step = self.step % cfg.checkpoint_every == 0 or self.step == cfg.steps
-        return at_step or time.monotonic() - self.saved_at > cfg.checkpoint_seconds
-
-    def _flush(self, evaluate: Fetch | None = None, val: PackedStream | PackedSamples | None = None) -> None:
-        """Write the pending steps' metrics, the last of them with a validation where asked."""
-        if not self.pending:
-            return
-        values = torch.stack([r.values for _, r, _ in self.pending]).tolist()
-        now = time.perf_counter()
-        per_step = (now - self.pending[0][2]) / len(self.pending)
-        device = self.trainer.model.device
-        for (step, _, _), row in zip(self.pending, values, strict=True):
-            self.elapsed += per_step
-            self.recent.append(per_step)
-            rate = self.cfg.batch * self.cfg.data.seq_len / per_step
-            line = {
-                "step": step,
-                "tokens": step * self.cfg.batch * self.cfg.data.seq_len,
-                **dict(zip(METRICS, row, strict=True)),
-                "lr": schedule.learning_rate(self.cfg, step - 1),
-                "tokens_per_s": rate,
-                "mfu": rate * self.flops_per_token / self.peak,
-                "memory_bytes": memory_bytes(device),
-                "elapsed_s": self.elapsed,
-            }
-            if step == self.step and evaluate is not None and val is not None:
-                rows = min(self.cfg.eval_rows, val.rows_per_epoch)
-                line["val_loss"], line["mtp_agreement"] = self.trainer.evaluate(evaluate, rows)
-            self.metrics.write(line)
-            self.events.write(line)
-            self.last = {**{k: v for k, v in self.last.items() if k in ("val_loss", "mtp_agreement")}, **line}
-        self.pending = []
-        self.live.show(self.last, (self.cfg.steps - self.step) * sum(self.recent) / len(self.recent))
-
-    def save(self) -> None:
-        self._flush()
-        self.metrics.flush()
-        progress = {"tokens": self.tokens, "elapsed_s": self.elapsed}
-        checkpoints.save(
-            self.directory, self.step, self.trainer, progress, self.cfg.data.tokenizer or self.cfg.init_from
-        )
-        self.saved_at = time.monotonic()
-
-    def close(self) -> None:
-        self.metrics.close()
-        self.events.close()
-
-
-def _history(run: Path, done: int) -> list[dict[str, Any]]:
-    path = run / "metrics.jsonl"
-    return [line for line in read_metrics(path) if line["step"] <= done] if path.is_file() else []
