@@ -15,10 +15,16 @@ from rorqual.errors import ConfigError
 
 @dataclass(frozen=True)
 class Source:
-    """path: a shard directory of `rorqual data prepare`; weight: its share of the rows (by size where none has one)."""
+    """path: a shard directory of `rorqual data prepare`; weight: its share of the rows (by size where none has one); or
+    epochs: how often the run goes through it, whatever that share is."""
 
     path: str
     weight: float | None = None
+    epochs: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.epochs is not None and (self.weight is not None or self.epochs <= 0):
+            raise ConfigError(f"{self.path}: give weight or epochs, not both, and more than 0 epochs")
 
 
 @dataclass(frozen=True)
@@ -128,7 +134,8 @@ class GuardConfig:
 class RunConfig:
     """One run. `model` is a preset, a directory (its config), or a table of released keys; `init_from` a model directory
     whose weights to start from (then it is also the config). The budget is `steps` or `tokens`. batch: sequences a step
-    (where it grows, at the end), in micro-batches."""
+    (where it grows, at the end), in micro-batches. dtype: of the activations; precision "bf16" is dtype bfloat16 said
+    otherwise, "fp8" multiplies all linear layers in FP8 (`ops/fp8_train.py`) between activations of that dtype."""
 
     out: str
     data: DataConfig
@@ -141,6 +148,7 @@ class RunConfig:
     micro_batch: int | Literal["auto"] = "auto"
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Literal["auto", "bf16", "fp8"] = "auto"
     compile: bool | Literal["auto"] = "auto"
     threads: int | Literal["auto"] = "auto"
     eval_every: int = 500
@@ -177,6 +185,7 @@ class RunConfig:
             "ema.decay must lie in [0, 1) and ema.every be at least 1": 0 <= self.ema.decay < 1 <= self.ema.every,
             "guard.sigma must be positive and guard.window at least 16": self.guard.sigma > 0
             and self.guard.window >= 16,
+            "precision = bf16 contradicts dtype = float32": (self.precision, self.dtype) != ("bf16", "float32"),
             "keep_checkpoints must be at least 1": self.keep_checkpoints >= 1,
             "checkpoint_every must be at least 1": self.checkpoint_every >= 1,
             "model or init_from must be given": bool(self.model) or bool(self.init_from),
@@ -213,6 +222,9 @@ def resolve(cfg: RunConfig, *, kind: Literal["pretrain", "sft"], cuda: bool, cor
         data = dataclasses.replace(data, mask_documents=kind == "sft")
     device = ("cuda" if cuda else "cpu") if cfg.device == "auto" else cfg.device
     on_gpu = device.startswith("cuda")
+    dtype = cfg.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if on_gpu or cfg.precision != "auto" else "float32"
     micro = cfg.micro_batch
     if micro == "auto":
         # A micro-batch of about 64 K tokens fills a GPU at these sizes; on a CPU 4 K tokens stay near the caches.
@@ -223,7 +235,7 @@ def resolve(cfg: RunConfig, *, kind: Literal["pretrain", "sft"], cuda: bool, cor
         data=data,
         device=device,
         micro_batch=micro,
-        dtype=("bfloat16" if on_gpu else "float32") if cfg.dtype == "auto" else cfg.dtype,
+        dtype=dtype,
         compile=on_gpu if cfg.compile == "auto" else cfg.compile,
         threads=cores if cfg.threads == "auto" else cfg.threads,
     )

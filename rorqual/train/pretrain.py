@@ -1,6 +1,7 @@
 """`pretrain(cfg)`: a run from its configuration to a model directory. Fine-tuning is the same loop over other rows.
 
-A run directory holds config.toml (resolved), metrics.jsonl, checkpoints/, TensorBoard events, and at the end model/.
+A run directory holds config.toml (resolved), metrics.jsonl, checkpoints/, TensorBoard events, report.html, and at the end
+model/.
 Called again with the same configuration it goes on from the newest checkpoint, and does nothing when it is finished.
 """
 
@@ -25,12 +26,14 @@ from rorqual.config import ModelConfig, dump_toml, from_dict, to_dict
 from rorqual.data.packing import PackedSamples, PackedStream
 from rorqual.data.shards import Reader
 from rorqual.errors import ConfigError, DataError, TrainingError
+from rorqual.model.precision import train_in_fp8
 from rorqual.model.transformer import Transformer
-from rorqual.train import checkpoints
+from rorqual.train import checkpoints, report
 from rorqual.train.config import RunConfig, Source, resolve
 from rorqual.train.hardware import describe
 from rorqual.train.limits import no_room
 from rorqual.train.loop import Loop
+from rorqual.train.schedule import Timeline
 from rorqual.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -54,7 +57,7 @@ def pretrain(cfg: RunConfig, kind: Kind = "pretrain", say: Callable[[str], None]
     run = Path(cfg.out)
     model_cfg = model_config(cfg)
     # The data are opened first: a run that cannot start must not claim its directory.
-    train, val = open_rows(cfg, model_cfg, cfg.data.train), None
+    train, val = open_rows(cfg, model_cfg, cfg.data.train, Timeline(cfg).total_tokens), None
     if cfg.data.val:
         val = open_rows(cfg, model_cfg, cfg.data.val)
     _claim(run, cfg, model_cfg)
@@ -74,6 +77,8 @@ def pretrain(cfg: RunConfig, kind: Kind = "pretrain", say: Callable[[str], None]
                 loop.run(train, val)
         finally:
             loop.close()
+        if loop.step > done and (page := report.write(run)) is not None:
+            say(f"curves and expert loads: {page}")
     if loop.step < loop.steps:
         say(f"stopped after step {loop.step}; the same command goes on from there")
         return RunRecord(run, None, loop.step, loop.last)
@@ -139,7 +144,15 @@ def model_config(cfg: RunConfig) -> ModelConfig:
 
 
 def build_model(cfg: RunConfig, model_cfg: ModelConfig, device: torch.device) -> Transformer:
-    """fp32 parameters under activations of cfg.dtype; seeded initialisation or the weights of init_from."""
+    """fp32 parameters under activations of cfg.dtype; seeded initialisation or the weights of init_from; multiplied in
+    cfg.precision."""
+    model = _weights(cfg, model_cfg, device)
+    if cfg.precision == "fp8":
+        train_in_fp8(model)
+    return model
+
+
+def _weights(cfg: RunConfig, model_cfg: ModelConfig, device: torch.device) -> Transformer:
     compute = None if cfg.dtype == "float32" else DTYPES[cfg.dtype]
     if cfg.init_from:
         # Quantised weights are no parameters, and a view of a file is no place for an optimiser's updates.
@@ -155,8 +168,11 @@ def build_model(cfg: RunConfig, model_cfg: ModelConfig, device: torch.device) ->
     return model
 
 
-def open_rows(cfg: RunConfig, model_cfg: ModelConfig, sources: Sequence[Source]) -> PackedStream | PackedSamples:
-    """The packed rows of some sources. Raises DataError where they do not fit the model."""
+def open_rows(
+    cfg: RunConfig, model_cfg: ModelConfig, sources: Sequence[Source], budget: int | None = None
+) -> PackedStream | PackedSamples:
+    """The packed rows of some sources; budget: tokens of the run, where sources may say their epochs. Raises DataError where
+    they do not fit the model, ConfigError for a mixture that cannot be."""
     readers = [Reader(s.path) for s in sources]
     for reader in readers:
         if cfg.data.verify:
@@ -167,12 +183,38 @@ def open_rows(cfg: RunConfig, model_cfg: ModelConfig, sources: Sequence[Source])
                 remedy="prepare the data with the model's tokenizer",
             )
     extra = 1 + model_cfg.num_nextn_predict_layers
+    shares = mixture(sources, [r.tokens for r in readers], budget)
     if cfg.data.packing == "samples":
+        if shares is not None:
+            raise ConfigError(
+                "packing = samples goes through all sources together: weights and epochs have no effect there",
+                remedy="remove them, or repeat a source in data.train",
+            )
         return PackedSamples(readers, cfg.data.seq_len, cfg.seed, extra)
-    weights = [s.weight for s in sources]
-    if any(w is None for w in weights) and any(w is not None for w in weights):
-        raise ConfigError("give every source of a mixture a weight, or none")
-    return PackedStream(readers, cfg.data.seq_len, cfg.seed, [w for w in weights if w is not None] or None, extra)
+    return PackedStream(readers, cfg.data.seq_len, cfg.seed, shares, extra)
+
+
+def mixture(sources: Sequence[Source], tokens: Sequence[int], budget: int | None) -> list[float] | None:
+    """Each source's share of the rows, None for by size. A source with `epochs` gets what that many take of the budget; the
+    others divide the rest by weight, or by size."""
+    rest = [s for s in sources if s.epochs is None]
+    if any(s.weight is None for s in rest) and any(s.weight is not None for s in rest):
+        raise ConfigError("give every source of a mixture a weight, or none", remedy="or say its epochs")
+    if len(rest) == len(sources):
+        return [s.weight for s in sources if s.weight is not None] or None
+    if budget is None:
+        raise ConfigError("epochs belong to the sources of data.train", remedy="remove them from data.val")
+    fixed = [s.epochs * n / budget if s.epochs is not None else 0.0 for s, n in zip(sources, tokens, strict=True)]
+    left = 1 - sum(fixed)
+    if left < -1e-3 or (rest and left < 1e-3) or (not rest and left > 1e-3):
+        given = sum(fixed) * budget
+        raise ConfigError(
+            f"the epochs asked for are {given:,.0f} tokens of a budget of {budget:,}",
+            remedy=f"set tokens={given:.0f}" if not rest else "ask for fewer epochs, or raise the budget",
+        )
+    plain = [s.weight or n for s, n in zip(sources, tokens, strict=True) if s.epochs is None]
+    remaining = iter(w / sum(plain) * left for w in plain)
+    return [next(remaining) if s.epochs is None else f for s, f in zip(sources, fixed, strict=True)]
 
 
 def model_summary(model: Transformer) -> str:
@@ -184,12 +226,14 @@ def _claim(run: Path, cfg: RunConfig, model_cfg: ModelConfig) -> None:
     """Write the resolved configuration, or refuse a directory that holds another run."""
     file = run / "config.toml"
     # The machine is not part of what a run *is*: one may resume elsewhere.
-    machine = {"device", "threads", "compile", "micro_batch", "dtype"}
+    machine = {"device", "threads", "compile", "micro_batch", "dtype", "precision"}
     mine = to_dict(cfg)
     if file.is_file():
         import tomllib
 
         theirs = to_dict(from_dict(RunConfig, tomllib.loads(file.read_text()), str(file)))
+        if (mine["precision"] == "fp8") != (theirs["precision"] == "fp8"):
+            machine.remove("precision")
         differing = sorted(k for k in {*mine, *theirs} - machine if mine.get(k) != theirs.get(k))
         if differing:
             raise ConfigError(

@@ -144,7 +144,7 @@ def test_no_memory_names_the_micro_batch_that_fits(run_file, monkeypatch) -> Non
         TrainingError, match=r"step 1 with micro_batch 12: CUDA out of memory.*\(micro_batch 2 fits: --set"
     ):
         pretrain(load_toml(RunConfig, run_file(batch=12, micro_batch=12)))
-    pretrain(load_toml(RunConfig, run_file(batch=12, micro_batch=2, steps=2)))
+    pretrain(load_toml(RunConfig, run_file(batch=12, micro_batch=2)))
     most = 0
     with pytest.raises(TrainingError, match="even one sequence does not fit"):
         pretrain(load_toml(RunConfig, run_file("none")))

@@ -180,3 +180,21 @@ def test_damage_is_named(run_file, tmp_path: Path) -> None:  # type: ignore[no-u
     (record.model / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
     with pytest.raises(CheckpointError, match=r"lacks \d+ tensors"):
         load_model(record.model)
+
+
+def test_fp8_is_one_word_and_follows_bf16(run_file, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Same data and seed: the losses differ, by little; a resumed FP8 run is the undisturbed one; precision is part of what
+    a run is."""
+    curves = {}
+    for precision in ("bf16", "fp8"):
+        cfg = load_toml(RunConfig, run_file(precision, steps=12, precision=precision))
+        pretrain(cfg)
+        curves[precision] = [line["loss"] for line in metrics(tmp_path / precision)]
+        assert load_toml(RunConfig, tmp_path / precision / "config.toml").dtype == "bfloat16"
+    assert curves["fp8"] != curves["bf16"]
+    errors = [abs(a - b) / b for a, b in zip(curves["fp8"], curves["bf16"], strict=True)]
+    assert max(errors) < 0.01, errors
+    with pytest.raises(ConfigError, match=r"other settings \(precision\)"):
+        pretrain(load_toml(RunConfig, run_file("fp8", steps=12, precision="bf16")))
+    with pytest.raises(ConfigError, match="contradicts"):
+        load_toml(RunConfig, run_file(precision="bf16", dtype="float32"))
