@@ -52,8 +52,8 @@ def clean(
     against: Sequence[str | Path] = (),
     progress: Callable[[int], None] | None = None,
 ) -> CleanReport:
-    """Write what is kept to `out` (.jsonl, also .xz or .gz), and OUT.removed.jsonl. near 0 keeps copies. Raises DataError for
-    unusable inputs, bad lines among them."""
+    """Write what is kept to `out` (.jsonl, also .xz or .gz), and OUT.removed.jsonl. near 0 keeps copies. Raises DataError
+    for unusable inputs, bad lines among them."""
     out = Path(out)
     forbidden = Forbidden(_texts(against))
     copies = Copies(near) if near else None

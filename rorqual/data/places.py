@@ -6,7 +6,6 @@ what to install where that does not do.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -73,7 +72,7 @@ def signature(path: str) -> tuple[int, str]:
     if path.startswith(DATASET):
         return 0, ""
     if not is_address(path):
-        found = os.stat(path)
+        found = Path(path).stat()
         return found.st_size, str(found.st_mtime_ns)
     fs, inner = _filesystem(path)
     info = fs.info(inner)

@@ -45,7 +45,8 @@ def write(run: Path) -> Path | None:
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(run.name)}</title><style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }}
-svg {{ max-width: 100%; height: auto }} td {{ padding: 0 1.5rem 0 0 }} pre {{ background: #f5f5f5; padding: 1rem; overflow: auto }}
+svg {{ max-width: 100%; height: auto }} td {{ padding: 0 1.5rem 0 0 }}
+pre {{ background: #f5f5f5; padding: 1rem; overflow: auto }}
 </style></head><body>
 <h1>{html.escape(run.name)}</h1>
 {_numbers(lines)}

@@ -80,7 +80,7 @@ def test_conversations_and_packed_output(tmp_path: Path) -> None:
     chat = {"messages": [{"role": "user", "content": " ".join(article(1))}, {"role": "assistant", "content": "yes"}]}
     (tmp_path / "in.jsonl").write_text(f"{json.dumps(chat)}\n{json.dumps(chat)}\n" + json.dumps({"text": " "}))
     assert clean([tmp_path / "in.jsonl"], tmp_path / "out.jsonl.xz") == CleanReport(1, 1, 0, 1)
-    assert json.loads(lzma.open(tmp_path / "out.jsonl.xz").read()) == chat
+    assert json.loads(lzma.decompress((tmp_path / "out.jsonl.xz").read_bytes())) == chat
     assert clean([tmp_path / "in.jsonl"], tmp_path / "all.jsonl", near=0) == CleanReport(2, 0, 0, 1)
 
 

@@ -122,12 +122,12 @@ def test_a_layer_stays_close_to_fp32(shape: tuple[int, int, int], recipe: Recipe
 
 
 def test_an_outlier_spoils_its_tile_and_no_other() -> None:
-    """Why tiles: one channel in 128 x 50, E5 of the recommended experiments in one layer."""
+    """Why tiles: under one scale for all, a loud channel rounds every other one to nothing."""
     g = torch.Generator().manual_seed(0)
     x, w = torch.randn(64, 512, generator=g), torch.randn(128, 512, generator=g)
     clean = fp8_train_linear(x, w, Recipe())
     loud = x.clone()
-    loud[:, 7] *= 1e5
+    loud[:, 7] *= 1e6
     others = slice(128, 512)
     spoilt = fp8_train_linear(loud[:, others].contiguous(), w[:, others].contiguous(), Recipe())
     assert torch.equal(spoilt, fp8_train_linear(x[:, others].contiguous(), w[:, others].contiguous(), Recipe()))

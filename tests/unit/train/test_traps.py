@@ -179,7 +179,7 @@ def test_the_router_computes_in_fp32_under_bf16() -> None:
     """DeepSeek-V3 #696: bf16 affinities tie and flip. The gate equals the fp32 product of its bf16 inputs."""
     gate = next(iter(gates(build(TEST, 0)).values()))
     x = torch.randn(300, TEST.hidden_size).bfloat16()
-    chosen_gates, chosen, scores = gate(x)
+    chosen_gates, _, scores = gate(x)
     exact = (x.double() @ gate.weight.double().T).sigmoid()
     assert scores.dtype == chosen_gates.dtype == torch.float32
     assert (scores - exact).abs().max() < 1e-6
