@@ -132,7 +132,9 @@ def _rows(rows: Iterator[tuple[int, dict[str, Any]]], file: int, source: Source)
         for number, row in rows:
             yield _from_json(row, file, number, f"{source.path}:{number + 1}")
     except DataError as error:
-        raise error if source.path in str(error) else DataError(f"{source.path}: {error}", remedy=SUPPORTED) from error
+        if source.path in str(error):
+            raise
+        raise DataError(f"{source.path}: {error}") from error
 
 
 def _document(content: bytes, file: int, source: Source) -> Record:

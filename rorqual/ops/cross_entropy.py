@@ -78,7 +78,7 @@ class _Chunked(torch.autograd.Function):
 @cross_entropy_backends.register("chunked")
 def cross_entropy_chunked(h_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
     """The same, at most CHUNK_BYTES of logits at a time; gradients with respect to h and head alone."""
-    return _Chunked.apply(h_ND, head_VD, targets_N, weights_N)
+    return _Chunked.apply(h_ND, head_VD, targets_N, weights_N)  # type: ignore[no-untyped-call]
 
 
 def cross_entropy(h_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: Tensor, backend: str = "auto") -> Tensor:

@@ -162,7 +162,8 @@ def _gradients(
 
 def fp8_train_linear(x: Tensor, weight_NK: Tensor, recipe: Recipe) -> Tensor:
     """x [..., K] times weight [N, K] (fp32 master or any float) -> [..., N] in x's dtype, all three products in FP8."""
-    return _Linear.apply(x.flatten(0, -2), weight_NK, recipe).unflatten(0, x.shape[:-1])
+    y: Tensor = _Linear.apply(x.flatten(0, -2), weight_NK, recipe)  # type: ignore[no-untyped-call]
+    return y.unflatten(0, x.shape[:-1])
 
 
 # ---- SwiGLU and the projection after it ------------------------------------------------------------------------------
@@ -197,7 +198,8 @@ class _SwigluDown(torch.autograd.Function):
 def swiglu_down(gate: Tensor, up: Tensor, weight_DF: Tensor, recipe: Recipe) -> Tensor:
     """(silu(gate) * up) [..., F] times weight [D, F] -> [..., D]; gate and up wait for the backward in FP8, from which the
     product in the middle is computed again."""
-    return _SwigluDown.apply(gate.flatten(0, -2), up.flatten(0, -2), weight_DF, recipe).unflatten(0, gate.shape[:-1])
+    y: Tensor = _SwigluDown.apply(gate.flatten(0, -2), up.flatten(0, -2), weight_DF, recipe)  # type: ignore[no-untyped-call]
+    return y.unflatten(0, gate.shape[:-1])
 
 
 # ---- the routed experts ----------------------------------------------------------------------------------------------

@@ -135,7 +135,8 @@ class RunConfig:
     """One run. `model` is a preset, a directory (its config), or a table of released keys; `init_from` a model directory
     whose weights to start from (then it is also the config). The budget is `steps` or `tokens`. batch: sequences a step
     (where it grows, at the end), in micro-batches. dtype: of the activations; precision "bf16" is dtype bfloat16 said
-    otherwise, "fp8" multiplies all linear layers in FP8 (`ops/fp8_train.py`) between activations of that dtype."""
+    otherwise, "fp8" multiplies all linear layers in FP8 (`ops/fp8_train.py`) between activations of that dtype. report: write
+    report.html when the run ends or stops."""
 
     out: str
     data: DataConfig
@@ -156,6 +157,7 @@ class RunConfig:
     checkpoint_every: int = 1000
     checkpoint_seconds: float = 600.0
     keep_checkpoints: int = 2
+    report: bool = True
     export_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     optim: OptimConfig = field(default_factory=OptimConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)

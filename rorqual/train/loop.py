@@ -182,6 +182,7 @@ class Loop:
         """Write a checkpoint. Raises TrainingError where there is no room for it; the ones before stand."""
         self._flush()
         self.metrics.flush()
+        self.loads.flush()
         progress = {"tokens": self.timeline.tokens(self.step), "elapsed_s": self.elapsed}
         checkpoints.save(
             self.directory, self.step, self.trainer, progress, self.cfg.data.tokenizer or self.cfg.init_from

@@ -77,7 +77,7 @@ def pretrain(cfg: RunConfig, kind: Kind = "pretrain", say: Callable[[str], None]
                 loop.run(train, val)
         finally:
             loop.close()
-        if loop.step > done and (page := report.write(run)) is not None:
+        if cfg.report and loop.step > done and (page := report.write(run)) is not None:
             say(f"curves and expert loads: {page}")
     if loop.step < loop.steps:
         say(f"stopped after step {loop.step}; the same command goes on from there")
@@ -226,7 +226,7 @@ def _claim(run: Path, cfg: RunConfig, model_cfg: ModelConfig) -> None:
     """Write the resolved configuration, or refuse a directory that holds another run."""
     file = run / "config.toml"
     # The machine is not part of what a run *is*: one may resume elsewhere.
-    machine = {"device", "threads", "compile", "micro_batch", "dtype", "precision"}
+    machine = {"device", "threads", "compile", "micro_batch", "dtype", "precision", "report"}
     mine = to_dict(cfg)
     if file.is_file():
         import tomllib

@@ -56,6 +56,9 @@ class ExpertLoads:
         if len(loads) and (step % self._every == 0 or step == steps):
             self._file.write(json.dumps({"step": step, "loads": loads.tolist()}) + "\n")
 
+    def flush(self) -> None:
+        self._file.flush()
+
     def close(self) -> None:
         self._file.close()
 
