@@ -122,9 +122,11 @@ def _kind(path: str) -> Kind | None:
 
 def _open(path: str) -> IO[bytes]:
     openers: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
-    stream = places.open_binary(path)
-    unpack = openers.get(PurePosixPath(path).suffix.lower())
-    return stream if unpack is None else unpack(stream)
+    opener = openers.get(PurePosixPath(path).suffix.lower())
+    if opener is None:
+        return places.open_binary(path)
+    unpacked: IO[bytes] = opener(places.open_binary(path) if places.is_address(path) else path, "rb")
+    return unpacked
 
 
 def _rows(rows: Iterator[tuple[int, dict[str, Any]]], file: int, source: Source) -> Iterator[Record]:

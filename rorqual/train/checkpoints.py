@@ -32,12 +32,13 @@ def save(run: Path, step: int, trainer: Trainer, progress: dict[str, Any], token
     and it is tried once more. Raises TrainingError where that does not help: nothing half-written stays."""
     target = directory(run, step)
     building = run / "checkpoints" / f".step-{step}.building"
+    _sweep(run)
     for last_try in (False, True):
         try:
             _write(building, step, trainer, progress, tokenizer)
             break
         except (OSError, RuntimeError, CheckpointError) as error:
-            shutil.rmtree(building, ignore_errors=True)
+            _sweep(run)
             if not no_room(error):
                 raise
             if last_try or len(steps(run)) < 2:
@@ -53,7 +54,6 @@ def save(run: Path, step: int, trainer: Trainer, progress: dict[str, Any], token
 
 
 def _write(building: Path, step: int, trainer: Trainer, progress: dict[str, Any], tokenizer: str) -> None:
-    shutil.rmtree(building, ignore_errors=True)
     save_model(trainer.model, building, files_from=tokenizer or None)
     torch.save(trainer.optimizer.state_dict(), building / "optimizer.pt")
     if trainer.average is not None:
@@ -62,6 +62,12 @@ def _write(building: Path, step: int, trainer: Trainer, progress: dict[str, Any]
     for path in building.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
+
+
+def _sweep(run: Path) -> None:
+    """What a kill or a full disk left half-written."""
+    for path in run.glob("checkpoints/.*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _remove(checkpoint: Path) -> None:

@@ -135,8 +135,8 @@ class RunConfig:
     """One run. `model` is a preset, a directory (its config), or a table of released keys; `init_from` a model directory
     whose weights to start from (then it is also the config). The budget is `steps` or `tokens`. batch: sequences a step
     (where it grows, at the end), in micro-batches. dtype: of the activations; precision "bf16" is dtype bfloat16 said
-    otherwise, "fp8" multiplies all linear layers in FP8 (`ops/fp8_train.py`) between activations of that dtype. report: write
-    report.html when the run ends or stops."""
+    otherwise, "fp8" multiplies all linear layers in FP8 (`ops/fp8_train.py`) between activations of that dtype.
+    report: write report.html when the run ends or stops."""
 
     out: str
     data: DataConfig

@@ -6,8 +6,9 @@ the jump, because the cause lies in some steps before it (arXiv 2204.02311 secti
 losses that metrics.jsonl holds, so a killed run judges as an undisturbed one would. A run that only jumps is ended: no
 policy cures a learning rate.
 
-Far means: above the median of the last accepted losses by more than `sigma` robust standard deviations (1.4826 times the
-median absolute deviation, at least one percent of the median). Judging costs a GPU one wait a step; "off" spares it.
+Far means: above the median of the last accepted losses by more than `sigma` robust standard deviations: 1.4826 times the
+median absolute deviation, at least one percent of the median and SMALLEST. Judging costs a GPU one wait a step; "off" spares
+it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ from rorqual.train.config import GuardConfig
 
 FEWEST = 16
 """So many accepted losses are needed before a jump can be told."""
+
+
+SMALLEST = 0.02
+"""Nats. Fine-tuning comes to losses near zero whose spread says nothing about the next batch."""
 
 
 class Guard:
@@ -62,7 +67,7 @@ class Guard:
         if len(self._recent) < FEWEST:
             return None
         middle = median(self._recent)
-        spread = max(1.4826 * median(abs(x - middle) for x in self._recent), 0.01 * abs(middle))
+        spread = max(1.4826 * median(abs(x - middle) for x in self._recent), 0.01 * abs(middle), SMALLEST)
         if loss > middle + self.cfg.sigma * spread:
             return f"its loss of {loss:.4g} stands {(loss - middle) / spread:.1f} deviations above {middle:.4g}"
         return None

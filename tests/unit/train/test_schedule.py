@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from rorqual.cli.main import app
 from rorqual.config import load_toml
 from rorqual.errors import ConfigError
 from rorqual.train.config import BalanceConfig, DataConfig, OptimConfig, Piece, RunConfig, ScheduleConfig, Source
@@ -143,3 +145,19 @@ def test_every_schedule_is_drawn(tmp_path: Path) -> None:
     x, y = line.curves()["batch (sequences)"]
     assert y[0] == line.batch(0) and y[-1] == 16 and x[-1] == line.tokens(line.steps)
     assert sparkline([0, 1, 2, 7]) == "▁▂▃█"
+
+
+def test_a_dry_run_shows_everything_and_trains_nothing(tmp_path: Path) -> None:
+    file = Path(__file__).resolve().parents[3] / "runs" / "v3-miniature" / "pretrain.toml"
+    result = CliRunner().invoke(app, ["train", str(file), "--dry-run", "--set", f"out={tmp_path}/run"])
+    assert result.exit_code == 0, result.output
+    line = Timeline(load_toml(RunConfig, file))
+    for words in (
+        'recipe = "deepseek-v3"',
+        f"2,000,000 tokens in {line.steps} steps",
+        "0.3 at first",
+        "micro_batch = 15",
+    ):
+        assert words in result.output
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["schedules.png"]
+    assert (tmp_path / "run" / "schedules.png").read_bytes().startswith(b"\x89PNG")
