@@ -70,8 +70,8 @@ class ScheduleConfig:
 class OptimConfig:
     """AdamW (DeepSeek-V3 section 4.2), or Muon for the matrices and AdamW for the rest. lr warms up over `warmup_steps`,
     holds, and decays over the last `decay_fraction` of the run to lr * min_lr_ratio. moments: how AdamW keeps m and v
-    (as published: bfloat16; the weights themselves are fp32 always). clip: global gradient norm. Decay acts on matrices,
-    not on norms."""
+    (as published: bfloat16; the weights themselves are fp32 always); momentum: Muon's. clip: global gradient norm.
+    Weight decay acts on matrices, not on norms."""
 
     name: Literal["adamw", "muon"] = "adamw"
     moments: Literal["float32", "bfloat16"] = "float32"
@@ -184,6 +184,8 @@ class RunConfig:
             "optim.beta2 above 0.99 needs moments = float32: in bfloat16 v could not follow such small changes": (
                 self.optim.beta2 <= 0.99 or self.optim.moments == "float32"
             ),
+            "optim.momentum belongs to optim.name = muon": self.optim.name == "muon"
+            or self.optim.momentum == OptimConfig.momentum,
             "ema.decay must lie in [0, 1) and ema.every be at least 1": 0 <= self.ema.decay < 1 <= self.ema.every,
             "guard.sigma must be positive and guard.window at least 16": self.guard.sigma > 0
             and self.guard.window >= 16,

@@ -28,10 +28,11 @@ from rorqual.data.shards import Reader
 from rorqual.errors import ConfigError, DataError, TrainingError
 from rorqual.model.precision import train_in_fp8
 from rorqual.model.transformer import Transformer
+from rorqual.plan.count import totals
 from rorqual.train import checkpoints, report
 from rorqual.train.config import RunConfig, Source, resolve
 from rorqual.train.hardware import describe
-from rorqual.train.limits import no_room
+from rorqual.train.limits import OutOfMemory, no_room, out_of_memory, size
 from rorqual.train.loop import Loop
 from rorqual.train.schedule import Timeline
 from rorqual.train.trainer import Trainer
@@ -64,7 +65,7 @@ def pretrain(cfg: RunConfig, kind: Kind = "pretrain", say: Callable[[str], None]
     device = torch.device(cfg.device)
     assert isinstance(cfg.threads, int)
     torch.set_num_threads(cfg.threads)
-    trainer = Trainer(cfg, build_model(cfg, model_cfg, device))
+    trainer = _trainer(cfg, model_cfg, device)
     done, progress = 0, {"elapsed_s": 0.0}
     if saved := checkpoints.steps(run):
         done, progress = saved[-1], checkpoints.restore(run, saved[-1], trainer)
@@ -83,6 +84,19 @@ def pretrain(cfg: RunConfig, kind: Kind = "pretrain", say: Callable[[str], None]
         say(f"stopped after step {loop.step}; the same command goes on from there")
         return RunRecord(run, None, loop.step, loop.last)
     return RunRecord(run, _export(trainer, run, done, loop.step), loop.step, loop.last)
+
+
+def _trainer(cfg: RunConfig, model_cfg: ModelConfig, device: torch.device) -> Trainer:
+    """Raises TrainingError where the model alone does not fit."""
+    try:
+        return Trainer(cfg, build_model(cfg, model_cfg, device))
+    except OutOfMemory as error:
+        if not out_of_memory(error):
+            raise
+        needed = 4 * totals(model_cfg)[0]
+        raise TrainingError(
+            f"out of memory: the weights alone take {size(needed)} in fp32", remedy="train a smaller model"
+        ) from error
 
 
 @contextmanager

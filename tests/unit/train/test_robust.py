@@ -20,6 +20,7 @@ import torch
 from rorqual.config import load_toml
 from rorqual.errors import DataError, TrainingError
 from rorqual.train import checkpoints, trainer
+from rorqual.train import pretrain as module
 from rorqual.train.config import GuardConfig, RunConfig
 from rorqual.train.guard import Guard
 from rorqual.train.loss import Losses
@@ -149,6 +150,17 @@ def test_no_memory_names_the_micro_batch_that_fits(run_file, monkeypatch) -> Non
     most = 0
     with pytest.raises(TrainingError, match="even one sequence does not fit"):
         pretrain(load_toml(RunConfig, run_file("none")))
+
+
+def test_a_model_that_does_not_fit_is_one_line(run_file, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    def build(*args: object) -> None:
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried ..."
+        )
+
+    monkeypatch.setattr(module, "build_model", build)
+    with pytest.raises(TrainingError, match=r"the weights alone take 2\d\d kB in fp32 \(train a smaller model\)"):
+        pretrain(load_toml(RunConfig, run_file()))
 
 
 def test_an_error_that_is_not_about_memory_stays_itself(run_file, monkeypatch) -> None:  # type: ignore[no-untyped-def]

@@ -114,6 +114,7 @@ def test_pieces_in_a_run_file_stand_instead_of_the_recipe(tmp_path: Path) -> Non
         ({"balance": BalanceConfig(off_fraction=0.5)}, "balance.off_fraction has no effect"),
         ({"steps": 100}, "steps or as tokens"),
         ({"optim": OptimConfig(beta2=0.999, moments="bfloat16")}, "moments = float32"),
+        ({"optim": OptimConfig(momentum=0.9)}, "momentum belongs to"),
     ],
 )
 def test_schedules_that_cannot_be_are_refused(change: dict[str, object], says: str) -> None:
