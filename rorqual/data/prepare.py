@@ -91,8 +91,8 @@ def prepare(
 ) -> PrepareReport:
     """Writes out/train and, if val_fraction > 0, out/val; goes on where an interrupted run stopped.
 
-    fim: share of the texts written for fill-in-the-middle (DeepSeek-V3: 0.1); split_newlines: share of the tokens of
-    punctuation and line breaks learned as two; both drawn from `seed` (`data.reshape`).
+    fim: share of the texts written for fill-in-the-middle (DeepSeek-V3: 0.1); split_newlines: share of the texts'
+    tokens of punctuation and line breaks learned as two; both drawn from `seed` (`data.reshape`).
     template: v3, r1 or v3.1 for conversations; None means the one of tokenizer_dir. skip_bad counts bad JSON
     lines and conversations that cannot be rendered instead of raising. overwrite starts anew whatever `out`
     holds of an earlier run. `progress` gets the report so far and the place reached, after every batch.
@@ -243,11 +243,10 @@ def _encode(
         rendered.append((record, [] if record.skip else segments))
     encoded = encode_segments_batch(tokenizer, [segments for _, segments in rendered])
     for (record, _), (ids, mask) in zip(rendered, encoded, strict=True):
-        ids, mask = reshaper.split(ids, mask, record.text)
         if record.skip or record.messages is not None:
             yield record, ids, mask
         else:
-            yield record, [*ids, tokenizer.eos_id], None
+            yield record, [*reshaper.split(ids, record.text), tokenizer.eos_id], None
 
 
 def _template_name(directory: Path) -> str | None:

@@ -46,20 +46,17 @@ class Reshaper:
             out += [Segment(marker, special=True, learn=True), Segment(part, learn=True)]
         return out
 
-    def split(self, ids: list[int], mask: list[int], text: str) -> tuple[list[int], list[int]]:
-        """Some of the tokens of punctuation and line breaks as two (rarely more) tokens with the same bytes, and the mask
-        to match. `text` seeds the choice."""
+    def split(self, ids: list[int], text: str) -> list[int]:
+        """Some of the tokens of punctuation and line breaks as two (rarely more) tokens with the same bytes. `text` seeds
+        the choice."""
         if not self._split:
-            return ids, mask
+            return ids
         draw, table = self._random(text, "split"), self.halves
-        new_ids: list[int] = []
-        new_mask: list[int] = []
-        for token, learn in zip(ids, mask, strict=True):
+        out: list[int] = []
+        for token in ids:
             halves = table.get(token)
-            parts = halves if halves is not None and draw.random() < self._split else (token,)
-            new_ids += parts
-            new_mask += [learn] * len(parts)
-        return new_ids, new_mask
+            out += halves if halves is not None and draw.random() < self._split else (token,)
+        return out
 
     @cached_property
     def halves(self) -> dict[int, tuple[int, ...]]:
