@@ -134,8 +134,9 @@ class GuardConfig:
 class RunConfig:
     """One run. `model` is a preset, a directory (its config), or a table of released keys; `init_from` a model directory
     whose weights to start from (then it is also the config). The budget is `steps` or `tokens`. batch: sequences a step
-    (where it grows, at the end), in micro-batches. dtype: of the activations; precision "bf16" is dtype bfloat16 said
-    otherwise, "fp8" multiplies all linear layers in FP8 (`ops/fp8_train.py`) between activations of that dtype.
+    (where it grows, at the end), in micro-batches. dtype: of the activations; precision "fp32" and "bf16" say the
+    same by another name, "fp8" multiplies all linear layers in FP8 (`ops/fp8_train.py`) between activations in bf16 (or in
+    fp32, where dtype says so).
     report: write report.html when the run ends or stops."""
 
     out: str
@@ -149,7 +150,7 @@ class RunConfig:
     micro_batch: int | Literal["auto"] = "auto"
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    precision: Literal["auto", "bf16", "fp8"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     compile: bool | Literal["auto"] = "auto"
     threads: int | Literal["auto"] = "auto"
     eval_every: int = 500
@@ -189,7 +190,8 @@ class RunConfig:
             "ema.decay must lie in [0, 1) and ema.every be at least 1": 0 <= self.ema.decay < 1 <= self.ema.every,
             "guard.sigma must be positive and guard.window at least 16": self.guard.sigma > 0
             and self.guard.window >= 16,
-            "precision = bf16 contradicts dtype = float32": (self.precision, self.dtype) != ("bf16", "float32"),
+            f"precision = {self.precision} contradicts dtype = {self.dtype}": (self.precision, self.dtype)
+            not in (("bf16", "float32"), ("fp32", "bfloat16")),
             "keep_checkpoints must be at least 1": self.keep_checkpoints >= 1,
             "checkpoint_every must be at least 1": self.checkpoint_every >= 1,
             "model or init_from must be given": bool(self.model) or bool(self.init_from),
@@ -228,7 +230,11 @@ def resolve(cfg: RunConfig, *, kind: Literal["pretrain", "sft"], cuda: bool, cor
     on_gpu = device.startswith("cuda")
     dtype = cfg.dtype
     if dtype == "auto":
-        dtype = "bfloat16" if on_gpu or cfg.precision != "auto" else "float32"
+        wide = cfg.precision == "fp32" or (cfg.precision == "auto" and not on_gpu)
+        dtype = "float32" if wide else "bfloat16"
+    precision = cfg.precision
+    if precision == "auto":
+        precision = "fp32" if dtype == "float32" else "bf16"
     micro = cfg.micro_batch
     if micro == "auto":
         # A micro-batch of about 64 K tokens fills a GPU at these sizes; on a CPU 4 K tokens stay near the caches.
@@ -240,6 +246,7 @@ def resolve(cfg: RunConfig, *, kind: Literal["pretrain", "sft"], cuda: bool, cor
         device=device,
         micro_batch=micro,
         dtype=dtype,
+        precision=precision,
         compile=on_gpu if cfg.compile == "auto" else cfg.compile,
         threads=cores if cfg.threads == "auto" else cfg.threads,
     )

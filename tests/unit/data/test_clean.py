@@ -8,9 +8,13 @@ import random
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from rorqual.cli.main import app
 from rorqual.data.clean import CleanReport, clean, grams, words_of
 from rorqual.errors import DataError
+
+from .conftest import Maker
 
 
 def article(seed: int, words: int = 300) -> list[str]:
@@ -89,3 +93,27 @@ def test_a_bad_line_leaves_no_half_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"in.jsonl:2: no valid JSON"):
         clean([tmp_path / "in.jsonl"], tmp_path / "out.jsonl")
     assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_from_the_command_line_to_shards(tmp_path: Path, small_dir: Path, make_texts: Maker) -> None:
+    """`data clean`, then `data prepare` with the published rate of fill-in-the-middle."""
+    texts = make_texts(5, 80)
+    write(tmp_path / "in.jsonl", [*texts, *texts[:10]])
+    runner, kept_file = CliRunner(), tmp_path / "kept.jsonl.xz"
+    cleaned = runner.invoke(
+        app, ["data", "clean", str(tmp_path / "in.jsonl"), "--out", str(kept_file), "--near", "0.95"]
+    )
+    assert cleaned.exit_code == 0 and "80 documents kept, 10 near-duplicates" in cleaned.output, cleaned.output
+    options = [
+        "--tokenizer",
+        str(small_dir),
+        "--out",
+        str(tmp_path / "shards"),
+        "--fim",
+        "0.5",
+        "--split-newlines",
+        "0.5",
+    ]
+    prepared = runner.invoke(app, ["data", "prepare", str(kept_file), *options])
+    assert prepared.exit_code == 0 and "80 documents" in prepared.output, prepared.output
+    assert json.loads((tmp_path / "shards" / "prepare.json").read_text())["report"]["fim"] > 20

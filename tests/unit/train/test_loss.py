@@ -110,3 +110,21 @@ def test_auto_is_resolved_by_kind_and_machine() -> None:
         True,
     )
     assert fine.micro_batch == 8
+    assert (pre.precision, fine.precision) == ("fp32", "bf16")
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "expected"),
+    [
+        ("auto", "bfloat16", ("bf16", "bfloat16")),
+        ("fp32", "auto", ("fp32", "float32")),
+        ("bf16", "auto", ("bf16", "bfloat16")),
+        ("fp8", "auto", ("fp8", "bfloat16")),
+        ("fp8", "float32", ("fp8", "float32")),
+    ],
+)
+@pytest.mark.parametrize("cuda", [False, True])
+def test_precision_and_dtype_agree(precision: str, dtype: str, expected: tuple[str, str], cuda: bool) -> None:
+    resolved = resolve(config(precision=precision, dtype=dtype), kind="pretrain", cuda=cuda, cores=2)
+    assert (resolved.precision, resolved.dtype) == expected
+    assert resolve(resolved, kind="pretrain", cuda=not cuda, cores=9) == resolved
