@@ -24,7 +24,7 @@ from rorqual.checkpoint import load_model, save_model
 from rorqual.checkpoint.hf import DTYPES
 from rorqual.config import ModelConfig, dump_toml, from_dict, to_dict
 from rorqual.data.packing import PackedSamples, PackedStream
-from rorqual.data.shards import Reader
+from rorqual.data.shards import Reader, write_atomic
 from rorqual.errors import ConfigError, DataError, TrainingError
 from rorqual.model.precision import train_in_fp8
 from rorqual.model.transformer import Transformer
@@ -61,7 +61,8 @@ def pretrain(cfg: RunConfig, kind: Kind = "pretrain", say: Callable[[str], None]
     train, val = open_rows(cfg, model_cfg, cfg.data.train, Timeline(cfg).total_tokens), None
     if cfg.data.val:
         val = open_rows(cfg, model_cfg, cfg.data.val)
-    _claim(run, cfg, model_cfg)
+    with full_disk_is_said(run):
+        _claim(run, cfg, model_cfg)
     device = torch.device(cfg.device)
     assert isinstance(cfg.threads, int)
     torch.set_num_threads(cfg.threads)
@@ -255,5 +256,6 @@ def _claim(run: Path, cfg: RunConfig, model_cfg: ModelConfig) -> None:
                 remedy="choose another `out`, or delete that directory to start over",
             )
     run.mkdir(parents=True, exist_ok=True)
-    file.write_text(dump_toml(cfg), encoding="utf-8")
-    (run / "model_config.json").write_text(json.dumps(model_cfg.to_json(), indent=2) + "\n", encoding="utf-8")
+    # Whole or not at all: a kill here must not leave a run that nothing can resume.
+    write_atomic(file, dump_toml(cfg).encode())
+    write_atomic(run / "model_config.json", (json.dumps(model_cfg.to_json(), indent=2) + "\n").encode())
