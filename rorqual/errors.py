@@ -4,6 +4,7 @@
     ├── ConfigError            a setting or a model configuration is wrong
     ├── CheckpointError        a model directory is incomplete, damaged or of another shape
     ├── DataError              a corpus, a shard or a conversation cannot be used
+    ├── TrainingError          a run cannot go on: the loss diverged, memory or disk are full
     ├── BackendUnavailable     a named backend or package is missing here
     └── RequestError           one request is at fault; everything else goes on
         ├── NotFound           ... it names something that does not exist
@@ -50,6 +51,10 @@ class CheckpointError(RorqualError):
 
 class DataError(RorqualError):
     """A corpus, shard or conversation that cannot be used."""
+
+
+class TrainingError(RorqualError):
+    """A run that cannot go on as it is configured, on this machine."""
 
 
 class BackendUnavailable(RorqualError):

@@ -15,7 +15,7 @@ from pathlib import Path
 from rorqual.cli.bench_report import environment
 
 TESTS = {
-    "training killed and resumed": ["tests/unit/train", "-k", "killed"],
+    "training killed and resumed": ["tests/unit/train", "-k", "killed", "--kills", "50"],
     "shards killed and resumed": ["tests/unit/data", "-k", "kill or interrupt"],
     "engine under random traffic": ["tests/unit/engine/test_scheduler.py", "tests/unit/engine/test_pages.py"],
     "engine process killed": ["tests/unit/engine/test_process.py"],

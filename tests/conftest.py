@@ -12,6 +12,10 @@ if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU, line by line
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=3, help="how often the test of killed training kills (make soak: 50)")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     import torch

@@ -17,7 +17,9 @@ def tokenizer() -> None:
 
 @app.command()
 def train(
-    inputs: Annotated[list[Path], typer.Argument(help="Text files, JSONL or folders of them.", metavar="TEXT…")],
+    inputs: Annotated[
+        list[str], typer.Argument(help="Text, JSONL, Parquet, folders of them, or addresses.", metavar="TEXT…")
+    ],
     out: Annotated[Path, typer.Option(help="Directory to write tokenizer.json and tokenizer_config.json to.")],
     vocab_size: Annotated[int, typer.Option(help="Vocabulary, special tokens included.", min=300)] = 8192,
     template: Annotated[

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from rorqual.train.config import RunConfig
 
 RunFile = Annotated[Path, typer.Argument(help="A run file in TOML; see runs/ for examples.", metavar="RUN.toml")]
 Overrides = Annotated[
@@ -14,16 +17,26 @@ Overrides = Annotated[
 ]
 
 
-def train(run: RunFile, overrides: Overrides = None) -> None:
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Show the resolved configuration, the budget and every schedule as a picture; train nothing."
+    ),
+]
+
+
+def train(run: RunFile, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Pretrain a model on one device.
 
-    The run directory (`out` in the file) receives config.toml, metrics.jsonl, TensorBoard events, checkpoints and at
-    the end model/, a directory that transformers, vLLM and `rorqual serve` load. The same command resumes a run that
-    was stopped or killed.
+    The run directory (`out` in the file) receives config.toml, metrics.jsonl, TensorBoard events, checkpoints,
+    report.html and at the end model/, a directory that transformers, vLLM and `rorqual serve` load. The same command
+    resumes a run that was stopped (Ctrl-C, SIGTERM) or killed.
 
     Examples:
 
         rorqual train runs/tiny-cpu/pretrain.toml
+
+        rorqual train runs/v3-miniature/pretrain.toml --dry-run
 
         rorqual train runs/nano/pretrain.toml --set steps=200 --set out=out/trial
     """
@@ -32,12 +45,32 @@ def train(run: RunFile, overrides: Overrides = None) -> None:
     from rorqual.train.pretrain import pretrain
 
     cfg = load_toml(RunConfig, run, overrides or [])
+    if dry_run:
+        show(cfg)
+        return
     record = pretrain(cfg, say=lambda text: typer.echo(text, err=True))
     finish(record.model, record.last)
+
+
+def show(cfg: RunConfig) -> None:
+    """The dry run."""
+    import torch
+
+    from rorqual.train.config import resolve
+    from rorqual.train.dry_run import describe_run, draw
+    from rorqual.train.pretrain import model_config
+    from rorqual.train.schedule import Timeline
+
+    cfg = resolve(cfg, kind="pretrain", cuda=torch.cuda.is_available(), cores=torch.get_num_threads())
+    timeline = Timeline(cfg)
+    typer.echo(describe_run(cfg, model_config(cfg), timeline))
+    picture = Path(cfg.out) / "schedules.png"
+    drawn = draw(timeline, picture)
+    typer.echo(str(picture) if drawn else "for a picture: pip install matplotlib")
 
 
 def finish(model: Path | None, last: dict[str, object]) -> None:
     """The closing line of a run."""
     if model is not None:
         val = f", val loss {last['val_loss']:.4f}" if "val_loss" in last else ""
-        typer.echo(f"{model}: trained to step {last.get('step')}, loss {last.get('loss', float('nan')):.4f}{val}")
+        typer.echo(f"{model}: trained to step {last.get('step')}, loss {last.get('loss') or float('nan'):.4f}{val}")

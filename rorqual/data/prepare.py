@@ -13,7 +13,8 @@ is the commit. It says which shards count and which record comes next; whatever 
 A run that finds a finished journal with the same settings has nothing to do; with other settings or inputs it
 refuses.
 
-Left out: deduplication and quality filters, which are decisions about a corpus and not about its tokens.
+Deduplication and decontamination are decisions about a corpus and not about its tokens: `data.clean` comes before. Left
+out: quality filters.
 """
 
 from __future__ import annotations
@@ -26,8 +27,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rorqual.data.places import signature
+from rorqual.data.reshape import Reshaper
 from rorqual.data.shards import FORMAT, Meta, Reader, Shard, Writer, write_atomic
 from rorqual.data.sources import Record, Source, list_sources, read_records
+from rorqual.data.special import FIM_BEGIN
 from rorqual.data.template import ChatTemplate, Segment, encode_segments_batch
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.errors import DataError
@@ -40,7 +44,7 @@ JOURNAL = "prepare.json"
 @dataclass(frozen=True, slots=True)
 class PrepareReport:
     """What went in. documents counts texts and conversations, train and val together; learned: tokens with
-    mask 1."""
+    mask 1; fim: texts written for fill-in-the-middle."""
 
     documents: int = 0
     conversations: int = 0
@@ -49,6 +53,7 @@ class PrepareReport:
     learned: int = 0
     val_documents: int = 0
     val_tokens: int = 0
+    fim: int = 0
     empty: int = 0
     undecodable: int = 0
     bad: int = 0
@@ -64,6 +69,9 @@ class _Settings:
     shard_tokens: int
     template: str | None
     skip_bad: bool
+    fim: float
+    split_newlines: float
+    seed: int
 
 
 def prepare(
@@ -74,12 +82,17 @@ def prepare(
     val_fraction: float = 0.0,
     shard_tokens: int = 1 << 24,
     template: str | None = None,
+    fim: float = 0.0,
+    split_newlines: float = 0.0,
+    seed: int = 0,
     skip_bad: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> PrepareReport:
     """Writes out/train and, if val_fraction > 0, out/val; goes on where an interrupted run stopped.
 
+    fim: share of the texts written for fill-in-the-middle (DeepSeek-V3: 0.1); split_newlines: share of the texts'
+    tokens of punctuation and line breaks learned as two; both drawn from `seed` (`data.reshape`).
     template: v3, r1 or v3.1 for conversations; None means the one of tokenizer_dir. skip_bad counts bad JSON
     lines and conversations that cannot be rendered instead of raising. overwrite starts anew whatever `out`
     holds of an earlier run. `progress` gets the report so far and the place reached, after every batch.
@@ -89,12 +102,13 @@ def prepare(
         raise DataError(f"val_fraction must be in [0, 1) and shard_tokens positive, not {val_fraction}, {shard_tokens}")
     sources, tokenizer = list_sources(inputs), Tokenizer.load(tokenizer_dir)
     template = _template_name(Path(tokenizer_dir)) if template is None else ChatTemplate(template).name
-    settings = _Settings(val_fraction, shard_tokens, template, skip_bad)
+    settings = _Settings(val_fraction, shard_tokens, template, skip_bad, fim, split_newlines, seed)
+    reshaper = Reshaper(tokenizer, fim, split_newlines, seed)
     run = _Run.open(Path(out), sources, tokenizer, settings, overwrite)
     if run.complete:
         return run.report
     for batch in _batches(read_records(sources, *run.position)):
-        for record, ids, mask in _encode(batch, tokenizer, Path(tokenizer_dir), template):
+        for record, ids, mask in _encode(batch, tokenizer, Path(tokenizer_dir), template, reshaper):
             run.take(record, ids, mask, settings)
         if progress is not None:
             progress(run.report, batch[-1].place)
@@ -108,7 +122,7 @@ class _Run:
     def __init__(self, out: Path, tokenizer: Tokenizer, journal: dict[str, Any]) -> None:
         self._out = out
         self._journal = journal
-        self._eos_id = tokenizer.eos_id
+        self._fim_id = tokenizer.special(FIM_BEGIN) if tokenizer.has_special(FIM_BEGIN) else None
         self.complete = bool(journal["complete"])
         self.report = PrepareReport(**journal["report"])
         self.position: tuple[int, int] = (journal["position"][0], journal["position"][1])
@@ -165,6 +179,7 @@ class _Run:
             self.report = replace(
                 report,
                 documents=report.documents + 1,
+                fim=report.fim + (ids[0] == self._fim_id and record.messages is None),
                 conversations=report.conversations + (record.messages is not None),
                 characters=report.characters + record.characters,
                 tokens=report.tokens + len(ids),
@@ -211,12 +226,15 @@ def _batches(records: Iterator[Record]) -> Iterator[list[Record]]:
         yield batch
 
 
-def _encode(batch: Sequence[Record], tokenizer: Tokenizer, directory: Path, template: str | None) -> Iterator[Encoded]:
+def _encode(
+    batch: Sequence[Record], tokenizer: Tokenizer, directory: Path, template: str | None, reshaper: Reshaper
+) -> Iterator[Encoded]:
     """Ids and mask (None: all learned) of each record, in order."""
     rendered: list[tuple[Record, list[Segment]]] = []
     for record in batch:
-        segments = [Segment(record.text, learn=True)]
-        if record.messages is not None:
+        if record.messages is None:
+            segments = reshaper.segments(record.text)
+        else:
             chat = ChatTemplate(template) if template is not None else ChatTemplate.load(directory)  # raises
             try:
                 segments = chat.training_segments(record.messages)
@@ -228,7 +246,7 @@ def _encode(batch: Sequence[Record], tokenizer: Tokenizer, directory: Path, temp
         if record.skip or record.messages is not None:
             yield record, ids, mask
         else:
-            yield record, [*ids, tokenizer.eos_id], None
+            yield record, [*reshaper.split(ids, record.text), tokenizer.eos_id], None
 
 
 def _template_name(directory: Path) -> str | None:
@@ -250,7 +268,7 @@ def _share(record: Record) -> float:
 
 def _key(sources: Sequence[Source], tokenizer: Tokenizer, settings: _Settings) -> str:
     """Hash of all that decides the output; `skip_bad` does not, it only decides whether there is one."""
-    files = [[source.name, source.path.stat().st_size] for source in sources]
+    files = [[source.name, signature(source.path)[0]] for source in sources]
     parts = [
         FORMAT,
         files,
@@ -258,13 +276,14 @@ def _key(sources: Sequence[Source], tokenizer: Tokenizer, settings: _Settings) -
         settings.val_fraction,
         settings.shard_tokens,
         settings.template,
+        *([[settings.fim, settings.split_newlines, settings.seed]] if settings.fim or settings.split_newlines else []),
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
 def _times(sources: Sequence[Source]) -> str:
     """Notices inputs that were edited between two runs without changing size."""
-    return hashlib.sha256(json.dumps([s.path.stat().st_mtime_ns for s in sources]).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps([signature(s.path)[1] for s in sources]).encode()).hexdigest()[:32]
 
 
 def _write_journal(path: Path, journal: dict[str, Any]) -> None:

@@ -1,9 +1,10 @@
-"""Where documents come from: text files, JSONL and folders of both, plain or compressed, in one fixed order.
+"""Where documents come from: text, JSONL, Parquet, data sets, here or in an object store, in one fixed order.
 
-A text file (.txt .md .rst) is one document. A line of JSONL is one: `{"text": ".."}`, or `{"messages": [..]}`
-for a conversation. Other keys are ignored, so that data sets can keep their annotations. Each may be packed
-with xz or gz. A folder stands for all such files below it, by sorted path. A record's place (file number,
-record number) is enough to go on from there later.
+A text file (.txt .md .rst) is one document. A line of JSONL or a row of Parquet is one: `{"text": ".."}`, or
+`{"messages": [..]}` for a conversation. Other keys are ignored, so that data sets can keep their annotations. Text and
+lines may be packed with xz or gz. A folder stands for all such files below it, by sorted path. An input may be an address
+that fsspec opens (`s3://bucket/corpus/*.parquet`) or a Hugging Face data set (`datasets:NAME@SPLIT`). A record's place
+(file number, record number) is enough to go on from there later.
 """
 
 from __future__ import annotations
@@ -15,23 +16,26 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal
 
+from rorqual.data import places
 from rorqual.errors import DataError
 
 TEXT = (".txt", ".md", ".rst")
 LINES = (".jsonl",)
+ROWS = (".parquet",)
 PACKED = (".xz", ".gz")
-SUPPORTED = "supported are " + " ".join((*TEXT, *LINES)) + ", also with " + " or ".join(PACKED)
+SUPPORTED = "supported are " + " ".join((*TEXT, *LINES, *ROWS)) + ", text also with " + " or ".join(PACKED)
+Kind = Literal["text", "lines", "rows", "dataset"]
 Skip = Literal["empty", "undecodable", "bad"]
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One input file; `name` is its path below the input that was given."""
+    """One input file (a path or an address) or data set; `name` is its path below the input that was given."""
 
-    path: Path
+    path: str
     name: str
 
 
@@ -60,16 +64,21 @@ def list_sources(inputs: Sequence[str | Path]) -> list[Source]:
     sources: list[Source] = []
     for given in inputs:
         path = Path(given)
-        if path.is_dir():
+        if str(given).startswith(places.DATASET):
+            sources.append(Source(str(given), str(given)))
+        elif places.is_address(str(given)):
+            files = [Source(*found) for found in places.expand(str(given))]
+            sources += [f for f in files if _kind(f.name)]
+        elif path.is_dir():
             found = [Path(folder) / name for folder, _, names in os.walk(path) for name in names]
-            below = sorted((file.relative_to(path).as_posix(), file) for file in found if _kind(file))
-            sources += [Source(file, name) for name, file in below]
+            below = sorted((file.relative_to(path).as_posix(), file) for file in found if _kind(file.name))
+            sources += [Source(str(file), name) for name, file in below]
         elif not path.is_file():
             raise DataError(f"{path} does not exist", remedy="name files or folders")
-        elif _kind(path) is None:
+        elif _kind(path.name) is None:
             raise DataError(f"{path} is of no known kind", remedy=SUPPORTED)
         else:
-            sources.append(Source(path, path.name))
+            sources.append(Source(str(path), path.name))
     if not sources:
         raise DataError("the inputs hold no files that can be read", remedy=SUPPORTED)
     return sources
@@ -81,10 +90,16 @@ def read_records(sources: Sequence[Source], file: int = 0, number: int = 0) -> I
     for f in range(file, len(sources)):
         source = sources[f]
         first = number if f == file else 0
+        kind = _kind(source.path)
         try:
+            if kind == "dataset":
+                yield from _rows(places.dataset_rows(source.path, first), f, source)
+                continue
             with _open(source.path) as stream:
-                if _kind(source.path) == "lines":
+                if kind == "lines":
                     yield from _lines(stream, f, first, source)
+                elif kind == "rows":
+                    yield from _rows(places.parquet_rows(stream, first), f, source)
                 elif first == 0:
                     yield _document(stream.read(), f, source)
         except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
@@ -92,28 +107,44 @@ def read_records(sources: Sequence[Source], file: int = 0, number: int = 0) -> I
             raise DataError(f"{source.path} cannot be read: {error}", remedy=remedy) from error
 
 
-def _kind(path: Path) -> Literal["text", "lines"] | None:
-    if path.name.startswith("."):
+def _kind(path: str) -> Kind | None:
+    if path.startswith(places.DATASET):
+        return "dataset"
+    name = PurePosixPath(path).name if places.is_address(path) else Path(path).name
+    if name.startswith("."):
         return None
-    suffixes = [s.lower() for s in path.suffixes]
+    suffixes = [s.lower() for s in PurePosixPath(name).suffixes]
     if suffixes and suffixes[-1] in PACKED:
         suffixes.pop()
     last = suffixes[-1] if suffixes else ""
-    return "text" if last in TEXT else "lines" if last in LINES else None
+    return "text" if last in TEXT else "lines" if last in LINES else "rows" if last in ROWS else None
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: str) -> IO[bytes]:
     openers: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
-    stream: IO[bytes] = openers.get(path.suffix.lower(), open)(path, "rb")
-    return stream
+    opener = openers.get(PurePosixPath(path).suffix.lower())
+    if opener is None:
+        return places.open_binary(path)
+    unpacked: IO[bytes] = opener(places.open_binary(path) if places.is_address(path) else path, "rb")
+    return unpacked
+
+
+def _rows(rows: Iterator[tuple[int, dict[str, Any]]], file: int, source: Source) -> Iterator[Record]:
+    try:
+        for number, row in rows:
+            yield _from_json(row, file, number, f"{source.path}:{number + 1}")
+    except DataError as error:
+        if source.path in str(error):
+            raise
+        raise DataError(f"{source.path}: {error}") from error
 
 
 def _document(content: bytes, file: int, source: Source) -> Record:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        return Record(file, 0, str(source.path), skip="undecodable", problem=str(error))
-    return Record(file, 0, str(source.path), text, skip=None if text.strip() else "empty")
+        return Record(file, 0, source.path, skip="undecodable", problem=str(error))
+    return Record(file, 0, source.path, text, skip=None if text.strip() else "empty")
 
 
 def _lines(stream: IO[bytes], file: int, first: int, source: Source) -> Iterator[Record]:

@@ -6,6 +6,8 @@ where it is used, and its gradient arrives in its own dtype. No autocast, so tha
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,15 +16,27 @@ from rorqual.ops.fused import fuses
 from rorqual.ops.rms_norm import rms_norm
 
 
+def multiply(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T in x's dtype."""
+    return F.linear(x, weight.to(x.dtype))
+
+
 class Linear(nn.Module):
-    """y = x W^T without bias; weight [out, in]. Left uninitialised: `Transformer.init_weights` or a checkpoint fills it."""
+    """y = x W^T without bias; weight [out, in]. Left uninitialised: `Transformer.init_weights` or a checkpoint fills it.
+    `multiply` is how: plainly, or in FP8 (`model.precision`)."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.multiply: Callable[[Tensor, Tensor], Tensor] = multiply
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return self.multiply(x, self.weight)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is that product and no other, so that a kernel may stand in for it."""
+        return self.multiply is multiply
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight as plain numbers, for who multiplies in another order (`mla.absorbed`)."""
@@ -67,21 +81,26 @@ class RMSNorm(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)). The dense layers' feed-forward, and the shared experts as one."""
+    """SwiGLU: down(silu(gate(x)) * up(x)). The dense layers' feed-forward, and the shared experts as one. `down`, where it
+    is set, computes all after gate and up in one (`model.precision`)."""
 
     def __init__(self, dim: int, width: int) -> None:
         super().__init__()
         self.gate_proj = Linear(dim, width)
         self.up_proj = Linear(dim, width)
         self.down_proj = Linear(width, dim)
+        self.down: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
     @property
     def is_plain(self) -> bool:
-        """Whether no weight is quantised."""
-        return all(isinstance(part, Linear) for part in (self.gate_proj, self.up_proj, self.down_proj))
+        """Whether its products are plain ones."""
+        parts = (self.gate_proj, self.up_proj, self.down_proj)
+        return self.down is None and all(isinstance(part, Linear) and part.is_plain for part in parts)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.down is not None:
+            return self.down(gate, up, self.down_proj.weight)
         if fuses(x):
             from rorqual.ops.triton.fused import swiglu
 

@@ -112,7 +112,7 @@ class MLA(nn.Module):
         assert cache.lengths_B is not None
         kv_a = self.kv_a_proj_with_mqa
         first = self.q_proj if hasattr(self, "q_proj") else self.q_a_proj
-        if len(x_BD) <= TOKENS and isinstance(first, Linear) and isinstance(kv_a, Linear):
+        if len(x_BD) <= TOKENS and all(isinstance(m, Linear) and m.is_plain for m in (first, kv_a)):
             q, kv_BX = rows_dot(x_BD, first.weight, kv_a.weight)
         else:
             q, kv_BX = first(x_BD), kv_a(x_BD)

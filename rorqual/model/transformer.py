@@ -139,6 +139,11 @@ class Transformer(nn.Module):
             return self.embed_tokens.project(h_BTD)
         return self.lm_head(h_BTD)
 
+    @property
+    def head_weight(self) -> Tensor:
+        """What `head` multiplies by, [V, D], of an unquantised model: for losses that never hold all logits."""
+        return self.embed_tokens.weight if self.cfg.tie_word_embeddings else self.lm_head.weight
+
     def _rope(self, tokens_BT: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         positions = batch.positions_BT
         if positions is None:

@@ -37,7 +37,10 @@ def sequence_balance_loss(scores_NE: Tensor, sequence_length: int, top_k: int) -
     """
     E = scores_NE.shape[-1]
     scores_BTE = scores_NE.view(-1, sequence_length, E)
-    P_BE = (scores_BTE / scores_BTE.sum(-1, keepdim=True)).mean(1)
+    # No epsilon: with one, a router could shrink all affinities below it and make the loss vanish. Where they underflow
+    # together, the token says nothing.
+    total_BT1 = scores_BTE.sum(-1, keepdim=True)
+    P_BE = torch.where(total_BT1 > 0, scores_BTE / total_BT1.where(total_BT1 > 0, 1.0), 1 / E).mean(1)
     chosen = scores_BTE.detach().topk(top_k, dim=-1).indices
     f_BE = F.one_hot(chosen, E).sum(2).float().mean(1) * (E / top_k)
     return (f_BE * P_BE).sum(-1).mean()

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rorqual.model.batch import Batch, Routing
 from rorqual.model.transformer import Transformer
 from rorqual.ops.balance import sequence_balance_loss
+from rorqual.ops.cross_entropy import cross_entropy
 
 
 class Losses(NamedTuple):
@@ -38,10 +38,8 @@ class Targets(NamedTuple):
 
 
 def token_loss(model: Transformer, h_BTD: Tensor, targets_BT: Tensor, weights_BT: Tensor) -> Tensor:
-    """Sum of weighted cross-entropies in nats; logits in fp32."""
-    logits = model.head(h_BTD).float()
-    losses = F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="none")
-    return (losses * weights_BT.flatten()).sum()
+    """Sum of weighted cross-entropies in nats; never all logits at once (`ops.cross_entropy`)."""
+    return cross_entropy(h_BTD.flatten(0, 1), model.head_weight, targets_BT.flatten(), weights_BT.flatten())
 
 
 def losses(

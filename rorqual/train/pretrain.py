@@ -1,6 +1,7 @@
 """`pretrain(cfg)`: a run from its configuration to a model directory. Fine-tuning is the same loop over other rows.
 
-A run directory holds config.toml (resolved), metrics.jsonl, checkpoints/, TensorBoard events, and at the end model/.
+A run directory holds config.toml (resolved), metrics.jsonl, checkpoints/, TensorBoard events, report.html, and at the end
+model/.
 Called again with the same configuration it goes on from the newest checkpoint, and does nothing when it is finished.
 """
 
@@ -8,11 +9,13 @@ from __future__ import annotations
 
 import json
 import logging
-import time
-from collections import deque
-from collections.abc import Callable, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -21,17 +24,21 @@ from rorqual.checkpoint import load_model, save_model
 from rorqual.checkpoint.hf import DTYPES
 from rorqual.config import ModelConfig, dump_toml, from_dict, to_dict
 from rorqual.data.packing import PackedSamples, PackedStream
-from rorqual.data.shards import Reader
-from rorqual.errors import ConfigError, DataError
+from rorqual.data.shards import Reader, write_atomic
+from rorqual.errors import ConfigError, DataError, TrainingError
+from rorqual.model.precision import train_in_fp8
 from rorqual.model.transformer import Transformer
-from rorqual.plan.count import training_flops_per_token
-from rorqual.train import checkpoints, schedule
+from rorqual.plan.count import totals
+from rorqual.train import checkpoints, report
 from rorqual.train.config import RunConfig, Source, resolve
-from rorqual.train.hardware import describe, memory_bytes, peak_flops
-from rorqual.train.record import Events, LiveLine, MetricsFile, read_metrics
-from rorqual.train.trainer import METRICS, Fetch, StepResult, Trainer
+from rorqual.train.hardware import describe
+from rorqual.train.limits import OutOfMemory, no_room, out_of_memory, size
+from rorqual.train.loop import Loop
+from rorqual.train.schedule import Timeline
+from rorqual.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
+Kind = Literal["pretrain", "sft"]
 
 
 @dataclass(frozen=True)
@@ -44,45 +51,102 @@ class RunRecord:
     last: dict[str, Any]
 
 
-def pretrain(
-    cfg: RunConfig, kind: Literal["pretrain", "sft"] = "pretrain", say: Callable[[str], None] = log.info
-) -> RunRecord:
-    """Run or resume `cfg`. Raises ConfigError, DataError, CheckpointError; on Ctrl-C writes a checkpoint and returns."""
+def pretrain(cfg: RunConfig, kind: Kind = "pretrain", say: Callable[[str], None] = log.info) -> RunRecord:
+    """Run or resume `cfg`. Raises ConfigError, DataError, CheckpointError, TrainingError; on SIGTERM or Ctrl-C writes a
+    checkpoint and returns."""
     cfg = resolve(cfg, kind=kind, cuda=torch.cuda.is_available(), cores=torch.get_num_threads())
     run = Path(cfg.out)
     model_cfg = model_config(cfg)
     # The data are opened first: a run that cannot start must not claim its directory.
-    train, val = open_rows(cfg, model_cfg, cfg.data.train), None
+    train, val = open_rows(cfg, model_cfg, cfg.data.train, Timeline(cfg).total_tokens), None
     if cfg.data.val:
         val = open_rows(cfg, model_cfg, cfg.data.val)
-    _claim(run, cfg, model_cfg)
+    with full_disk_is_said(run):
+        _claim(run, cfg, model_cfg)
     device = torch.device(cfg.device)
     assert isinstance(cfg.threads, int)
     torch.set_num_threads(cfg.threads)
-    trainer = Trainer(cfg, build_model(cfg, model_cfg, device))
-    done, progress = 0, {"tokens": 0, "elapsed_s": 0.0}
+    trainer = _trainer(cfg, model_cfg, device)
+    done, progress = 0, {"elapsed_s": 0.0}
     if saved := checkpoints.steps(run):
         done, progress = saved[-1], checkpoints.restore(run, saved[-1], trainer)
         say(f"resuming after step {done}")
     say(f"{describe(device)}: {model_summary(trainer.model)}; run directory {run}")
-    loop = Loop(cfg, trainer, run, done, progress, say)
-    try:
-        loop.run(train, val)
-    except KeyboardInterrupt:
-        loop.save()
-        say(f"interrupted after step {loop.step}; the same command goes on from there")
+    with full_disk_is_said(run):
+        loop = Loop(cfg, trainer, run, done, progress, say)
+        try:
+            with signals_stop(loop):
+                loop.run(train, val)
+        finally:
+            loop.close()
+        if cfg.report and loop.step > done and (page := report.write(run)) is not None:
+            say(f"curves and expert loads: {page}")
+    if loop.step < loop.steps:
+        say(f"stopped after step {loop.step}; the same command goes on from there")
         return RunRecord(run, None, loop.step, loop.last)
+    return RunRecord(run, _export(trainer, run, done, loop.step), loop.step, loop.last)
+
+
+def _trainer(cfg: RunConfig, model_cfg: ModelConfig, device: torch.device) -> Trainer:
+    """Raises TrainingError where the model alone does not fit."""
+    try:
+        return Trainer(cfg, build_model(cfg, model_cfg, device))
+    except OutOfMemory as error:
+        if not out_of_memory(error):
+            raise
+        needed = 4 * totals(model_cfg)[0]
+        raise TrainingError(
+            f"out of memory: the weights alone take {size(needed)} in fp32", remedy="train a smaller model"
+        ) from error
+
+
+@contextmanager
+def full_disk_is_said(run: Path) -> Iterator[None]:
+    """Turns the system's error about a full disk into one that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if not no_room(error):
+            raise
+        raise TrainingError(
+            f"the disk of {run} is full: {error}", remedy="make room and give the same command again"
+        ) from error
+
+
+def _export(trainer: Trainer, run: Path, done: int, step: int) -> Path:
+    """model/, and model-ema/ where there is an average, unless an earlier call left them."""
+    cfg, export = trainer.cfg, run / "model"
+    if (export / "config.json").is_file() and step == done:
+        return export
+    options: dict[str, Any] = {
+        "dtype": DTYPES[cfg.export_dtype], "files_from": cfg.data.tokenizer or cfg.init_from or None
+    }  # fmt: skip
+    if trainer.average is not None:
+        with trainer.average.in_place():
+            save_model(trainer.model, run / "model-ema", **options)
+    save_model(trainer.model, export, **options)
+    return export
+
+
+@contextmanager
+def signals_stop(loop: Loop) -> Iterator[None]:
+    """Inside, SIGTERM and Ctrl-C end the loop after the step under way, so that what is saved is whole; a second Ctrl-C
+    does not wait. Only the main thread can hear signals; elsewhere nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if loop.stop and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        loop.stop = True
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
     finally:
-        loop.close()
-    export = run / "model"
-    if not (export / "config.json").is_file() or loop.step > done:
-        save_model(
-            trainer.model,
-            export,
-            dtype=DTYPES[cfg.export_dtype],
-            files_from=cfg.data.tokenizer or cfg.init_from or None,
-        )
-    return RunRecord(run, export, loop.step, loop.last)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def model_config(cfg: RunConfig) -> ModelConfig:
@@ -95,7 +159,15 @@ def model_config(cfg: RunConfig) -> ModelConfig:
 
 
 def build_model(cfg: RunConfig, model_cfg: ModelConfig, device: torch.device) -> Transformer:
-    """fp32 parameters under activations of cfg.dtype; seeded initialisation or the weights of init_from."""
+    """fp32 parameters under activations of cfg.dtype; seeded initialisation or the weights of init_from; multiplied in
+    cfg.precision."""
+    model = _weights(cfg, model_cfg, device)
+    if cfg.precision == "fp8":
+        train_in_fp8(model)
+    return model
+
+
+def _weights(cfg: RunConfig, model_cfg: ModelConfig, device: torch.device) -> Transformer:
     compute = None if cfg.dtype == "float32" else DTYPES[cfg.dtype]
     if cfg.init_from:
         # Quantised weights are no parameters, and a view of a file is no place for an optimiser's updates.
@@ -111,22 +183,53 @@ def build_model(cfg: RunConfig, model_cfg: ModelConfig, device: torch.device) ->
     return model
 
 
-def open_rows(cfg: RunConfig, model_cfg: ModelConfig, sources: Sequence[Source]) -> PackedStream | PackedSamples:
-    """The packed rows of some sources. Raises DataError where they do not fit the model."""
+def open_rows(
+    cfg: RunConfig, model_cfg: ModelConfig, sources: Sequence[Source], budget: int | None = None
+) -> PackedStream | PackedSamples:
+    """The packed rows of some sources; budget: tokens of the run, where sources may say their epochs. Raises DataError where
+    they do not fit the model, ConfigError for a mixture that cannot be."""
     readers = [Reader(s.path) for s in sources]
     for reader in readers:
+        if cfg.data.verify:
+            reader.verify()
         if reader.meta.vocab_size > model_cfg.vocab_size:
             raise DataError(
                 f"{reader.directory} has a vocabulary of {reader.meta.vocab_size}, the model {model_cfg.vocab_size}",
                 remedy="prepare the data with the model's tokenizer",
             )
     extra = 1 + model_cfg.num_nextn_predict_layers
+    shares = mixture(sources, [r.tokens for r in readers], budget)
     if cfg.data.packing == "samples":
+        if shares is not None:
+            raise ConfigError(
+                "packing = samples goes through all sources together: weights and epochs have no effect there",
+                remedy="remove them, or repeat a source in data.train",
+            )
         return PackedSamples(readers, cfg.data.seq_len, cfg.seed, extra)
-    weights = [s.weight for s in sources]
-    if any(w is None for w in weights) and any(w is not None for w in weights):
-        raise ConfigError("give every source of a mixture a weight, or none")
-    return PackedStream(readers, cfg.data.seq_len, cfg.seed, [w for w in weights if w is not None] or None, extra)
+    return PackedStream(readers, cfg.data.seq_len, cfg.seed, shares, extra)
+
+
+def mixture(sources: Sequence[Source], tokens: Sequence[int], budget: int | None) -> list[float] | None:
+    """Each source's share of the rows, None for by size. A source with `epochs` gets what that many take of the budget; the
+    others divide the rest by weight, or by size."""
+    rest = [s for s in sources if s.epochs is None]
+    if any(s.weight is None for s in rest) and any(s.weight is not None for s in rest):
+        raise ConfigError("give every source of a mixture a weight, or none", remedy="or say its epochs")
+    if len(rest) == len(sources):
+        return [s.weight for s in sources if s.weight is not None] or None
+    if budget is None:
+        raise ConfigError("epochs belong to the sources of data.train", remedy="remove them from data.val")
+    fixed = [s.epochs * n / budget if s.epochs is not None else 0.0 for s, n in zip(sources, tokens, strict=True)]
+    left = 1 - sum(fixed)
+    if left < -1e-3 or (rest and left < 1e-3) or (not rest and left > 1e-3):
+        given = sum(fixed) * budget
+        raise ConfigError(
+            f"the epochs asked for are {given:,.0f} tokens of a budget of {budget:,}",
+            remedy=f"set tokens={given:.0f}" if not rest else "ask for fewer epochs, or raise the budget",
+        )
+    plain = [s.weight or n for s, n in zip(sources, tokens, strict=True) if s.epochs is None]
+    remaining = iter(w / sum(plain) * left for w in plain)
+    return [next(remaining) if s.epochs is None else f for s, f in zip(sources, fixed, strict=True)]
 
 
 def model_summary(model: Transformer) -> str:
@@ -138,12 +241,14 @@ def _claim(run: Path, cfg: RunConfig, model_cfg: ModelConfig) -> None:
     """Write the resolved configuration, or refuse a directory that holds another run."""
     file = run / "config.toml"
     # The machine is not part of what a run *is*: one may resume elsewhere.
-    machine = {"device", "threads", "compile", "micro_batch", "dtype"}
+    machine = {"device", "threads", "compile", "micro_batch", "dtype", "precision", "report"}
     mine = to_dict(cfg)
     if file.is_file():
         import tomllib
 
         theirs = to_dict(from_dict(RunConfig, tomllib.loads(file.read_text()), str(file)))
+        if (mine["precision"] == "fp8") != (theirs["precision"] == "fp8"):
+            machine.remove("precision")
         differing = sorted(k for k in {*mine, *theirs} - machine if mine.get(k) != theirs.get(k))
         if differing:
             raise ConfigError(
@@ -151,101 +256,6 @@ def _claim(run: Path, cfg: RunConfig, model_cfg: ModelConfig) -> None:
                 remedy="choose another `out`, or delete that directory to start over",
             )
     run.mkdir(parents=True, exist_ok=True)
-    file.write_text(dump_toml(cfg), encoding="utf-8")
-    (run / "model_config.json").write_text(json.dumps(model_cfg.to_json(), indent=2) + "\n", encoding="utf-8")
-
-
-class Loop:
-    """The steps of a run, its records and its checkpoints."""
-
-    def __init__(
-        self,
-        cfg: RunConfig,
-        trainer: Trainer,
-        run: Path,
-        done: int,
-        progress: dict[str, Any],
-        say: Callable[[str], None],
-    ) -> None:
-        self.cfg, self.trainer, self.directory, self.step = cfg, trainer, run, done
-        self.tokens, self.elapsed = int(progress["tokens"]), float(progress["elapsed_s"])
-        self.last: dict[str, Any] = next(reversed(_history(run, done)), {})
-        self.metrics, self.events = MetricsFile(run / "metrics.jsonl", done), Events(run, done)
-        self.live, self.say = LiveLine(cfg.steps), say
-        self.peak, self.peak_source = peak_flops(trainer.model.device)
-        self.flops_per_token = training_flops_per_token(trainer.model.cfg, cfg.data.seq_len)
-        self.pending: list[tuple[int, StepResult, float]] = []
-        self.recent: deque[float] = deque(maxlen=50)
-        self.saved_at = time.monotonic()
-
-    def run(self, train: PackedStream | PackedSamples, val: PackedStream | PackedSamples | None) -> None:
-        """From the step reached to the last."""
-        cfg, cuda = self.cfg, self.trainer.model.device.type == "cuda"
-        if self.step < cfg.steps:
-            self.say(f"MFU is measured against {self.peak / 1e12:.3g} TFLOP/s: {self.peak_source}")
-        while self.step < cfg.steps:
-            start = time.perf_counter()
-            result = self.trainer.step(self.step, train.rows)
-            self.step += 1
-            self.tokens += cfg.batch * cfg.data.seq_len
-            self.pending.append((self.step, result, start))
-            evaluate = val is not None and (self.step % cfg.eval_every == 0 or self.step == cfg.steps)
-            # Reading a metric waits for the device; on a GPU that is done for ten steps at once.
-            if evaluate or not cuda or len(self.pending) == 10 or self._due():
-                self._flush(val.rows if evaluate and val is not None else None, val)
-            if self._due():
-                self.save()
-
-    def _due(self) -> bool:
-        cfg = self.cfg
-        at_step = self.step % cfg.checkpoint_every == 0 or self.step == cfg.steps
-        return at_step or time.monotonic() - self.saved_at > cfg.checkpoint_seconds
-
-    def _flush(self, evaluate: Fetch | None = None, val: PackedStream | PackedSamples | None = None) -> None:
-        """Write the pending steps' metrics, the last of them with a validation where asked."""
-        if not self.pending:
-            return
-        values = torch.stack([r.values for _, r, _ in self.pending]).tolist()
-        now = time.perf_counter()
-        per_step = (now - self.pending[0][2]) / len(self.pending)
-        device = self.trainer.model.device
-        for (step, _, _), row in zip(self.pending, values, strict=True):
-            self.elapsed += per_step
-            self.recent.append(per_step)
-            rate = self.cfg.batch * self.cfg.data.seq_len / per_step
-            line = {
-                "step": step,
-                "tokens": step * self.cfg.batch * self.cfg.data.seq_len,
-                **dict(zip(METRICS, row, strict=True)),
-                "lr": schedule.learning_rate(self.cfg, step - 1),
-                "tokens_per_s": rate,
-                "mfu": rate * self.flops_per_token / self.peak,
-                "memory_bytes": memory_bytes(device),
-                "elapsed_s": self.elapsed,
-            }
-            if step == self.step and evaluate is not None and val is not None:
-                rows = min(self.cfg.eval_rows, val.rows_per_epoch)
-                line["val_loss"], line["mtp_agreement"] = self.trainer.evaluate(evaluate, rows)
-            self.metrics.write(line)
-            self.events.write(line)
-            self.last = {**{k: v for k, v in self.last.items() if k in ("val_loss", "mtp_agreement")}, **line}
-        self.pending = []
-        self.live.show(self.last, (self.cfg.steps - self.step) * sum(self.recent) / len(self.recent))
-
-    def save(self) -> None:
-        self._flush()
-        self.metrics.flush()
-        progress = {"tokens": self.tokens, "elapsed_s": self.elapsed}
-        checkpoints.save(
-            self.directory, self.step, self.trainer, progress, self.cfg.data.tokenizer or self.cfg.init_from
-        )
-        self.saved_at = time.monotonic()
-
-    def close(self) -> None:
-        self.metrics.close()
-        self.events.close()
-
-
-def _history(run: Path, done: int) -> list[dict[str, Any]]:
-    path = run / "metrics.jsonl"
-    return [line for line in read_metrics(path) if line["step"] <= done] if path.is_file() else []
+    # Whole or not at all: a kill here must not leave a run that nothing can resume.
+    write_atomic(file, dump_toml(cfg).encode())
+    write_atomic(run / "model_config.json", (json.dumps(model_cfg.to_json(), indent=2) + "\n").encode())

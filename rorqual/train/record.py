@@ -1,14 +1,21 @@
-"""What a run writes while it goes: metrics.jsonl, TensorBoard events, and one live line for the person watching."""
+"""What a run writes while it goes: metrics.jsonl, expert loads, TensorBoard events, and one live line for the person
+watching."""
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 import time
 from pathlib import Path
 from typing import Any, TextIO
+
+from torch import Tensor
+
+from rorqual.data.shards import write_atomic
+from rorqual.train.limits import size
 
 log = logging.getLogger(__name__)
 
@@ -18,16 +25,13 @@ class MetricsFile:
 
     def __init__(self, path: Path, resume_step: int) -> None:
         self.path = path
-        kept = [line for line in self._lines() if line["step"] <= resume_step]
-        with path.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in kept)
+        _keep(path, resume_step)
         self._file: TextIO = path.open("a", encoding="utf-8")
 
-    def _lines(self) -> list[dict[str, Any]]:
-        return read_metrics(self.path) if self.path.is_file() else []
-
     def write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
+        """One step. JSON knows no NaN and no infinity: they become null."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        self._file.write(json.dumps(finite) + "\n")
 
     def flush(self) -> None:
         self._file.flush()
@@ -36,6 +40,34 @@ class MetricsFile:
     def close(self) -> None:
         self.flush()
         self._file.close()
+
+
+class ExpertLoads:
+    """expert_load.jsonl: every `every` steps and at the end, how many tokens each expert of each routed layer got (MTP
+    modules last), for the heat maps of the report."""
+
+    def __init__(self, path: Path, resume_step: int, every: int = 10) -> None:
+        _keep(path, resume_step)
+        self._file: TextIO = path.open("a", encoding="utf-8")
+        self._every = every
+
+    def write(self, step: int, loads: Tensor, steps: int) -> None:
+        """loads: int64 [gates, E] of this step."""
+        if len(loads) and (step % self._every == 0 or step == steps):
+            self._file.write(json.dumps({"step": step, "loads": loads.tolist()}) + "\n")
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _keep(path: Path, resume_step: int) -> None:
+    """Drop the lines beyond a step; replaced as a whole, so that a kill here loses nothing."""
+    if path.is_file():
+        kept = [line for line in read_metrics(path) if line["step"] <= resume_step]
+        write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -81,17 +113,18 @@ class LiveLine:
         self.tty = sys.stderr.isatty()
         self._last = 0.0
 
-    def show(self, line: dict[str, Any], eta_s: float) -> None:
+    def show(self, line: dict[str, Any]) -> None:
         now = time.monotonic()
         final = line["step"] == self.steps
         if not final and now - self._last < (0.1 if self.tty else self.every_s):
             return
         self._last = now
-        mfu = f"  MFU {line['mfu']:.1%}" if line["mfu"] else ""
+        skipped = "  skipped" if line.get("skipped") else ""
         val = f"  val {line['val_loss']:.4f}" if "val_loss" in line else ""
         text = (
-            f"step {line['step']}/{self.steps}  loss {line['loss']:.4f}{val}  {line['tokens_per_s']:,.0f} tokens/s{mfu}"
-            f"  max_violation {line['max_violation']:.2f}  ETA {duration(eta_s)}"
+            f"step {line['step']}/{self.steps}  loss {line['loss']:.4f}{val}{skipped}  {line['tokens_per_s']:,.0f} tokens/s"
+            f"  MFU {line['mfu']:.1%}  {size(line['memory_bytes'])}  max_violation {line['max_violation']:.2f}"
+            f"  ETA {duration(line['eta_s'])}"
         )
         if self.tty:
             sys.stderr.write(f"\r\x1b[2K{text}" + ("\n" if final else ""))

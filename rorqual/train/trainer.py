@@ -1,7 +1,7 @@
-"""One step of training: gradients over micro-batches, clipping, AdamW, the bias update.
+"""One step of training: gradients over micro-batches, clipping, the optimiser, the bias update.
 
-The trainer owns nothing that a checkpoint does not hold: weights, optimiser moments, the step number. The data are a
-pure function of the step, so a killed run goes on where its last checkpoint stands, to the bit.
+The trainer owns nothing that a checkpoint does not hold: weights, their average, optimiser moments. The data are a pure
+function of the step, so a killed run goes on where its last checkpoint stands, to the bit.
 """
 
 from __future__ import annotations
@@ -14,12 +14,17 @@ import torch
 from torch import Tensor
 
 from rorqual.data.packing import Rows
+from rorqual.errors import TrainingError
+from rorqual.model.batch import Batch
 from rorqual.model.moe import Gate
 from rorqual.model.transformer import Transformer
 from rorqual.ops.balance import load, max_violation, update_bias_
-from rorqual.train import schedule
 from rorqual.train.config import RunConfig
-from rorqual.train.loss import Targets, losses
+from rorqual.train.ema import WeightAverage
+from rorqual.train.limits import OutOfMemory, out_of_memory
+from rorqual.train.loss import Targets, losses, token_loss
+from rorqual.train.optimizer import Optimizer
+from rorqual.train.schedule import Timeline
 
 Fetch = Callable[[int, int], Rows]
 METRICS = ("loss", "lm_loss", "mtp_loss", "balance_loss", "grad_norm", "max_violation")
@@ -32,59 +37,102 @@ class StepResult(NamedTuple):
     loads: Tensor
 
 
+Judge = Callable[[StepResult], bool]
+"""Whether a step's gradients may be applied."""
+
+
 class Trainer:
     """cfg is resolved; model has fp32 parameters and computes in cfg.dtype."""
 
     def __init__(self, cfg: RunConfig, model: Transformer) -> None:
         self.cfg, self.model = cfg, model
+        self.timeline = Timeline(cfg)
         self.gates = [m for m in model.modules() if isinstance(m, Gate)]
-        matrices = [p for p in model.parameters() if p.ndim >= 2]
-        vectors = [p for p in model.parameters() if p.ndim < 2]
-        groups = [
-            {"params": matrices, "weight_decay": cfg.optim.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        o = cfg.optim
-        self.optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, fused=True)
+        self.optimizer = Optimizer(cfg.optim, model)
+        self.average = WeightAverage(cfg.ema, model) if cfg.ema.decay else None
         self.losses = losses
         if cfg.compile:
             for block in [*model.layers, *model.mtp]:
                 block.compile()
 
-    def step(self, step: int, fetch: Fetch) -> StepResult:
-        """Train on the rows of this step; fetch(start, count) gives them."""
-        cfg, model = self.cfg, self.model
+    def step(self, step: int, fetch: Fetch, judge: Judge | None = None) -> StepResult:
+        """Train on the rows of this step; fetch(start, count) gives them. What `judge` refuses changes nothing."""
+        rows = self._to_device(fetch(self.timeline.first_row(step), self.timeline.batch(step)))
+        result = self.gradients(step, rows)
+        if judge is None or judge(result):
+            self.update(step, result.loads)
+        self.optimizer.zero_grad()
+        return result
+
+    def gradients(self, step: int, rows: Targets) -> StepResult:
+        """Gradients of the step's mean loss, added up over micro-batches and clipped, in the parameters' `grad`."""
+        cfg, model, timeline = self.cfg, self.model, self.timeline
         assert isinstance(cfg.micro_batch, int)
-        rows = self._to_device(fetch(step * cfg.batch, cfg.batch))
-        counts = self._target_counts(rows)
-        weight, alpha = schedule.mtp_weight(cfg, step), cfg.balance.alpha
-        lr = schedule.learning_rate(cfg, step)
+        batch, counts = len(rows.tokens), self._target_counts(rows)
+        weight, alpha = timeline.mtp_weight(step), cfg.balance.alpha
         sums = torch.zeros(3, device=model.device)
         loads = torch.zeros(len(self.gates), model.cfg.n_routed_experts, dtype=torch.int64, device=model.device)
-        for start in range(0, cfg.batch, cfg.micro_batch):
+        for start in range(0, batch, cfg.micro_batch):
             part = Targets(*(t[start : start + cfg.micro_batch] for t in rows))
             out = self.losses(
                 model,
                 part,
                 counts,
                 mask_documents=bool(cfg.data.mask_documents),
-                balance_share=cfg.micro_batch / cfg.batch,
+                balance_share=len(part.tokens) / batch,
             )
             (out.lm + weight * out.mtp + alpha * out.balance).backward()
             sums += torch.stack((out.lm.detach(), out.mtp.detach(), out.balance.detach()))
             if out.routings:
                 loads += torch.stack([load(r.chosen_NK, model.cfg.n_routed_experts) for r in out.routings])
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.optim.clip, foreach=True)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        for gate, load_E in zip(self.gates, loads, strict=True):
-            update_bias_(gate.e_score_correction_bias, load_E, schedule.gamma(cfg, step))
         lm, mtp, balance = sums.unbind()
         worst = torch.stack([max_violation(x) for x in loads]).max() if self.gates else torch.zeros_like(lm)
         total = lm + weight * mtp + alpha * balance
         return StepResult(torch.stack((total, lm, mtp, balance, norm, worst)), loads)
+
+    def update(self, step: int, loads: Tensor) -> None:
+        """Weights by their gradients, correction biases by the step's load, and the average of the weights."""
+        if self.average is not None:
+            self.average.before_update()
+        self.optimizer.step(self.timeline.learning_rate(step))
+        for gate, load_E in zip(self.gates, loads, strict=True):
+            update_bias_(gate.e_score_correction_bias, load_E, self.timeline.gamma(step))
+        if self.average is not None:
+            self.average.after_update(step + 1)
+
+    def advise(self, step: int, fetch: Fetch, message: str) -> TrainingError:
+        """After memory ran out: the error to raise, which names the largest micro-batch that does fit (found by trying, with
+        room held for what the optimiser has yet to allocate)."""
+        micro = int(self.cfg.micro_batch)
+        said = f"out of memory in step {step + 1} with micro_batch {micro}: {message}"
+        first, batch = self.timeline.first_row(step), self.timeline.batch(step)
+        while micro > 1:
+            micro = max(n for n in range(1, micro) if self.cfg.batch % n == 0)
+            self.optimizer.zero_grad()
+            if self.model.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if self._fits(step, fetch, first, min(micro, batch)):
+                return TrainingError(said, remedy=f"micro_batch {micro} fits: --set micro_batch={micro}")
+        return TrainingError(
+            said,
+            remedy="even one sequence does not fit: lower data.seq_len, set optim.moments=bfloat16, or a smaller model",
+        )
+
+    def _fits(self, step: int, fetch: Fetch, first: int, rows: int) -> bool:
+        try:
+            held = torch.zeros(self.optimizer.bytes_to_come, dtype=torch.uint8, device=self.model.device)
+            # Twice: from the second micro-batch on, gradients are there already.
+            for _ in range(2):
+                self.gradients(step, self._to_device(fetch(first, rows)))
+            del held
+        except OutOfMemory as error:
+            if not out_of_memory(error):
+                raise
+            return False
+        finally:
+            self.optimizer.zero_grad()
+        return True
 
     @torch.no_grad()
     def evaluate(self, fetch: Fetch, rows: int) -> tuple[float, float]:
@@ -114,9 +162,6 @@ class Trainer:
 
 def evaluate_rows(model: Transformer, rows: Targets, mask_documents: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(sum of next-token losses, MTP guesses that match the model's, number of targets) over the rows."""
-    from rorqual.model.batch import Batch
-    from rorqual.train.loss import token_loss
-
     T = rows.tokens.shape[1] - 1 - len(model.mtp)
     batch = Batch(documents_BT=rows.documents[:, :T]) if mask_documents else None
     h, _ = model.hidden(rows.tokens[:, :T], batch)

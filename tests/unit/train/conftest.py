@@ -54,10 +54,11 @@ def run_file(corpus: Path, tmp_path: Path):  # type: ignore[no-untyped-def]
             "eval_every": 4,
             "checkpoint_every": 3,
             "threads": 1,
+            "report": False,
             **top,
         }
         model = "\n".join(f"{k} = {v}" for k, v in MODEL.items())
-        text = "\n".join(f"{k} = {v!r}" for k, v in lines.items())
+        text = "\n".join(f"{k} = {str(v).lower() if isinstance(v, bool) else repr(v)}" for k, v in lines.items())
         path = tmp_path / f"{name}.toml"
         path.write_text(
             f"{text}\n[model]\n{model}\n[data]\ntokenizer = '{corpus}/tokenizer'\nseq_len = 32\n"

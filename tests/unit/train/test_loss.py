@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from rorqual.config import ModelConfig
-from rorqual.train import schedule
 from rorqual.train.config import BalanceConfig, DataConfig, MTPConfig, OptimConfig, RunConfig, Source, resolve
 from rorqual.train.loss import Targets, losses
+from rorqual.train.schedule import Timeline
 from tests.parity import build
 
 
@@ -79,14 +79,16 @@ def config(**changes: object) -> RunConfig:
     return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
 
 
-def test_schedules_follow_the_paper_in_shape() -> None:
-    cfg = config(optim=OptimConfig(lr=1.0, warmup_steps=100, decay_fraction=0.5, min_lr_ratio=0.1))
-    lr = [schedule.learning_rate(cfg, s) for s in range(1000)]
+def test_the_simple_schedule_warms_up_holds_and_decays() -> None:
+    line = Timeline(config(optim=OptimConfig(lr=1.0, warmup_steps=100, decay_fraction=0.5, min_lr_ratio=0.1)))
+    lr = [line.learning_rate(s) for s in range(1000)]
     assert lr[0] == pytest.approx(0.01) and lr[99] == 1.0 and lr[499] == 1.0 and lr[-1] == pytest.approx(0.1)
     assert all(a >= b for a, b in itertools.pairwise(lr[100:]))
-    cfg = config(mtp=MTPConfig(0.3, 0.1, 0.324), balance=BalanceConfig(1e-3, 0.034))
-    assert [schedule.mtp_weight(cfg, s) for s in (0, 675, 677, 999)] == [0.3, 0.3, 0.1, 0.1]
-    assert [schedule.gamma(cfg, s) for s in (0, 965, 967, 999)] == [1e-3, 1e-3, 0, 0]
+    line = Timeline(config(mtp=MTPConfig(0.3, 0.1, 0.324), balance=BalanceConfig(1e-3, 0.034)))
+    assert [line.mtp_weight(s) for s in (0, 675, 677, 999)] == pytest.approx([0.3, 0.3, 0.1, 0.1])
+    assert [line.gamma(s) for s in (0, 965, 967, 999)] == [1e-3, 1e-3, 0, 0]
+    always = Timeline(config(balance=BalanceConfig(1e-3, 0.0), optim=OptimConfig(warmup_steps=0, decay_fraction=0.0)))
+    assert {always.gamma(s) for s in range(1000)} == {1e-3} and {always.learning_rate(s) for s in range(9)} == {1e-3}
 
 
 def test_auto_is_resolved_by_kind_and_machine() -> None:
@@ -108,3 +110,21 @@ def test_auto_is_resolved_by_kind_and_machine() -> None:
         True,
     )
     assert fine.micro_batch == 8
+    assert (pre.precision, fine.precision) == ("fp32", "bf16")
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "expected"),
+    [
+        ("auto", "bfloat16", ("bf16", "bfloat16")),
+        ("fp32", "auto", ("fp32", "float32")),
+        ("bf16", "auto", ("bf16", "bfloat16")),
+        ("fp8", "auto", ("fp8", "bfloat16")),
+        ("fp8", "float32", ("fp8", "float32")),
+    ],
+)
+@pytest.mark.parametrize("cuda", [False, True])
+def test_precision_and_dtype_agree(precision: str, dtype: str, expected: tuple[str, str], cuda: bool) -> None:
+    resolved = resolve(config(precision=precision, dtype=dtype), kind="pretrain", cuda=cuda, cores=2)
+    assert (resolved.precision, resolved.dtype) == expected
+    assert resolve(resolved, kind="pretrain", cuda=not cuda, cores=9) == resolved

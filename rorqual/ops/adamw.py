@@ -1,0 +1,39 @@
+"""AdamW on fp32 weights with moments kept in a narrower dtype (DeepSeek-V3 section 3.3.2: m and v in bf16).
+
+One update in fp32, whatever the moments are stored in; they are rounded to nearest once, on the way back. bf16 has steps
+of 2^-8 relative: with beta2 = 0.95 v moves by up to 5 % a step and is followed; with 0.999 it would stand still, so
+`train.config` refuses that. Left out: stochastic rounding (nothing published uses it here) and 8-bit moments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rorqual.registry import Backends
+
+AdamW = Callable[[Tensor, Tensor, Tensor, Tensor, int, float, tuple[float, float], float, float], None]
+adamw_backends: Backends[AdamW] = Backends("adamw")
+
+BOUND = 1e-6
+"""Largest absolute difference of a weight between backends after one step at lr 1, fp32 moments, weights of unit scale."""
+
+
+@adamw_backends.register("reference")
+@torch.no_grad()
+def adamw_reference(
+    weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: int, lr: float, betas: tuple[float, float], eps: float,
+    decay: float,
+) -> None:  # fmt: skip
+    """Update weight (fp32), m and v (any float dtype) in place by a gradient of weight's shape. step counts from 1."""
+    beta1, beta2 = betas
+    m32, v32 = m.float(), v.float()
+    m32 = m32.lerp(grad, 1 - beta1)
+    v32 = (v32 * beta2).addcmul_(grad, grad, value=1 - beta2)
+    weight.mul_(1 - lr * decay)
+    denominator = (v32 / (1 - beta2**step)).sqrt_().add_(eps)
+    weight.addcdiv_(m32, denominator, value=-lr / (1 - beta1**step))
+    m.copy_(m32)
+    v.copy_(v32)

@@ -1,0 +1,204 @@
+"""The steps of a run between its checkpoints: records, validation, the guard, and every way a run may have to stop.
+
+Whatever ends it (Ctrl-C, SIGTERM, a full disk, no memory, a diverging loss), the newest checkpoint stands and the same
+command goes on from there.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rorqual.data.packing import PackedSamples, PackedStream, Rows
+from rorqual.errors import TrainingError
+from rorqual.plan.count import training_flops_per_token
+from rorqual.train import checkpoints
+from rorqual.train.config import RunConfig
+from rorqual.train.guard import Detours, Guard
+from rorqual.train.hardware import memory_bytes, peak_flops
+from rorqual.train.limits import OutOfMemory, no_room, out_of_memory
+from rorqual.train.record import Events, ExpertLoads, LiveLine, MetricsFile, read_metrics
+from rorqual.train.trainer import METRICS, StepResult, Trainer
+
+log = logging.getLogger(__name__)
+Packed = PackedStream | PackedSamples
+LOSS, NORM = METRICS.index("loss"), METRICS.index("grad_norm")
+
+
+class Loop:
+    """One process's part of a run. `step` counts finished steps; `stop` may be set at any time from a signal handler."""
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        trainer: Trainer,
+        run: Path,
+        done: int,
+        progress: dict[str, Any],
+        say: Callable[[str], None],
+    ) -> None:
+        self.cfg, self.trainer, self.directory, self.step = cfg, trainer, run, done
+        self.timeline, self.steps, self.say, self.stop = trainer.timeline, trainer.timeline.steps, say, False
+        self.elapsed = float(progress["elapsed_s"])
+        self.live, self.detours = LiveLine(self.steps), Detours(run)
+        self.peak, self.peak_source = peak_flops(trainer.model.device)
+        self.flops_per_token = training_flops_per_token(trainer.model.cfg, cfg.data.seq_len)
+        self.saved_at = time.monotonic()
+        self._open_records()
+
+    def _open_records(self) -> None:
+        """What the steps made so far left behind; called again after going back."""
+        history = _history(self.directory, self.step)
+        self.last: dict[str, Any] = history[-1] if history else {}
+        nan = float("nan")
+        seen = [(nan if h["loss"] is None else h["loss"], bool(h.get("skipped"))) for h in history]
+        self.guard = Guard(self.cfg.guard, seen)
+        self.metrics = MetricsFile(self.directory / "metrics.jsonl", self.step)
+        self.loads = ExpertLoads(self.directory / "expert_load.jsonl", self.step)
+        self.events = Events(self.directory, self.step)
+        self.pending: list[tuple[int, StepResult, float]] = []
+        self.refused: dict[int, str] = {}
+        self.recent: deque[float] = deque(maxlen=50)
+
+    def run(self, train: Packed, val: Packed | None) -> None:
+        """From the step reached to the last, or until `stop`. Raises TrainingError where it cannot go on."""
+        cfg, cuda = self.cfg, self.trainer.model.device.type == "cuda"
+        if self.step < self.steps:
+            self.say(f"MFU is measured against {self.peak / 1e12:.3g} TFLOP/s: {self.peak_source}")
+        if cfg.guard.policy == "rewind" and not self.step and not checkpoints.steps(self.directory):
+            self.save()
+        while self.step < self.steps and not self.stop:
+            start = time.perf_counter()
+            result = self._train(train)
+            self.step += 1
+            self.pending.append((self.step, result, start))
+            if self.step in self.refused and cfg.guard.policy == "rewind":
+                self._rewind()
+                continue
+            evaluate = val is not None and (self.step % cfg.eval_every == 0 or self.step == self.steps)
+            # Reading a metric waits for the device; on a GPU that is done for ten steps at once.
+            if evaluate or not cuda or len(self.pending) == 10 or self._due():
+                self._flush(val if evaluate else None)
+            if self._due() or self.stop:
+                self.save()
+
+    def _train(self, train: Packed) -> StepResult:
+        def fetch(start: int, count: int) -> Rows:
+            return train.rows(start + self.detours.shift(self.step), count)
+
+        def judge(result: StepResult) -> bool:
+            values = result.values.tolist()
+            why = self.guard.objection(values[LOSS], values[NORM])
+            if why is not None:
+                self.refused[self.step + 1] = why
+                self.say(f"step {self.step + 1} is not applied: {why}")
+            return why is None
+
+        try:
+            return self.trainer.step(self.step, fetch, judge if self.cfg.guard.policy != "off" else None)
+        except OutOfMemory as error:
+            if not out_of_memory(error):
+                raise
+            message = str(error).strip().splitlines()[0]
+        # Outside of the handler: the traceback held the tensors that did not fit.
+        raise self.trainer.advise(self.step, fetch, message)
+
+    def _rewind(self) -> None:
+        """Back to the newest checkpoint; from there on the rows after this step's."""
+        bad, why = self.step, self.refused[self.step]
+        if len(self.detours) >= self.cfg.guard.rewinds:
+            raise TrainingError(
+                f"step {bad} was refused after {len(self.detours)} rewinds: {why}",
+                remedy="lower optim.lr, or raise guard.sigma if the jump is harmless",
+            )
+        back = checkpoints.steps(self.directory)[-1]
+        self.detours.add(back, self.timeline.first_row(bad) - self.timeline.first_row(back))
+        progress = checkpoints.restore(self.directory, back, self.trainer)
+        self.close()
+        self.step, self.elapsed = back, float(progress["elapsed_s"])
+        self._open_records()
+        self.say(f"back to step {back}, with the rows after step {bad}")
+
+    def _due(self) -> bool:
+        cfg = self.cfg
+        at_step = self.step % cfg.checkpoint_every == 0 or self.step == self.steps
+        return at_step or time.monotonic() - self.saved_at > cfg.checkpoint_seconds
+
+    def _flush(self, val: Packed | None = None) -> None:
+        """Write the pending steps' metrics, the last of them with a validation where asked."""
+        if not self.pending:
+            return
+        values = torch.stack([r.values for _, r, _ in self.pending]).tolist()
+        per_step = (time.perf_counter() - self.pending[0][2]) / len(self.pending)
+        for (step, result, _), row in zip(self.pending, values, strict=True):
+            self.elapsed += per_step
+            self.recent.append(per_step)
+            line = self._line(step, row, per_step)
+            if step == self.step and val is not None:
+                line |= self._validate(val)
+            self.metrics.write(line)
+            self.events.write(line)
+            self.loads.write(step, result.loads, self.steps)
+            kept = {k: v for k, v in self.last.items() if k in ("val_loss", "val_loss_ema", "mtp_agreement")}
+            self.last = {**kept, **line}
+        self.pending = []
+        self.live.show(self.last)
+
+    def _line(self, step: int, row: list[float], seconds: float) -> dict[str, Any]:
+        """One object of metrics.jsonl."""
+        timeline, index = self.timeline, step - 1
+        rate = timeline.batch(index) * self.cfg.data.seq_len / seconds
+        left = timeline.tokens(self.steps) - timeline.tokens(step)
+        line = {
+            "step": step,
+            "tokens": timeline.tokens(step),
+            **dict(zip(METRICS, row, strict=True)),
+            "lr": timeline.learning_rate(index),
+            "batch": timeline.batch(index),
+            "tokens_per_s": rate,
+            "mfu": rate * self.flops_per_token / self.peak,
+            "memory_bytes": memory_bytes(self.trainer.model.device),
+            "elapsed_s": self.elapsed,
+            "eta_s": left / rate * (sum(self.recent) / len(self.recent)) / seconds,
+        }
+        return line | ({"skipped": True} if step in self.refused else {})
+
+    def _validate(self, val: Packed) -> dict[str, float]:
+        rows = min(self.cfg.eval_rows, val.rows_per_epoch)
+        loss, agreement = self.trainer.evaluate(val.rows, rows)
+        line = {"val_loss": loss, "mtp_agreement": agreement}
+        if self.trainer.average is not None:
+            with self.trainer.average.in_place():
+                line["val_loss_ema"] = self.trainer.evaluate(val.rows, rows)[0]
+        return line
+
+    def save(self) -> None:
+        """Write a checkpoint. Raises TrainingError where there is no room for it; the ones before stand."""
+        self._flush()
+        self.metrics.flush()
+        self.loads.flush()
+        progress = {"tokens": self.timeline.tokens(self.step), "elapsed_s": self.elapsed}
+        checkpoints.save(
+            self.directory, self.step, self.trainer, progress, self.cfg.data.tokenizer or self.cfg.init_from
+        )
+        self.saved_at = time.monotonic()
+
+    def close(self) -> None:
+        """Closes the records. What a full disk refuses here was never promised: resuming writes those lines anew."""
+        for record in (self.metrics, self.loads, self.events):
+            try:
+                record.close()
+            except OSError as error:
+                if not no_room(error):
+                    raise
+
+
+def _history(run: Path, done: int) -> list[dict[str, Any]]:
+    path = run / "metrics.jsonl"
+    return [line for line in read_metrics(path) if line["step"] <= done] if path.is_file() else []
