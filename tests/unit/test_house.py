@@ -148,6 +148,49 @@ def test_the_environment_is_read_by_the_command_line_only() -> None:
     assert not uses
 
 
+CLIENTS = (
+    "httpx", "httpx2", "httpcore", "httpcore2", "requests", "aiohttp", "urllib3", "urllib.request", "http.client", "socket",
+    "ssl", "ftplib", "smtplib", "telnetlib", "primp", "curl_cffi", "websockets",
+)  # fmt: skip
+MAY_CONNECT = {
+    # `serve` listens: it makes its listening socket itself, to know that the port is free before models are loaded.
+    ("serve/run.py", "socket"),
+    # `verify` asks the inference server that its caller names, as a tool beside the server, in the training extra.
+    ("checkpoint/verify_server.py", "urllib.request"),
+}
+
+
+def test_http_clients_stay_in_net() -> None:
+    """One door outward: a second client would be a second place to forget the address check. import-linter knows packages
+    only; this sees parts of the standard library too, and imports inside functions."""
+    found = set()
+    for path, tree in trees():
+        place = path.relative_to(PACKAGE).as_posix()
+        if place == "net.py":
+            continue
+        for node in ast.walk(tree):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Attribute) and node.attr in ("open_connection", "create_connection"):
+                found.add((place, node.attr))  # asyncio's way around a client
+            found |= {(place, c) for c in CLIENTS for name in names if name == c or name.startswith(f"{c}.")}
+    assert found <= MAY_CONNECT
+
+
+def test_the_fetcher_is_never_told_to_let_addresses_through() -> None:
+    """`allowed_for_tests` is what its name says."""
+    uses = [
+        f"{path}:{node.lineno}"
+        for path, tree in trees()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.keyword) and node.arg == "allowed_for_tests"
+    ]
+    assert not uses
+
+
 def test_no_default_of_torch_is_changed() -> None:
     """Two models of different dtypes and devices live in one process."""
     uses = [
