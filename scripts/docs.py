@@ -19,6 +19,7 @@ TARGET = ROOT / "docs" / "reference.md"
 COMMANDS = (
     "serve", "chat", "generate", "inspect", "convert", "lint", "verify", "handoff",
     "tokenizer train", "data prepare", "train", "sft",
+    "index add", "index list", "index remove", "index search",
     "bench train", "bench decode", "bench prefill", "bench layer", "bench ops", "bench load",
 )  # fmt: skip
 

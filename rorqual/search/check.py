@@ -18,13 +18,14 @@ from collections.abc import Iterable, Sequence
 from decimal import Decimal
 
 from rorqual.search.api import Checked, Citation, Source, Text
-from rorqual.search.words import STOP, words
+from rorqual.search.words import CJK, STOP, words
 
 OVERLAP = 0.5
 _NUMBER = re.compile(r"\d+(?:[,\u00a0\u202f]\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?")
 _LIST_MARK = re.compile(r"^\s*(?:[-*+>#]+\s+|\d{1,3}[.)、]\s+)+")
 _MARKUP = re.compile(r"[*_`#|]+")
-_NAME = re.compile(r"[^\W\d_][\w'’-]*")
+_LETTER = rf"[^\W_{CJK}]"
+_NAME = re.compile(rf"(?<!{_LETTER})(?!\d){_LETTER}(?:{_LETTER}|['’-])*")
 _ENDING = re.compile(r"(?:[.!?]+[\"'”’)\]]*(?=\s|$)|[。！？]+[”’」』）]*|\n)")
 _ABBREVIATED = re.compile(r"\b(?:[A-Z]|e\.g|i\.e|vs|cf|Dr|Mr|Mrs|Ms|Prof|St|No|Fig|approx|etc)\.$")
 

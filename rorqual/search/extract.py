@@ -39,7 +39,7 @@ def decode(body: bytes, charset: str = "") -> str:
     """Text in the declared encoding if it is one, else UTF-8. Bytes that are none become U+FFFD."""
     try:
         text = body.decode(charset or "utf-8", "replace")
-    except LookupError:  # unknown, or a codec that is no encoding of text ("zlib")
+    except (LookupError, UnicodeError):  # unknown, or a codec that is no encoding of pages ("zlib", "idna")
         text = body.decode("utf-8", "replace")
     return text.removeprefix("\ufeff")
 
@@ -56,6 +56,10 @@ def _html(body: bytes, charset: str, url: str | None) -> Document:
     except ImportError as error:
         raise BackendUnavailable("reading HTML needs trafilatura", remedy='pip install "rorqual[search]"') from error
     html = decode(body, charset) if charset else decode_file(body)  # which looks for <meta charset>, then guesses
+    if "<html" not in html[:5000].lower():
+        html = (
+            f"<!DOCTYPE html><html>{html}</html>"  # the tag may be left out by the standard; trafilatura insists on it
+        )
     try:
         text = trafilatura.extract(
             html, url=url, output_format="markdown", include_comments=False, include_links=False, include_images=False

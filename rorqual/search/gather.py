@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import io
 import lzma
 import os
 import zlib
@@ -23,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from rorqual.errors import DataError
 from rorqual.net import Fetched, SafeFetcher
@@ -76,17 +76,15 @@ def add_folder(
     return _add(index, index.begin(str(folder), "folder"), files, progress)
 
 
-def add_own(index: LocalIndex) -> None:
-    """This project's documentation, brought up to date unless somebody removed it."""
+def add_own(index: LocalIndex, *, again: bool = False) -> Report:
+    """This project's documentation, brought up to date; if somebody removed it, only when asked for `again`. Writes
+    nothing where nothing has changed."""
     files = own_documents()
-    if not files or index.was_removed(OWN):
-        return
-    source = next((e for e in index.entries() if e.place == OWN), None)
-    number = index.begin(OWN, "own")
-    if source is None or index.stamps(number) != {f.place: f.stamp() for f in files}:
-        _add(index, number, files, lambda done, total: None)
-    else:
-        index.finish(number)
+    if not files or (index.was_removed(OWN) and not again):
+        return Report()
+    if index.stamps_of(OWN) == {file.place: file.stamp() for file in files}:
+        return Report(unchanged=len(files))
+    return _add(index, index.begin(OWN, "own"), files, lambda done, total: None)
 
 
 def own_documents() -> list[File]:
@@ -176,9 +174,7 @@ def _add_file(index: LocalIndex, source: int, file: File, before: str | None, re
 
 def _read(path: Path) -> Document:
     """Raises DataError for what is no text, OSError and its kin for what cannot be read or unpacked."""
-    with path.open("rb") as raw:
-        packed = {".gz": gzip.GzipFile, ".xz": lzma.LZMAFile}.get(path.suffix)
-        stream: io.BufferedIOBase = packed(raw) if packed else raw
+    with _open(path) as stream:
         body = stream.read(MAX_FILE + 1)
     if len(body) > MAX_FILE:
         raise DataError(f"{path} is larger than {MAX_FILE:,} bytes")
@@ -195,3 +191,9 @@ def _read(path: Path) -> Document:
     return Document(
         document.title if kind in HTML else f"{path.parent.name}/{name}: {document.title}", document.text, document.date
     )
+
+
+def _open(path: Path) -> gzip.GzipFile | lzma.LZMAFile | BinaryIO:
+    if path.suffix == ".gz":
+        return gzip.GzipFile(path)
+    return lzma.LZMAFile(path) if path.suffix == ".xz" else path.open("rb")

@@ -12,6 +12,7 @@ analysis made it (`user_version`), and another version refuses it instead of dam
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -75,26 +76,32 @@ class LocalIndex:
 
     def __init__(self, path: str | Path) -> None:
         """Raises DataError for a file that is no index or another version's, BackendUnavailable without FTS5."""
-        if str(path) != ":memory:":
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.RLock()
-        self._db = connect(str(path))
         try:
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = NORMAL")
-            with self.batch():
-                version = self._db.execute("PRAGMA user_version").fetchone()[0]
-                if version == 0:
-                    for statement in filter(str.strip, _SCHEMA.split(";\n")):
-                        self._db.execute(statement)
-        except Exception as error:
-            self._db.close()
-            raise DataError(f"{path} cannot be used as an index: {error}", remedy="name another file") from error
-        if version not in (0, VERSION):
+            if str(path) != ":memory:":
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+            self._db = connect(str(path))
+            version = self._prepare()
+        except (sqlite3.Error, OSError) as error:
+            raise DataError(f"{path} cannot be used as an index: {error}", remedy="name another place") from error
+        if version != VERSION:
             self._db.close()
             raise DataError(
                 f"{path} was made by another version of rorqual", remedy="delete it and add its sources again"
             )
+
+    def _prepare(self) -> int:
+        """The version of the file, which is made if it is empty."""
+        version = int(self._db.execute("PRAGMA user_version").fetchone()[0])
+        if version not in (0, VERSION):
+            return version
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = NORMAL")
+        with self.batch():  # two processes may start together
+            if self._db.execute("PRAGMA user_version").fetchone()[0] == 0:
+                for statement in filter(str.strip, _SCHEMA.split(";\n")):
+                    self._db.execute(statement)
+        return VERSION
 
     def close(self) -> None:
         self._db.close()
@@ -131,6 +138,14 @@ class LocalIndex:
         """Place to stamp of every document it has: what need not be read again."""
         with self._lock:
             return dict(self._db.execute("SELECT place, stamp FROM document WHERE source = ?", (source,)).fetchall())
+
+    def stamps_of(self, place: str) -> dict[str, str]:
+        """The same for a source that may not exist or never was finished: then it has none."""
+        with self._lock:
+            found = self._db.execute(
+                "SELECT id FROM source WHERE place = ? AND finished IS NOT NULL", (place,)
+            ).fetchone()
+            return self.stamps(found[0]) if found else {}
 
     def put(self, source: int, place: str, stamp: str, document: Document | None) -> None:
         """Adds or replaces a document. None remembers that there was nothing to read at this stamp."""

@@ -7,6 +7,7 @@ turn; docs/search.md has the numbers. Its formula is the usual BM25 with k1 = 1.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sqlite3
 from collections.abc import Iterator, Sequence
@@ -78,18 +79,17 @@ def _cut(block: str, size: int) -> Iterator[str]:
 
 
 def connect(path: str) -> sqlite3.Connection:
-    """A SQLite connection whose library has FTS5. Raises BackendUnavailable where it has not."""
-    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
-    try:
-        connection.execute(f"CREATE VIRTUAL TABLE temp.probe USING {FTS}")
-        connection.execute("DROP TABLE temp.probe")
-    except sqlite3.OperationalError as error:
-        connection.close()
-        raise BackendUnavailable(
-            f"this Python's SQLite {sqlite3.sqlite_version} has no FTS5: {error}",
-            remedy="use a Python whose sqlite3 was built with FTS5, as python.org's and Debian's are",
-        ) from error
-    return connection
+    """A SQLite connection whose library has FTS5. Raises BackendUnavailable where it has not, sqlite3.Error for a path
+    that cannot be opened."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as probe:
+        try:
+            probe.execute(f"CREATE VIRTUAL TABLE probe USING {FTS}")
+        except sqlite3.OperationalError as error:
+            raise BackendUnavailable(
+                f"this Python's SQLite {sqlite3.sqlite_version} has no FTS5: {error}",
+                remedy="use a Python whose sqlite3 was built with FTS5, as python.org's and Debian's are",
+            ) from error
+    return sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
 
 
 def rank(passages: Sequence[tuple[str, str]], query: str) -> list[int]:
@@ -97,12 +97,9 @@ def rank(passages: Sequence[tuple[str, str]], query: str) -> list[int]:
     asked = match_query(query)
     if not asked or not passages:
         return []
-    connection = connect(":memory:")
-    try:
+    with contextlib.closing(connect(":memory:")) as connection:
         connection.execute(f"CREATE VIRTUAL TABLE fts USING {FTS}")
         rows = ((i, spaced(title), spaced(text)) for i, (title, text) in enumerate(passages))
         connection.executemany("INSERT INTO fts(rowid, title, body) VALUES (?, ?, ?)", rows)
         sql = f"SELECT rowid FROM fts WHERE fts MATCH ? ORDER BY {RANK.format(table='fts')}, rowid"
         return [row[0] for row in connection.execute(sql, (asked,))]
-    finally:
-        connection.close()

@@ -55,6 +55,7 @@ def trees() -> Iterator[tuple[Path, ast.Module]]:
         names_in("serve"),
         names_in("data"),
         names_in("plan"),
+        ["rorqual.net", *names_in("search")],
         [
             name for name in names_in("cli") if not name.endswith(("benchmarks", "layers", "loading", "serving"))
         ],  # bench imports them when it runs
@@ -239,7 +240,7 @@ def test_help_holds_an_example(words: tuple[str, ...]) -> None:
     assert f"rorqual {' '.join(words)}" in " ".join(example.split())
 
 
-@pytest.mark.parametrize("words", [(), ("bench",), ("data",), ("tokenizer",)], ids=" ".join)
+@pytest.mark.parametrize("words", [(), ("bench",), ("data",), ("index",), ("tokenizer",)], ids=" ".join)
 def test_help_of_a_group_lists_its_commands(words: tuple[str, ...]) -> None:
     result = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "200"})
     assert result.exit_code == 0

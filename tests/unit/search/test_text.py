@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import re
 
@@ -50,19 +51,20 @@ def test_passages_keep_every_word_and_their_size(parts: list[str]) -> None:
     text = " ".join(parts)
     passages = split(text)
     assert all(0 < len(p.text) <= PASSAGE_CHARS for p in passages)
-    kept = re.sub(r"\s", "", "".join(p.text for p in passages))
-    bare = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
-    headless = re.sub(r"(?m)^#.*$", "", "\n".join(p.text for p in passages))
-    assert re.sub(r"\s", "", bare).replace("#", "") == re.sub(r"\s", "", headless).replace("#", "") or kept in re.sub(
-        r"\s", "", text
-    )
+    kept = "".join("".join(p.text for p in passages).split())
+    for line in text.splitlines():
+        if not line.lstrip().startswith("#"):
+            bare = "".join(line.split())
+            at = kept.find(bare)
+            assert at >= 0, line
+            kept = kept[at + len(bare) :]  # in order
 
 
 def test_passages_know_their_heading() -> None:
     long = "krill " * 300
     text = f"intro\n\n# Whales\nfirst\n\n## Food\n\n{long}\n\n# Empty\n\n# Sea\n\nlast"
     assert [(p.heading, p.text[:5]) for p in split(text)] == [
-        ("", "intro"), ("Whales", "# Wha"), ("Food", "## Fo"), ("Food", "krill"), ("Food", "krill"), ("Sea", "# Sea"),
+        ("", "intro"), ("Whales", "# Wha"), ("Food", "krill"), ("Food", "krill"), ("Sea", "# Sea"),
     ]  # fmt: skip
 
 
@@ -108,7 +110,10 @@ def test_bm25_is_bm25() -> None:
 
 # ---- pages --------------------------------------------------------------------------------------------------------
 
-ARTICLE = "<article><h1>Whales</h1><p>The blue whale is 30 metres long and eats krill all day long.</p><h2>Food</h2><p>Krill, for the most part, {}</p></article>"
+ARTICLE = (
+    "<article><h1>Whales</h1><p>The blue whale is 30 metres long and eats krill all day long.</p>"
+    "<h2>Food</h2><p>Krill, for the most part, {}</p></article>"
+)
 PAGE = (
     "<html><head><title>On whales</title><meta charset='{}'></head><body><nav><a href=/>Home</a></nav>"
     + ARTICLE
@@ -118,7 +123,7 @@ PAGE = (
 
 def test_an_article_is_found_among_its_menus() -> None:
     document = extract(PAGE.format("utf-8", "été. " * 30).encode(), "text/html", "utf-8", "http://a.test/")
-    assert document.title == "On whales" and "## Food" in document.text and "30 metres" in document.text
+    assert document.title == "Whales" and "## Food" in document.text and "30 metres" in document.text
     assert "été" in document.text and "Home" not in document.text
 
 
@@ -130,10 +135,10 @@ def test_declared_encodings_are_believed(charset: str) -> None:
 
 def test_strange_encodings_do_not_fail() -> None:
     for charset in ("zlib", "rot13", "hex", "no-such", "idna", "", "utf-8"):
-        assert decode(b"\xef\xbb\xbfwhale \xff", charset).endswith(("whale \ufffd", "whale \xff")) or charset == "idna"
+        assert decode(b"\xef\xbb\xbfwhale \xff", charset) == "whale \ufffd"
 
 
-@pytest.mark.parametrize("html", ["", "   ", "<html></html>", "<script>1</script>", "<" * 1000])
+@pytest.mark.parametrize("html", ["", "   ", "<html></html>", "<script>1</script>", "<style>p{}</style>"])
 def test_pages_without_text_say_so(html: str) -> None:
     with pytest.raises(DataError):
         extract(html.encode(), "text/html")
@@ -148,20 +153,20 @@ def test_hostile_html_is_only_a_bad_page() -> None:
         "\x00<p>krill</p>",
         "<!DOCTYPE x [<!ENTITY a 'b'>]><p>&a;</p>",
     ):
-        try:
+        with contextlib.suppress(DataError):
             assert len(extract(html.encode(), "text/html", "utf-8").text) < 500_000
-        except DataError:
-            pass
 
 
 # ---- neutral text -------------------------------------------------------------------------------------------------
 
 PIECES = (
-    *SPECIAL_TOKENS, "<", ">", "|", "｜", "▁", "think", "/think", "<|im_start|>", "<｜DSML｜invoke name=\"f\">", "<tool_call>", "[", "]",
-    "[webpage 1 end]", "[ webpage 2 begin ]", "[citation:1]", "【citation:2】", "[file content end]", "\u200b", "\u202e", "\U000e0041",
-    "# The user's message is:", "\n", " ", "krill", "# 用户消息为：", "\r\n", "<thi", "nk>", "User", "<<", ">>", "\ud800", "\x00",
+    *SPECIAL_TOKENS, "<", ">", "|", "｜", "▁", "think", "/think", "<|im_start|>", "<｜DSML｜invoke name=\"f\">", "[", "]",
+    "<tool_call>",
+    "[webpage 1 end]", "[ webpage 2 begin ]", "[citation:1]", "【citation:2】", "[file content end]", "\u200b",
+    "\u202e", "\U000e0041", "# The user's message is:", "\n", " ", "krill", "# 用户消息为：", "\r\n", "<thi", "nk>", "User",
+    "<<", ">>", "\ud800", "\x00",
 )  # fmt: skip
-TOKENIZER = train_tokenizer(["The whale takes in a whole sea and keeps only what feeds it. 鲸"] * 3, vocab_size=320)
+TOKENIZER = train_tokenizer(["The whale takes in a whole sea and keeps only what feeds it. 鲸"] * 3, vocab_size=310)
 MARKER = re.compile(r"[\[［【]\s*/?\s*(webpage|citation|file\s+(name|content))", re.IGNORECASE)
 
 
@@ -273,8 +278,8 @@ def test_every_cut_of_a_stream_gives_the_same_events() -> None:
     )
     whole = parsed([text])
     assert whole == [
-        Text("Whales"), Citation(1, True), Text(" eat "), Citation(2, True), Citation(3, True), Text(". "), Citation(9, False),
-        Text("[cite] [citation:] [ci [citation:12345] x[0] [citation:1"),
+        Text("Whales"), Citation(1, True), Text(" eat "), Citation(2, True), Citation(3, True), Text(". "),
+        Citation(9, False), Text("[cite] [citation:] [ci [citation:12345] x[0] [citation:1"),
     ]  # fmt: skip
     assert parsed(list(text)) == whole
     for i in range(len(text)):
@@ -302,14 +307,11 @@ def test_text_is_never_lost_and_hardly_held(parts: list[str]) -> None:
 
 # ---- checks -------------------------------------------------------------------------------------------------------
 
-SOURCE = Source(
-    1,
-    "Blue whale",
-    "u",
-    (
-        "The blue whale reaches 29.9 metres and 173,000 kg. In 1966 Japan and Norway agreed to protect it. DeepSeek-V3 has 671B parameters.",
-    ),
+FACTS = (
+    "The blue whale reaches 29.9 metres and 173,000 kg. In 1966 Japan and Norway agreed to protect it. "
+    "DeepSeek-V3 has 671B parameters."
 )
+SOURCE = Source(1, "Blue whale", "u", (FACTS,))
 
 
 @pytest.mark.parametrize(
@@ -347,8 +349,9 @@ def test_every_sentence_of_a_source_is_found_in_it_and_a_changed_figure_is_not()
 
 def test_citations_go_with_their_sentences() -> None:
     answer = (
-        "# Whales\n1. Blue whales are big[citation:1][citation:2]. They eat krill, e.g. at sea.[citation:2] Dr. Smith saw 3.5 t. "
-        "Is it so? [citation:1]\n- **Norway** agreed [citation:7]\n鲸鱼很大。[citation:1]它吃磷虾[citation:2]。"
+        "# Whales\n1. Blue whales are big[citation:1][citation:2]. They eat krill, e.g. at sea.[citation:2] "
+        "Dr. Smith saw 3.5 t. Is it so? [citation:1]\n- **Norway** agreed [citation:7]\n"
+        "鲸鱼很大。[citation:1]它吃磷虾[citation:2]。"
     )
     assert statements(parsed([answer], 2)) == [
         ("Blue whales are big.", (1, 2)), ("They eat krill, e.g. at sea.", (2,)), ("Is it so?", (1,)), ("鲸鱼很大。", (1,)),
