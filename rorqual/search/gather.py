@@ -68,7 +68,7 @@ def add_folder(
     folder = folder.resolve()
     if not folder.exists():
         raise DataError(f"{folder} does not exist", remedy="name a folder, a file or an http address")
-    files = [File(path, path.as_uri()) for path in _walk(folder)]
+    files = [File(path, path.as_uri()) for path in walk(folder)]
     if not files:
         raise DataError(
             f"{folder} holds nothing to index", remedy=f"known are {' '.join((*TEXT[:-1], *PAGES))}, plain or .gz"
@@ -116,7 +116,7 @@ async def add_page(index: LocalIndex, url: str, fetcher: SafeFetcher) -> Report:
     return Report(updated=1) if before else Report(added=1)
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def walk(folder: Path) -> Iterator[Path]:
     """Files of known kinds by path; no links, nothing hidden."""
     if folder.is_file():
         if _kind(folder):
@@ -162,7 +162,7 @@ def _add_file(index: LocalIndex, source: int, file: File, before: str | None, re
         if stamp == before:
             report.unchanged += 1
             return
-        document = _read(file.path)
+        document = read(file.path)
     if document is None:
         report.unreadable += 1
     elif before is None:
@@ -172,7 +172,7 @@ def _add_file(index: LocalIndex, source: int, file: File, before: str | None, re
     index.put(source, file.place, stamp, document)
 
 
-def _read(path: Path) -> Document:
+def read(path: Path) -> Document:
     """Raises DataError for what is no text, OSError and its kin for what cannot be read or unpacked."""
     with _open(path) as stream:
         body = stream.read(MAX_FILE + 1)
