@@ -50,7 +50,6 @@ def add(
     import logging
 
     from rorqual.cli.progress import item_bar
-    from rorqual.net import SafeFetcher
     from rorqual.search import gather
 
     logging.getLogger("trafilatura").setLevel(
@@ -59,6 +58,8 @@ def add(
     store = open_index(data_dir)
     for place in places:
         if re.match(r"[a-z][a-z0-9+.-]+://", place, re.IGNORECASE):
+            from rorqual.net import SafeFetcher
+
             report = asyncio.run(gather.add_page(store, place, SafeFetcher()))
         elif place == gather.OWN:
             report = gather.add_own(store, again=True)

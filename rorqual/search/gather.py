@@ -22,12 +22,14 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from rorqual.errors import DataError
-from rorqual.net import Fetched, SafeFetcher
 from rorqual.search.extract import HTML, Document, extract
 from rorqual.search.index import LocalIndex
+
+if TYPE_CHECKING:  # folders are indexed without the packages that the network needs
+    from rorqual.net import SafeFetcher
 
 OWN = "rorqual-docs"
 MAX_FILE = 8_000_000
@@ -100,7 +102,7 @@ def own_documents() -> list[File]:
 
 async def add_page(index: LocalIndex, url: str, fetcher: SafeFetcher) -> Report:
     """One page of the web. Raises FetchError where it cannot be had, DataError where it holds no text."""
-    page: Fetched = await fetcher.fetch(url)
+    page = await fetcher.fetch(url)
     stamp = hashlib.sha256(page.body).hexdigest()
     document = extract(page.body, page.type, page.charset, page.url)
     with index.batch():

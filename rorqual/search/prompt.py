@@ -5,7 +5,8 @@ begin]` … `[webpage X end]`, citations as `[citation:X]` where they are due an
 question after a heading of its own, an English and a Chinese form. The words are ours. Source:
 github.com/deepseek-ai/DeepSeek-R1, README.
 
-All text of pages goes through `search/neutral.py` here and nowhere else, so that no caller can forget it.
+All text of pages goes through `search/neutral.py` here, once more where a turn has done so already (it changes nothing
+twice), so that no caller can forget it.
 """
 
 from __future__ import annotations

@@ -36,8 +36,9 @@ from rorqual.search.api import (
 from rorqual.search.check import check_all
 from rorqual.search.citations import CitationParser
 from rorqual.search.extract import Document, extract
+from rorqual.search.neutral import neutral, neutral_line
 from rorqual.search.passages import rank, split
-from rorqual.search.prompt import parse_queries, query_prompt, search_prompt
+from rorqual.search.prompt import PASSAGE_LIMIT, parse_queries, query_prompt, search_prompt
 
 EXTRACT_S = 15.0
 
@@ -188,8 +189,9 @@ def choose(pages: Sequence[_Page], query: str, settings: SearchSettings) -> tupl
     sources = []
     for number, (p, which) in enumerate(chosen.items(), 1):
         page, url = pages[p], pages[p].result.url
-        shown = tuple(page.passages[i] for i in sorted(which))
-        sources.append(Source(number, page.title or url, url, shown, page.date, page.partial))
+        shown = tuple(neutral(page.passages[i], PASSAGE_LIMIT) for i in sorted(which))
+        title = neutral_line(page.title) or url
+        sources.append(Source(number, title, url, shown, neutral_line(page.date, 40), page.partial))
     return tuple(sources)
 
 

@@ -147,7 +147,7 @@ def test_a_turn_from_question_to_checked_citations() -> None:
         assert model.asked[1][0]["content"] == "Be brief." and shown.endswith(
             "How long are blue whales, what do they eat?"
         )
-        assert all(passage in shown for s in sources if "hostile" not in s.url for passage in s.passages)
+        assert all(passage in shown for s in sources for passage in s.passages)
 
     play(act)
 

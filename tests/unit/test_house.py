@@ -151,13 +151,15 @@ def test_the_environment_is_read_by_the_command_line_only() -> None:
 
 CLIENTS = (
     "httpx", "httpx2", "httpcore", "httpcore2", "requests", "aiohttp", "urllib3", "urllib.request", "http.client", "socket",
-    "ssl", "ftplib", "smtplib", "telnetlib", "primp", "curl_cffi", "websockets",
+    "ssl", "ftplib", "smtplib", "telnetlib", "primp", "curl_cffi", "websockets", "ddgs", "trafilatura.downloads",
 )  # fmt: skip
 MAY_CONNECT = {
     # `serve` listens: it makes its listening socket itself, to know that the port is free before models are loaded.
     ("serve/run.py", "socket"),
     # `verify` asks the inference server that its caller names, as a tool beside the server, in the training extra.
     ("checkpoint/verify_server.py", "urllib.request"),
+    # A search provider that is a client: it talks to the engines it knows, not to addresses that people or models name.
+    ("search/providers.py", "ddgs"),
 }
 
 
@@ -175,8 +177,8 @@ def test_http_clients_stay_in_net() -> None:
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom) and node.module:
                 names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-            elif isinstance(node, ast.Attribute) and node.attr in ("open_connection", "create_connection"):
-                found.add((place, node.attr))  # asyncio's way around a client
+            elif isinstance(node, ast.Attribute) and node.attr in ("open_connection", "create_connection", "fetch_url"):
+                found.add((place, node.attr))  # asyncio's and trafilatura's ways out
             found |= {(place, c) for c in CLIENTS for name in names if name == c or name.startswith(f"{c}.")}
     assert found <= MAY_CONNECT
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gzip
-import os
 import random
 import signal
 import sqlite3
@@ -224,4 +223,6 @@ def test_the_commands(tmp_path: Path) -> None:
     assert "removed" in run("remove", str(tmp_path / "docs"), OWN) and run("list") == ""
     assert "nothing found" in run("search", "zorgle")
     with pytest.raises(DataError):
-        CliRunner().invoke(app, ["index", "add", str(tmp_path / "no")], env=dict(os.environ), catch_exceptions=False)
+        CliRunner().invoke(
+            app, ["index", "add", str(tmp_path / "no")], env={"RORQUAL_DATA_DIR": str(tmp_path)}, catch_exceptions=False
+        )
