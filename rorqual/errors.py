@@ -9,6 +9,7 @@
     └── RequestError           one request is at fault; everything else goes on
         ├── NotFound           ... it names something that does not exist
         ├── PromptTooLong      ... it does not fit the model's context
+        ├── FetchError         ... the address it names is refused, or no page comes from there
         └── CapacityError      ... nothing is wrong with it, but there is no room now
 
 An error carries what went wrong (`str(error)`) and, where there is one, what to do about it (`error.remedy`):
@@ -75,6 +76,14 @@ class NotFound(RequestError):
 
 class PromptTooLong(RequestError):
     """Prompt and requested completion do not fit into the model's context."""
+
+
+class FetchError(RequestError):
+    """An address that is not fetched, or from which no usable page comes. `reason` is one word for programs."""
+
+    def __init__(self, message: str, *, reason: str = "network", remedy: str = "", param: str | None = None) -> None:
+        super().__init__(message, remedy=remedy, param=param)
+        self.reason = reason
 
 
 class CapacityError(RequestError):

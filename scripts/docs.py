@@ -19,7 +19,9 @@ TARGET = ROOT / "docs" / "reference.md"
 COMMANDS = (
     "serve", "chat", "generate", "inspect", "convert", "lint", "verify", "handoff",
     "tokenizer train", "data clean", "data prepare", "train", "sft",
-    "bench train", "bench decode", "bench prefill", "bench layer", "bench ops", "bench load",
+    "index add", "index list", "index remove", "index search",
+    "bench train", "bench decode", "bench prefill", "bench serve", "bench mtp", "bench ready", "bench layer",
+    "bench attention", "bench ops", "bench load",
 )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ if ! has_torch $venv/bin/python; then
     "${pip[@]}" 'torch>=2.11'
   fi
 fi
-extras=serve; [ "$want" = dev ] && extras=serve,train,data,teacher,dev
+extras=serve,search; [ "$want" = dev ] && extras=serve,search,train,data,teacher,dev
 say "installing rorqual[$extras]"
 "${pip[@]}" -c constraints.txt -e ".[$extras]"
 "$venv/bin/python" -m rorqual.ops.native >&2  # compiled now, so that the first start does not wait for it

@@ -15,6 +15,7 @@ from rorqual.cli import (
     data,
     generate,
     handoff,
+    index,
     inspect,
     lint,
     serve,
@@ -47,6 +48,7 @@ app.command("train")(train.train)
 app.command("sft")(sft.sft)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(data.app, name="data")
+app.add_typer(index.app, name="index")
 app.add_typer(bench.app, name="bench")
 
 

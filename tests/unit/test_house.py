@@ -55,6 +55,7 @@ def trees() -> Iterator[tuple[Path, ast.Module]]:
         names_in("serve"),
         names_in("data"),
         names_in("plan"),
+        ["rorqual.net", *names_in("search")],
         [
             name for name in names_in("cli") if not name.endswith(("benchmarks", "layers", "loading", "serving"))
         ],  # bench imports them when it runs
@@ -148,6 +149,51 @@ def test_the_environment_is_read_by_the_command_line_only() -> None:
     assert not uses
 
 
+CLIENTS = (
+    "httpx", "httpx2", "httpcore", "httpcore2", "requests", "aiohttp", "urllib3", "urllib.request", "http.client", "socket",
+    "ssl", "ftplib", "smtplib", "telnetlib", "primp", "curl_cffi", "websockets", "ddgs", "trafilatura.downloads",
+)  # fmt: skip
+MAY_CONNECT = {
+    # `serve` listens: it makes its listening socket itself, to know that the port is free before models are loaded.
+    ("serve/run.py", "socket"),
+    # `verify` asks the inference server that its caller names, as a tool beside the server, in the training extra.
+    ("checkpoint/verify_server.py", "urllib.request"),
+    # A search provider that is a client: it talks to the engines it knows, not to addresses that people or models name.
+    ("search/providers.py", "ddgs"),
+}
+
+
+def test_http_clients_stay_in_net() -> None:
+    """One door outward: a second client would be a second place to forget the address check. import-linter knows packages
+    only; this sees parts of the standard library too, and imports inside functions."""
+    found = set()
+    for path, tree in trees():
+        place = path.relative_to(PACKAGE).as_posix()
+        if place == "net.py":
+            continue
+        for node in ast.walk(tree):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Attribute) and node.attr in ("open_connection", "create_connection", "fetch_url"):
+                found.add((place, node.attr))  # asyncio's and trafilatura's ways out
+            found |= {(place, c) for c in CLIENTS for name in names if name == c or name.startswith(f"{c}.")}
+    assert found <= MAY_CONNECT
+
+
+def test_the_fetcher_is_never_told_to_let_addresses_through() -> None:
+    """`allowed_for_tests` is what its name says."""
+    uses = [
+        f"{path}:{node.lineno}"
+        for path, tree in trees()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.keyword) and node.arg == "allowed_for_tests"
+    ]
+    assert not uses
+
+
 def test_no_default_of_torch_is_changed() -> None:
     """Two models of different dtypes and devices live in one process."""
     uses = [
@@ -196,7 +242,7 @@ def test_help_holds_an_example(words: tuple[str, ...]) -> None:
     assert f"rorqual {' '.join(words)}" in " ".join(example.split())
 
 
-@pytest.mark.parametrize("words", [(), ("bench",), ("data",), ("tokenizer",)], ids=" ".join)
+@pytest.mark.parametrize("words", [(), ("bench",), ("data",), ("index",), ("tokenizer",)], ids=" ".join)
 def test_help_of_a_group_lists_its_commands(words: tuple[str, ...]) -> None:
     result = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "200"})
     assert result.exit_code == 0
