@@ -16,6 +16,7 @@ from rorqual.cli import (
     generate,
     handoff,
     inspect,
+    keys,
     lint,
     serve,
     sft,
@@ -47,6 +48,7 @@ app.command("train")(train.train)
 app.command("sft")(sft.sft)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(data.app, name="data")
+app.add_typer(keys.app, name="keys")
 app.add_typer(bench.app, name="bench")
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from rorqual.cli import engine as options
+from rorqual.cli import storage
 
 
 def serve(
@@ -21,6 +22,8 @@ def serve(
         list[str] | None,
         typer.Option(help="Ask every request for this key (repeatable).", envvar="RORQUAL_API_KEY", show_envvar=True),
     ] = None,
+    data_dir: storage.DataDir = None,
+    database: storage.Database = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     max_num_seqs: Annotated[int, typer.Option(help="Requests computed side by side.", min=1)] = 32,
@@ -36,7 +39,8 @@ def serve(
     """Serve the chat page and the API, with the bundled model unless told otherwise.
 
     The API is OpenAI's under /, /v1, /beta and /beta/v1, so that existing clients need another base URL and no more.
-    Each model's engine runs in a process of its own.
+    Each model's engine runs in a process of its own. With an API key (see `rorqual keys`) everything but /health and the
+    page is behind it; without one the server listens on loopback only.
 
     Examples:
 
@@ -46,7 +50,7 @@ def serve(
 
         rorqual serve --dtype int8 --cache-dir ~/.cache/rorqual/pages
 
-        RORQUAL_API_KEY=secret rorqual serve --host 0.0.0.0
+        rorqual keys create laptop && rorqual serve --host 0.0.0.0
     """
     import logging
 
@@ -67,7 +71,10 @@ def serve(
         deterministic=deterministic, max_num_seqs=max_num_seqs,
     )  # fmt: skip
     served = {name: served_model(path, name, told) for name, path in zip(names, paths, strict=True)}
-    app = create_app(served, Settings(api_keys=tuple(api_key or ())))
+    url = storage.database(data_dir, database)
+    app = create_app(served, Settings(api_keys=tuple(api_key or ()), database_url=url))
+    if not app.state.keyring.required:
+        typer.echo("no API keys: this machine alone can reach the server (`rorqual keys create` makes one)", err=True)
     run(
         app,
         host,

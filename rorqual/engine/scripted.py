@@ -10,7 +10,7 @@ keeps (request checks, max_tokens, stop tokens, exactly one finish reason) and a
     assert engine.finished == {"r1": FinishReason.STOP} and not engine.live
 
 Left out: sampling (temperature and seed are recorded with the request, not used) and prefix pages (cached_tokens
-follows a rule: full units of 64 tokens that an earlier prompt began with).
+follows a rule: full units of 64 tokens that an earlier prompt of the same salt began with).
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ class ScriptedEngine:
         self.aborted: list[str] = []
         self.finished: dict[str, FinishReason] = {}
         self._info = info
-        self._cached_tokens = cached_tokens or _PrefixMemory()
+        memory = _PrefixMemory()
+        self._cached_tokens = (lambda request: cached_tokens(request.prompt)) if cached_tokens else memory
         self._alive = True
         self._death: RorqualError | None = None
 
@@ -109,7 +110,7 @@ class ScriptedEngine:
     async def _play(self, request: Request, script: Script) -> AsyncGenerator[Output, None]:
         self.seen.append(request)
         self.live.add(request.id)
-        cached = self._cached_tokens(request.prompt)
+        cached = self._cached_tokens(request)
         tokens, reason = self._cast(request, script)
         failing = script.fail_after is not None and script.fail_after < len(tokens)
         if failing:
@@ -168,14 +169,15 @@ class ScriptedEngine:
 
 
 class _PrefixMemory:
-    """The rule behind `cached_tokens`: the longest run of full 64-token units that an earlier prompt began with,
-    never the whole prompt."""
+    """The rule behind `cached_tokens`: the longest run of full 64-token units that an earlier prompt of the same salt
+    began with, never the whole prompt."""
 
     def __init__(self) -> None:
-        self.prefixes: set[Prompt] = set()
+        self.prefixes: set[tuple[str, Prompt]] = set()
 
-    def __call__(self, prompt: Prompt) -> int:
+    def __call__(self, request: Request) -> int:
+        salt, prompt = request.salt, request.prompt
         ends = range(64, len(prompt), 64)
-        hit = max((end for end in ends if prompt[:end] in self.prefixes), default=0)
-        self.prefixes.update(prompt[:end] for end in range(64, len(prompt) + 1, 64))
+        hit = max((end for end in ends if (salt, prompt[:end]) in self.prefixes), default=0)
+        self.prefixes.update((salt, prompt[:end]) for end in range(64, len(prompt) + 1, 64))
         return hit

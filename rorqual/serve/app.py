@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -23,9 +24,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from rorqual.errors import ConfigError, RorqualError
-from rorqual.serve.border import Border, answer_error, answer_nobody
+from rorqual.serve.admission import AdmittedEngine
+from rorqual.serve.border import Border, Traffic, answer_error, answer_nobody
 from rorqual.serve.chat import chat_completions, find_model
 from rorqual.serve.errors import engine_gone
+from rorqual.serve.keys import Keyring, KeyStore
 from rorqual.serve.schemas import ChatRequest
 from rorqual.serve.served import GenerationDefaults, ServedModel
 from rorqual.serve.settings import Settings
@@ -40,14 +43,18 @@ PROBES = ("/health", "/ready")
 def create_app(models: Mapping[str, ServedModel], settings: Settings) -> FastAPI:
     """`models` maps public names to models; several names may share one. Raises ConfigError if there is none.
 
-    `app.state` carries `models`, `settings`, `ready`, and `startup_error` once an engine failed to start.
+    `app.state` carries `models`, `settings`, `keyring`, `traffic`, `ready`, and `startup_error` once an engine failed
+    to start. Raises ConfigError where the database of the keys cannot be opened.
     """
     if not models:
         raise ConfigError("a server needs at least one model", remedy="name one with --model")
     page = load_page(settings.page_dir)
     app = FastAPI(title="rorqual", openapi_url=None, redirect_slashes=False, lifespan=_lifespan)
-    app.state.models = dict(models)
+    app.state.models = _admitted(models, settings)
     app.state.settings = settings
+    app.state.keyring = Keyring(KeyStore(settings.database_url) if settings.database_url else None, settings.api_keys)
+    app.state.keyring.load()
+    app.state.traffic = Traffic()
     app.state.ready = False
     app.state.startup_error = None
     for prefix in PREFIXES:
@@ -59,9 +66,19 @@ def create_app(models: Mapping[str, ServedModel], settings: Settings) -> FastAPI
     app.add_exception_handler(ClientDisconnect, answer_nobody)
     public = {*page, *(prefix + probe for prefix in PREFIXES for probe in PROBES)}
     app.add_middleware(
-        Border, settings=settings, is_public=lambda method, path: method in ("GET", "HEAD") and path in public
+        Border,
+        settings=settings,
+        keyring=app.state.keyring,
+        traffic=app.state.traffic,
+        is_public=lambda method, path: method in ("GET", "HEAD") and path in public,
     )
     return app
+
+
+def _admitted(models: Mapping[str, ServedModel], settings: Settings) -> dict[str, ServedModel]:
+    """The models with their engines behind the server's rules; names that shared an engine share it still."""
+    engines = {id(served.engine): AdmittedEngine(served.engine, settings) for served in models.values()}
+    return {name: replace(served, engine=engines[id(served.engine)]) for name, served in models.items()}
 
 
 @asynccontextmanager

@@ -56,10 +56,10 @@ def serve(
 
 def listen(app: FastAPI, host: str, port: int) -> socket.socket:
     """A bound socket. Raises ConfigError with what to do instead."""
-    if not is_loopback(host) and not app.state.settings.api_keys:
+    if not is_loopback(host) and not app.state.keyring.usable:
         raise ConfigError(
             f"{host} can be reached from other machines, and no API key is set",
-            remedy="set a key, or serve on 127.0.0.1",
+            remedy="make one with `rorqual keys create`, or serve on 127.0.0.1",
         )
     if not 0 <= port <= 65535:
         raise ConfigError(f"{port} is not a port", remedy="choose one between 1 and 65535, or 0 for a free one")
