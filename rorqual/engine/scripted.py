@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 
-from rorqual.engine.api import EngineInfo, FinishReason, Output, Request, TokenLogprob, check_request
+from rorqual.engine.api import EngineInfo, FinishReason, Output, Request, RequestStats, TokenLogprob, check_request
+from rorqual.engine.stats import EngineStats
 from rorqual.errors import CapacityError, RequestError, RorqualError
 
 Prompt = tuple[int, ...]
@@ -32,7 +33,8 @@ class Script:
 
     tokens: the ids of the answer without end-of-sequence (the engine adds it), or a function of the prompt;
     delay_s: before each output; tokens_per_output: how many ids one output carries; gate: awaited before each
-    output (an `asyncio.Event().wait` holds the answer until the test sets it); refuse: raised by `generate` itself;
+    output (an `asyncio.Event().wait` holds the answer until the test sets it); stats: what the last output tells;
+    refuse: raised by `generate` itself;
     fail_after: the request ends in `error` (or one that says so) once so many ids have been sent.
     """
 
@@ -41,6 +43,7 @@ class Script:
     delay_s: float = 0.0
     tokens_per_output: int = 1
     gate: Callable[[], Awaitable[object]] | None = None
+    stats: RequestStats | None = None
     refuse: RequestError | None = None
     fail_after: int | None = None
     error: Exception | None = None
@@ -75,6 +78,7 @@ class ScriptedEngine:
         self._info = info
         memory = _PrefixMemory()
         self._cached_tokens = (lambda request: cached_tokens(request.prompt)) if cached_tokens else memory
+        self._counts = EngineStats()
         self._alive = True
         self._death: RorqualError | None = None
 
@@ -85,6 +89,14 @@ class ScriptedEngine:
     @property
     def alive(self) -> bool:
         return self._alive
+
+    @property
+    def ready(self) -> bool:
+        return self._alive
+
+    @property
+    def stats(self) -> EngineStats:
+        return replace(self._counts, running=len(self.live))
 
     async def start(self) -> None:
         self._alive, self._death = True, None
@@ -111,6 +123,9 @@ class ScriptedEngine:
         self.seen.append(request)
         self.live.add(request.id)
         cached = self._cached_tokens(request)
+        self._counts.prefill_tokens += len(request.prompt) - cached
+        self._counts.cache_hit_tokens += cached
+        self._counts.cache_miss_tokens += len(request.prompt) - cached
         tokens, reason = self._cast(request, script)
         failing = script.fail_after is not None and script.fail_after < len(tokens)
         if failing:
@@ -125,7 +140,7 @@ class ScriptedEngine:
                 if start + len(part) < len(tokens) or failing:
                     yield Output(request.id, part, self._logprobs(request, part), cached)
                 else:
-                    yield self._end(request, reason, part, cached)
+                    yield replace(self._end(request, reason, part, cached), stats=script.stats)
             if failing:
                 error = script.error or RorqualError("the scripted engine failed as its script says")
                 yield self._end(request, FinishReason.ERROR, cached=cached, error=error)

@@ -29,6 +29,7 @@ from rorqual.serve.border import Border, Traffic, answer_error, answer_nobody
 from rorqual.serve.chat import chat_completions, find_model
 from rorqual.serve.errors import engine_gone
 from rorqual.serve.keys import Keyring, KeyStore
+from rorqual.serve.metrics import Metrics
 from rorqual.serve.schemas import ChatRequest
 from rorqual.serve.served import GenerationDefaults, ServedModel
 from rorqual.serve.settings import Settings
@@ -50,7 +51,9 @@ def create_app(models: Mapping[str, ServedModel], settings: Settings) -> FastAPI
         raise ConfigError("a server needs at least one model", remedy="name one with --model")
     page = load_page(settings.page_dir)
     app = FastAPI(title="rorqual", openapi_url=None, redirect_slashes=False, lifespan=_lifespan)
-    app.state.models = _admitted(models, settings)
+    # By its own name, a model once: the dictionary's names may be several for one.
+    metrics = Metrics({served.name: served.engine for served in models.values()})
+    app.state.models = _admitted(models, settings, metrics)
     app.state.settings = settings
     app.state.keyring = Keyring(KeyStore(settings.database_url) if settings.database_url else None, settings.api_keys)
     app.state.keyring.load()
@@ -59,6 +62,7 @@ def create_app(models: Mapping[str, ServedModel], settings: Settings) -> FastAPI
     app.state.startup_error = None
     for prefix in PREFIXES:
         app.include_router(_probes(app), prefix=prefix)
+        app.include_router(_metrics(metrics), prefix=prefix)
         app.include_router(_api(app.state.models, settings), prefix=prefix)
     app.include_router(_page(page))
     for kind in (RorqualError, RequestValidationError, HTTPException):
@@ -70,14 +74,15 @@ def create_app(models: Mapping[str, ServedModel], settings: Settings) -> FastAPI
         settings=settings,
         keyring=app.state.keyring,
         traffic=app.state.traffic,
+        metrics=metrics,
         is_public=lambda method, path: method in ("GET", "HEAD") and path in public,
     )
     return app
 
 
-def _admitted(models: Mapping[str, ServedModel], settings: Settings) -> dict[str, ServedModel]:
+def _admitted(models: Mapping[str, ServedModel], settings: Settings, metrics: Metrics) -> dict[str, ServedModel]:
     """The models with their engines behind the server's rules; names that shared an engine share it still."""
-    engines = {id(served.engine): AdmittedEngine(served.engine, settings) for served in models.values()}
+    engines = {id(served.engine): AdmittedEngine(served, settings, metrics) for served in models.values()}
     return {name: replace(served, engine=engines[id(served.engine)]) for name, served in models.items()}
 
 
@@ -99,21 +104,34 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 def _probes(app: FastAPI) -> APIRouter:
-    """For load balancers: /health is 200 while every engine lives, /ready while requests are welcome too."""
+    """For load balancers: /health is 200 while every engine lives or is being started again, /ready while requests are
+    taken up at once."""
     router = APIRouter()
 
-    def require(ok: bool) -> dict[str, str]:
-        if not ok or not all(served.engine.alive for served in app.state.models.values()):
+    def require(*conditions: bool) -> dict[str, str]:
+        if not all(conditions):
             raise engine_gone()
         return {"status": "ok"}
 
     @router.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> dict[str, str]:
-        return require(True)
+        return require(*(served.engine.alive for served in app.state.models.values()))
 
     @router.api_route("/ready", methods=["GET", "HEAD"])
     async def ready() -> dict[str, str]:
-        return require(app.state.ready)
+        engines = (served.engine.ready for served in app.state.models.values())
+        return require(app.state.ready, not app.state.traffic.draining, *engines)
+
+    return router
+
+
+def _metrics(metrics: Metrics) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/metrics")
+    async def exposition(request: Request) -> Response:
+        body, content_type = metrics.exposition(request.headers.get("accept", ""))
+        return Response(body, media_type=content_type)
 
     return router
 

@@ -28,9 +28,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rorqual.serve.callers import CALLER, Caller, Callers
+from rorqual.serve.callers import VISIT, Callers, Visit
 from rorqual.serve.errors import RETRY_LATER, ApiError, to_api_error
 from rorqual.serve.keys import Keyring
+from rorqual.serve.metrics import Metrics
 from rorqual.serve.settings import Settings
 from rorqual.serve.stream import SHUTTING_DOWN
 
@@ -72,12 +73,14 @@ class Border:
         settings: Settings,
         keyring: Keyring,
         traffic: Traffic,
+        metrics: Metrics,
         is_public: Callable[[str, str], bool],
     ) -> None:
         self._app = app
         self._settings = settings
         self._keyring = keyring
         self._traffic = traffic
+        self._metrics = metrics
         self._is_public = is_public
         self._callers = Callers(time.monotonic)
 
@@ -85,7 +88,7 @@ class Border:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        crossing = _Crossing(scope, receive, send, self._settings.max_body_bytes)
+        crossing = _Crossing(scope, receive, send, self._settings.max_body_bytes, self._metrics)
         try:
             refusal = await self._identify(crossing, scope) or self._enter(crossing, scope)
             if refusal is None:
@@ -102,7 +105,7 @@ class Border:
             raise
         finally:
             self._leave(crossing)
-            crossing.log(scope)
+            crossing.tell(scope)
 
     async def _identify(self, crossing: _Crossing, scope: Scope) -> ApiError | None:
         """Whose request it is. What is public belongs to nobody, even where a key was sent."""
@@ -116,15 +119,15 @@ class Border:
             key = self._keyring.find(sent)
             if key is None:
                 return _unauthorized("The API key is not known to this server.")
-        crossing.caller = self._callers.of(key)
-        CALLER.set(crossing.caller)
+        crossing.visit = Visit(crossing.id, self._callers.of(key))
+        VISIT.set(crossing.visit)
         return None
 
     def _enter(self, crossing: _Crossing, scope: Scope) -> ApiError | None:
         length = Headers(scope=scope).get("content-length", "")
         if length.isdigit() and int(length) > self._settings.max_body_bytes:
             return to_api_error(_too_large(self._settings.max_body_bytes))
-        if scope["method"] != "POST" or crossing.caller is None:
+        if scope["method"] != "POST" or crossing.visit is None:
             return None
         if self._traffic.draining:
             # The connection is about to end, and a retry should find another server.
@@ -132,33 +135,34 @@ class Border:
         if self._traffic.in_flight >= self._settings.max_in_flight:
             message = f"The server is answering {self._traffic.in_flight} requests and takes no more now."
             return ApiError(503, message, code="engine_overloaded", headers=RETRY_LATER)
-        refusal = crossing.caller.enter()
+        refusal = crossing.visit.caller.enter()
         if refusal is None:
             crossing.counted = True
             self._traffic.in_flight += 1
         return refusal
 
     def _leave(self, crossing: _Crossing) -> None:
-        if crossing.counted and crossing.caller is not None:
+        if crossing.counted and crossing.visit is not None:
             self._traffic.in_flight -= 1
-            crossing.caller.leave()
+            crossing.visit.caller.leave()
 
 
 class _Crossing:
     """One request's way over the border: its id, its status once known, its body's size so far."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, max_body_bytes: int) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, max_body_bytes: int, metrics: Metrics) -> None:
         asked = Headers(scope=scope).get("x-request-id", "")
         self.id = asked if CLEAN_ID.fullmatch(asked) else f"req_{uuid.uuid4().hex}"
         scope["request_id"] = self.id
         self.began = time.monotonic()
         self.status = 0
-        self.caller: Caller | None = None  # until it is known
+        self.visit: Visit | None = None  # until it is known whose it is
         self.counted = False
         self._receive = receive
         self._send = send
         self._max_body_bytes = max_body_bytes
         self._body_bytes = 0
+        self._metrics = metrics
 
     async def receive(self) -> Message:
         message = await self._receive()
@@ -172,21 +176,27 @@ class _Crossing:
             self.status = message["status"]
             took_ms = round(1000 * (time.monotonic() - self.began))
             ours = {"x-request-id": self.id, "openai-processing-ms": str(took_ms)}
-            ours |= self.caller.headers() if self.caller else {}
+            ours |= self.visit.caller.headers() if self.visit else {}
             raw = [(name.encode(), value.encode()) for name, value in ours.items()]
             message = {**message, "headers": [*message.get("headers", []), *raw]}
         await self._send(message)
 
-    def log(self, scope: Scope) -> None:
+    def tell(self, scope: Scope) -> None:
+        """One log line, and the counts."""
+        seconds = time.monotonic() - self.began
         fields = {
             "request_id": self.id,
-            "key": self.caller.id if self.caller else "",
             "method": scope["method"],
             "path": scope["path"],
             "status": self.status,
-            "ms": round(1000 * (time.monotonic() - self.began), 1),
+            "ms": round(1000 * seconds, 1),
         }
+        if self.visit:
+            fields |= {"key": self.visit.caller.id, **self.visit.used()}
         log.info("%(request_id)s %(method)s %(path)s %(status)s %(ms).0f ms", fields, extra={"fields": fields})
+        # The route as declared, one for all prefixes: a path that somebody made up must not become a time series.
+        handler = getattr(scope.get("route"), "path", "none")
+        self._metrics.answered(scope["method"], handler, self.status, seconds)
 
 
 def _unauthorized(message: str) -> ApiError:

@@ -5,9 +5,9 @@ minute's worth each. Requests are counted when they are let in; tokens when they
 knows a completion's length before: a key may overdraw by what it has in flight, and then waits until the
 bucket is above empty again.
 
-`CALLER` tells code far below the border on whose behalf it runs. It is a context variable rather than an
+`VISIT` tells code far below the border on whose behalf it runs. It is a context variable rather than an
 argument so that no route can forget to pass it: whatever reaches an engine out of a request carries that
-request's salt and pays into its account. Outside of requests it is None.
+request's salt, pays into its account and shows in its log line. Outside of requests it is None.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextvars import ContextVar
+from dataclasses import dataclass
 
 from rorqual.serve.errors import ApiError
 from rorqual.serve.keys import Key, Limits
@@ -116,7 +117,25 @@ class Callers:
         return caller
 
 
-CALLER: ContextVar[Caller | None] = ContextVar("caller", default=None)
+@dataclass(slots=True)
+class Visit:
+    """One HTTP request of a caller, and what it came to: sums over the engine requests that it made."""
+
+    request_id: str
+    caller: Caller
+    model: str = ""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    finish_reason: str = ""
+
+    def used(self) -> dict[str, str | int]:
+        """For the log line; nothing where no engine was asked."""
+        names = ("model", "prompt_tokens", "cached_tokens", "completion_tokens", "finish_reason")
+        return {name: getattr(self, name) for name in names} if self.model else {}
+
+
+VISIT: ContextVar[Visit | None] = ContextVar("visit", default=None)
 
 
 def spell_duration(seconds: float) -> str:
