@@ -5,6 +5,7 @@
     ├── CheckpointError        a model directory is incomplete, damaged or of another shape
     ├── DataError              a corpus, a shard or a conversation cannot be used
     ├── BackendUnavailable     a named backend or package is missing here
+    ├── UpstreamError          a server that the operator named does not answer
     └── RequestError           one request is at fault; everything else goes on
         ├── NotFound           ... it names something that does not exist
         ├── PromptTooLong      ... it does not fit the model's context
@@ -54,6 +55,10 @@ class DataError(RorqualError):
 
 class BackendUnavailable(RorqualError):
     """A backend named by the user that this machine does not have."""
+
+
+class UpstreamError(RorqualError):
+    """A server that the operator named cannot be reached or breaks off."""
 
 
 class RequestError(RorqualError):

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "docs" / "reference.md"
 COMMANDS = (
     "serve", "chat", "generate", "inspect", "convert", "lint", "verify", "handoff",
-    "keys create", "keys list", "keys revoke", "tokenizer train", "data prepare", "train", "sft",
+    "keys create", "keys list", "keys revoke", "conformance server", "tokenizer train", "data prepare", "train", "sft",
     "bench train", "bench decode", "bench prefill", "bench layer", "bench ops", "bench load",
 )  # fmt: skip
 

@@ -11,6 +11,7 @@ import typer
 from rorqual.cli import (
     bench,
     chat,
+    conformance,
     convert,
     data,
     generate,
@@ -49,6 +50,7 @@ app.command("sft")(sft.sft)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(data.app, name="data")
 app.add_typer(keys.app, name="keys")
+app.add_typer(conformance.app, name="conformance")
 app.add_typer(bench.app, name="bench")
 
 

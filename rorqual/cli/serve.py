@@ -16,6 +16,13 @@ def serve(
         list[str] | None,
         typer.Option(help="A model directory or bundled name; repeat it to serve several.", metavar="DIR|NAME"),
     ] = None,
+    upstream: Annotated[
+        str | None,
+        typer.Option(help="Serve another server's models instead: a vLLM's or SGLang's address.", metavar="URL"),
+    ] = None,
+    upstream_key: Annotated[
+        str, typer.Option(help="What the upstream asks for.", envvar="RORQUAL_UPSTREAM_KEY", show_envvar=True)
+    ] = "",
     host: Annotated[str, typer.Option(help="Address to listen on. Beyond loopback a key is needed.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 picks a free one.")] = 8000,
     api_key: Annotated[
@@ -60,6 +67,8 @@ def serve(
 
         rorqual serve --dtype int8 --cache-dir ~/.cache/rorqual/pages
 
+        rorqual serve --upstream http://gpu-box:8000 --upstream-key secret
+
         rorqual keys create laptop && rorqual serve --host 0.0.0.0
     """
     from rorqual.config import DEFAULT_MODEL, resolve_model
@@ -67,9 +76,12 @@ def serve(
     from rorqual.serve.app import create_app
     from rorqual.serve.run import serve as run
     from rorqual.serve.settings import Settings
+    from rorqual.serve.upstream import Upstream
 
     set_up_logs(log_format)
-    paths = [resolve_model(name) for name in model or [DEFAULT_MODEL]]
+    if upstream and model:
+        raise ConfigError("--upstream serves the other server's models", remedy="leave --model out")
+    paths = [] if upstream else [resolve_model(name) for name in model or [DEFAULT_MODEL]]
     names = [path.resolve().name for path in paths]
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise ConfigError(f"two models are called {', '.join(twice)}", remedy="rename one of the directories")
@@ -86,7 +98,7 @@ def serve(
         idle_timeout_s=idle_timeout,
         log_prompts=log_prompts,
     )
-    app = create_app(served, settings)
+    app = create_app(served, settings, Upstream(upstream, api_key=upstream_key) if upstream else None)
     if not app.state.keyring.required:
         typer.echo("no API keys: this machine alone can reach the server (`rorqual keys create` makes one)", err=True)
     run(
@@ -94,7 +106,9 @@ def serve(
         host,
         port,
         grace_s=grace,
-        on_bound=lambda: typer.echo(f"loading {', '.join(names)} …", err=True),
+        on_bound=lambda: typer.echo(
+            f"{f'before {upstream}' if upstream else 'loading ' + ', '.join(names)} …", err=True
+        ),
         on_ready=lambda url: typer.echo(f"chat: {url}   API: {url}/v1   (Ctrl-C stops)", err=True),
     )
 
