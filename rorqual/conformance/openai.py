@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import uuid
 
@@ -119,7 +120,8 @@ async def no_silence(probe: Probe) -> str:
 
 async def max_tokens(probe: Probe) -> str:
     for name in ("max_tokens", "max_completion_tokens"):
-        answer = await probe.chat(name, **{"max_tokens": None, name: 3})
+        limit: Json = {"max_tokens": None, name: 3}
+        answer = await probe.chat(name, **limit)
         counted, reason = usage_of(answer)["completion_tokens"], answer["choices"][0]["finish_reason"]
         require(counted <= 3, f"{name}=3 gave {counted} tokens")
         require(counted < 3 or reason in ("length", "stop"), f"{name}=3 ended with {reason!r}")
@@ -146,8 +148,8 @@ async def seed(probe: Probe) -> str:
 
 async def logprobs(probe: Probe) -> str:
     answer = await probe.chat("logprobs", "top_logprobs", logprobs=True, top_logprobs=3)
-    entries = (answer["choices"][0].get("logprobs") or {}).get("content")
-    require(isinstance(entries, list) and entries, "logprobs were asked for and are not there")
+    entries = (answer["choices"][0].get("logprobs") or {}).get("content") or []
+    require(entries, "logprobs were asked for and are not there")
     require(all(e["logprob"] <= 0 for e in entries), "a log-probability is positive")
     require(all(len(e["top_logprobs"]) == 3 for e in entries), "not 3 top_logprobs a token")
     content = message_of(answer).get("content") or ""
@@ -165,16 +167,14 @@ async def several(probe: Probe) -> str:
 
 
 async def penalties(probe: Probe) -> str:
-    names = ("frequency_penalty", "presence_penalty")
-    await probe.chat(*names, **dict.fromkeys(names, 1.0))
+    await probe.chat("frequency_penalty", "presence_penalty", frequency_penalty=1.0, presence_penalty=1.0)
     return "accepted"
 
 
 async def logit_bias(probe: Probe) -> str:
-    entries = (await probe.chat("logprobs", logprobs=True, top_logprobs=0, temperature=0))["choices"][0].get("logprobs")
     plain = message_of(await probe.chat(temperature=0, max_tokens=8)).get("content")
     tokens = await probe.post("/tokenize", {"model": probe.model, "prompt": plain})
-    if tokens.status != 200 or not entries or not plain:
+    if tokens.status != 200 or not plain:
         raise Absent("no way to learn a token's id (/tokenize)")
     ids = [str(t) for t in tokens.json().get("tokens", [])]
     banned = await probe.chat("logit_bias", temperature=0, max_tokens=8, logit_bias=dict.fromkeys(ids, -100))
@@ -226,12 +226,12 @@ async def tool_result(probe: Probe) -> str:
         "type": "function",
         "function": {"name": "paint", "arguments": '{"colour":"red","count":1}'},
     }
-    history = [
+    history: list[Json] = [
         *QUESTION,
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "call_1", "content": "painted"},
     ]
-    answer = await probe.chat("tools", "tool", messages=history, tools=[TOOL])
+    answer = await probe.chat("tools", "tool", "role", messages=history, tools=[TOOL])
     longer, shorter = usage_of(answer)["prompt_tokens"], usage_of(await probe.chat())["prompt_tokens"]
     require(longer > shorter, "the call and its result are not in the prompt")
     return f"{longer - shorter} prompt tokens of tools, call and result"
@@ -323,9 +323,8 @@ async def responses_stream(probe: Probe) -> str:
     body = {"model": probe.model, "input": "Count to three.", "max_output_tokens": 24, "store": False}
     chunks = (await probe.stream("/responses", body)).chunks()
     require(chunks, "no events")
-    numbers = [c.get("sequence_number") for c in chunks]
-    require(numbers == sorted(set(numbers), key=numbers.index) and None not in numbers, "sequence_number does not rise")
-    require(all(a < b for a, b in zip(numbers, numbers[1:], strict=False)), "sequence_number does not rise")
+    numbers = [int(c["sequence_number"]) for c in chunks]
+    require(all(a < b for a, b in itertools.pairwise(numbers)), "sequence_number does not rise")
     last = chunks[-1].get("type")
     require(last in ("response.completed", "response.incomplete"), f"the last event is {last!r}")
     return f"{len(chunks)} events, {last}"

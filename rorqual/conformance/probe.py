@@ -21,7 +21,7 @@ from rorqual.errors import UpstreamError
 from rorqual.net import UpstreamClient
 
 Json = dict[str, Any]
-QUESTION = [{"role": "user", "content": "Count from one to ten in words."}]
+QUESTION: list[Json] = [{"role": "user", "content": "Count from one to ten in words."}]
 
 
 class Failed(Exception):
