@@ -6,6 +6,7 @@
     ├── DataError              a corpus, a shard or a conversation cannot be used
     ├── TrainingError          a run cannot go on: the loss diverged, memory or disk are full
     ├── BackendUnavailable     a named backend or package is missing here
+    ├── UpstreamError          a server that the operator named does not answer
     └── RequestError           one request is at fault; everything else goes on
         ├── NotFound           ... it names something that does not exist
         ├── PromptTooLong      ... it does not fit the model's context
@@ -60,6 +61,10 @@ class TrainingError(RorqualError):
 
 class BackendUnavailable(RorqualError):
     """A backend named by the user that this machine does not have."""
+
+
+class UpstreamError(RorqualError):
+    """A server that the operator named cannot be reached or breaks off."""
 
 
 class RequestError(RorqualError):

@@ -17,11 +17,10 @@ from rorqual.train.config import RunConfig
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "docs" / "reference.md"
 COMMANDS = (
-    "serve", "chat", "generate", "inspect", "convert", "lint", "verify", "handoff",
-    "tokenizer train", "data clean", "data prepare", "train", "sft",
-    "index add", "index list", "index remove", "index search",
-    "bench train", "bench decode", "bench prefill", "bench serve", "bench mtp", "bench ready", "bench layer",
-    "bench attention", "bench ops", "bench load",
+    "serve", "chat", "generate", "inspect", "convert", "lint", "verify", "handoff", "keys create", "keys list",
+    "keys revoke", "conformance server", "tokenizer train", "data clean", "data prepare", "train", "sft",
+    "index add", "index list", "index remove", "index search", "bench train", "bench decode", "bench prefill",
+    "bench serve", "bench mtp", "bench ready", "bench layer", "bench attention", "bench ops", "bench load",
 )  # fmt: skip
 
 

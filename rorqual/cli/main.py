@@ -11,12 +11,14 @@ import typer
 from rorqual.cli import (
     bench,
     chat,
+    conformance,
     convert,
     data,
     generate,
     handoff,
     index,
     inspect,
+    keys,
     lint,
     serve,
     sft,
@@ -49,6 +51,8 @@ app.command("sft")(sft.sft)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(data.app, name="data")
 app.add_typer(index.app, name="index")
+app.add_typer(keys.app, name="keys")
+app.add_typer(conformance.app, name="conformance")
 app.add_typer(bench.app, name="bench")
 
 

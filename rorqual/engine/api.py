@@ -12,7 +12,10 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+
+if TYPE_CHECKING:
+    from rorqual.engine.stats import EngineStats
 
 
 class FinishReason(StrEnum):
@@ -206,7 +209,8 @@ class EngineInfo:
 
 
 class Engine(Protocol):
-    """What serve/ drives. Implemented by `engine.process.EngineProcess` and `engine.scripted.ScriptedEngine`."""
+    """What serve/ drives. Implemented by `engine.process.EngineProcess`, `engine.scripted.ScriptedEngine`, and around
+    either by `engine.supervisor.SupervisedEngine`."""
 
     @property
     def info(self) -> EngineInfo: ...
@@ -225,7 +229,19 @@ class Engine(Protocol):
         ...
 
     @property
-    def alive(self) -> bool: ...
+    def alive(self) -> bool:
+        """Whether requests will be answered, if not at once then after a restart that is under way."""
+        ...
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken up now."""
+        ...
+
+    @property
+    def stats(self) -> EngineStats:
+        """As of the last output."""
+        ...
 
 
 def check_request(request: Request, info: EngineInfo) -> None:

@@ -13,7 +13,7 @@ One connection, nothing shared. Endings that must not go wrong:
  - the parent dies, killed or not: the child's inbox thread reads end-of-file and exits at once, mid-step if need be;
  - the child hangs: `stop` asks, then terminates, then kills.
 
-Left out: restarting a dead child (whoever runs the server decides that), shared memory (messages are small).
+Left out: restarting a dead child (`engine.supervisor` does), shared memory (messages are small).
 """
 
 from __future__ import annotations
@@ -77,6 +77,10 @@ class EngineProcess:
     @property
     def alive(self) -> bool:
         return self._error is None
+
+    @property
+    def ready(self) -> bool:
+        return self.alive
 
     @property
     def pid(self) -> int | None:

@@ -10,17 +10,18 @@ keeps (request checks, max_tokens, stop tokens, exactly one finish reason) and a
     assert engine.finished == {"r1": FinishReason.STOP} and not engine.live
 
 Left out: sampling (temperature and seed are recorded with the request, not used) and prefix pages (cached_tokens
-follows a rule: full units of 64 tokens that an earlier prompt began with).
+follows a rule: full units of 64 tokens that an earlier prompt of the same salt began with).
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 
-from rorqual.engine.api import EngineInfo, FinishReason, Output, Request, TokenLogprob, check_request
+from rorqual.engine.api import EngineInfo, FinishReason, Output, Request, RequestStats, TokenLogprob, check_request
+from rorqual.engine.stats import EngineStats
 from rorqual.errors import CapacityError, RequestError, RorqualError
 
 Prompt = tuple[int, ...]
@@ -32,7 +33,8 @@ class Script:
 
     tokens: the ids of the answer without end-of-sequence (the engine adds it), or a function of the prompt;
     delay_s: before each output; tokens_per_output: how many ids one output carries; gate: awaited before each
-    output (an `asyncio.Event().wait` holds the answer until the test sets it); refuse: raised by `generate` itself;
+    output (an `asyncio.Event().wait` holds the answer until the test sets it); stats: what the last output tells;
+    refuse: raised by `generate` itself;
     fail_after: the request ends in `error` (or one that says so) once so many ids have been sent.
     """
 
@@ -41,6 +43,7 @@ class Script:
     delay_s: float = 0.0
     tokens_per_output: int = 1
     gate: Callable[[], Awaitable[object]] | None = None
+    stats: RequestStats | None = None
     refuse: RequestError | None = None
     fail_after: int | None = None
     error: Exception | None = None
@@ -73,7 +76,9 @@ class ScriptedEngine:
         self.aborted: list[str] = []
         self.finished: dict[str, FinishReason] = {}
         self._info = info
-        self._cached_tokens = cached_tokens or _PrefixMemory()
+        memory = _PrefixMemory()
+        self._cached_tokens = (lambda request: cached_tokens(request.prompt)) if cached_tokens else memory
+        self._counts = EngineStats()
         self._alive = True
         self._death: RorqualError | None = None
 
@@ -84,6 +89,14 @@ class ScriptedEngine:
     @property
     def alive(self) -> bool:
         return self._alive
+
+    @property
+    def ready(self) -> bool:
+        return self._alive
+
+    @property
+    def stats(self) -> EngineStats:
+        return replace(self._counts, running=len(self.live))
 
     async def start(self) -> None:
         self._alive, self._death = True, None
@@ -109,7 +122,10 @@ class ScriptedEngine:
     async def _play(self, request: Request, script: Script) -> AsyncGenerator[Output, None]:
         self.seen.append(request)
         self.live.add(request.id)
-        cached = self._cached_tokens(request.prompt)
+        cached = self._cached_tokens(request)
+        self._counts.prefill_tokens += len(request.prompt) - cached
+        self._counts.cache_hit_tokens += cached
+        self._counts.cache_miss_tokens += len(request.prompt) - cached
         tokens, reason = self._cast(request, script)
         failing = script.fail_after is not None and script.fail_after < len(tokens)
         if failing:
@@ -124,7 +140,7 @@ class ScriptedEngine:
                 if start + len(part) < len(tokens) or failing:
                     yield Output(request.id, part, self._logprobs(request, part), cached)
                 else:
-                    yield self._end(request, reason, part, cached)
+                    yield replace(self._end(request, reason, part, cached), stats=script.stats)
             if failing:
                 error = script.error or RorqualError("the scripted engine failed as its script says")
                 yield self._end(request, FinishReason.ERROR, cached=cached, error=error)
@@ -168,14 +184,15 @@ class ScriptedEngine:
 
 
 class _PrefixMemory:
-    """The rule behind `cached_tokens`: the longest run of full 64-token units that an earlier prompt began with,
-    never the whole prompt."""
+    """The rule behind `cached_tokens`: the longest run of full 64-token units that an earlier prompt of the same salt
+    began with, never the whole prompt."""
 
     def __init__(self) -> None:
-        self.prefixes: set[Prompt] = set()
+        self.prefixes: set[tuple[str, Prompt]] = set()
 
-    def __call__(self, prompt: Prompt) -> int:
+    def __call__(self, request: Request) -> int:
+        salt, prompt = request.salt, request.prompt
         ends = range(64, len(prompt), 64)
-        hit = max((end for end in ends if prompt[:end] in self.prefixes), default=0)
-        self.prefixes.update(prompt[:end] for end in range(64, len(prompt) + 1, 64))
+        hit = max((end for end in ends if (salt, prompt[:end]) in self.prefixes), default=0)
+        self.prefixes.update((salt, prompt[:end]) for end in range(64, len(prompt) + 1, 64))
         return hit

@@ -33,7 +33,8 @@ class EngineStats:
     state (pages_free includes idle published ones; pages_used are those of running requests). cache_hit and cache_miss
     split the prompts of admitted requests; drafted and accepted are the drafts checked and those that stood;
     draft_depth is how many were drafted per token in the last step; decode_bytes and decode_run_s are those of steps that
-    only decoded, whose bound is the memory's bandwidth; last is the last step."""
+    only decoded, whose bound is the memory's bandwidth; last is the last step; restarts is the supervisor's, whose counts
+    otherwise begin again with each engine."""
 
     steps: int = 0
     prefill_tokens: int = 0
@@ -56,6 +57,17 @@ class EngineStats:
     pages_free: int = 0
     pages_published: int = 0
     last: StepStats = field(default_factory=StepStats)
+    restarts: int = 0
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of admitted requests."""
+        return self.cache_hit_tokens + self.cache_miss_tokens
+
+    @property
+    def cache_usage(self) -> float:
+        """Share of the latent cache that running requests hold."""
+        return self.pages_used / max(1, self.pages_used + self.pages_free)
 
     @property
     def acceptance(self) -> float:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -23,13 +24,17 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from rorqual.errors import ConfigError, RorqualError
-from rorqual.serve.border import Border, answer_error, answer_nobody
+from rorqual.serve.admission import AdmittedEngine
+from rorqual.serve.border import Border, Traffic, answer_error, answer_nobody
 from rorqual.serve.chat import chat_completions, find_model
-from rorqual.serve.errors import engine_gone
+from rorqual.serve.errors import Refused, engine_gone
+from rorqual.serve.keys import Keyring, KeyStore
+from rorqual.serve.metrics import Metrics
 from rorqual.serve.schemas import ChatRequest
 from rorqual.serve.served import GenerationDefaults, ServedModel
 from rorqual.serve.settings import Settings
 from rorqual.serve.static import PageFile, answer_file, load_page
+from rorqual.serve.upstream import Upstream
 
 __all__ = ["GenerationDefaults", "ServedModel", "Settings", "create_app"]
 
@@ -37,31 +42,52 @@ PREFIXES = ("", "/v1", "/beta", "/beta/v1")
 PROBES = ("/health", "/ready")
 
 
-def create_app(models: Mapping[str, ServedModel], settings: Settings) -> FastAPI:
-    """`models` maps public names to models; several names may share one. Raises ConfigError if there is none.
+def create_app(models: Mapping[str, ServedModel], settings: Settings, upstream: Upstream | None = None) -> FastAPI:
+    """`models` maps public names to models; several names may share one. With an `upstream` its models are served and
+    there are none here. Raises ConfigError if there are no models or both kinds.
 
-    `app.state` carries `models`, `settings`, `ready`, and `startup_error` once an engine failed to start.
+    `app.state` carries `models`, `settings`, `keyring`, `traffic`, `ready`, and `startup_error` once an engine failed
+    to start. Raises ConfigError where the database of the keys cannot be opened.
     """
-    if not models:
-        raise ConfigError("a server needs at least one model", remedy="name one with --model")
+    if bool(models) == (upstream is not None):
+        raise ConfigError("a server needs either models or an upstream", remedy="name one with --model or --upstream")
     page = load_page(settings.page_dir)
     app = FastAPI(title="rorqual", openapi_url=None, redirect_slashes=False, lifespan=_lifespan)
-    app.state.models = dict(models)
+    # By its own name, a model once: the dictionary's names may be several for one.
+    metrics = Metrics({served.name: served.engine for served in models.values()})
+    app.state.models = _admitted(models, settings, metrics)
     app.state.settings = settings
+    app.state.keyring = Keyring(KeyStore(settings.database_url) if settings.database_url else None, settings.api_keys)
+    app.state.keyring.load()
+    app.state.traffic = Traffic()
+    app.state.upstream = upstream
     app.state.ready = False
     app.state.startup_error = None
     for prefix in PREFIXES:
         app.include_router(_probes(app), prefix=prefix)
-        app.include_router(_api(app.state.models, settings), prefix=prefix)
+        app.include_router(_metrics(metrics), prefix=prefix)
+        api = _api(app.state.models, settings) if upstream is None else upstream.router(settings, metrics)
+        app.include_router(api, prefix=prefix)
     app.include_router(_page(page))
-    for kind in (RorqualError, RequestValidationError, HTTPException):
+    for kind in (RorqualError, RequestValidationError, HTTPException, Refused):
         app.add_exception_handler(kind, answer_error)
     app.add_exception_handler(ClientDisconnect, answer_nobody)
     public = {*page, *(prefix + probe for prefix in PREFIXES for probe in PROBES)}
     app.add_middleware(
-        Border, settings=settings, is_public=lambda method, path: method in ("GET", "HEAD") and path in public
+        Border,
+        settings=settings,
+        keyring=app.state.keyring,
+        traffic=app.state.traffic,
+        metrics=metrics,
+        is_public=lambda method, path: method in ("GET", "HEAD") and path in public,
     )
     return app
+
+
+def _admitted(models: Mapping[str, ServedModel], settings: Settings, metrics: Metrics) -> dict[str, ServedModel]:
+    """The models with their engines behind the server's rules; names that shared an engine share it still."""
+    engines = {id(served.engine): AdmittedEngine(served, settings, metrics) for served in models.values()}
+    return {name: replace(served, engine=engines[id(served.engine)]) for name, served in models.items()}
 
 
 @asynccontextmanager
@@ -69,6 +95,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Engines run while the server does. If one cannot start, those already started are stopped again."""
     engines = {id(served.engine): served.engine for served in app.state.models.values()}
     async with AsyncExitStack() as stack:
+        if app.state.upstream is not None:
+            stack.push_async_callback(app.state.upstream.close)
         try:
             for engine in engines.values():
                 stack.push_async_callback(engine.stop)  # before start: a half-started engine has to be stopped too
@@ -82,21 +110,36 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 def _probes(app: FastAPI) -> APIRouter:
-    """For load balancers: /health is 200 while every engine lives, /ready while requests are welcome too."""
+    """For load balancers: /health is 200 while every engine lives or is being started again, /ready while requests are
+    taken up at once."""
     router = APIRouter()
 
-    def require(ok: bool) -> dict[str, str]:
-        if not ok or not all(served.engine.alive for served in app.state.models.values()):
+    def require(*conditions: bool) -> dict[str, str]:
+        if not all(conditions):
             raise engine_gone()
         return {"status": "ok"}
 
     @router.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> dict[str, str]:
-        return require(True)
+        return require(*(served.engine.alive for served in app.state.models.values()))
 
     @router.api_route("/ready", methods=["GET", "HEAD"])
     async def ready() -> dict[str, str]:
-        return require(app.state.ready)
+        engines = [served.engine.ready for served in app.state.models.values()]
+        if app.state.upstream is not None:
+            engines.append(await app.state.upstream.ready())
+        return require(app.state.ready, not app.state.traffic.draining, *engines)
+
+    return router
+
+
+def _metrics(metrics: Metrics) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/metrics")
+    async def exposition(request: Request) -> Response:
+        body, content_type = metrics.exposition(request.headers.get("accept", ""))
+        return Response(body, media_type=content_type)
 
     return router
 

@@ -1,10 +1,11 @@
 """The outermost layer: what holds for every request whatever its route.
 
-Every response carries `x-request-id` (the client's own where it is clean) and `openai-processing-ms`, and one
-log line tells of it. A key is asked for before anything of the body is read, on every path that was not
-declared public: a route that someone adds later is closed until it is opened on purpose. Bodies over the
-limit are refused. Exceptions that nobody expected end here, with a traceback in the log and without one in
-the answer.
+Every response carries `x-request-id` (the client's own where it is clean), `openai-processing-ms` and what is
+left of the key's limits, and one log line tells of it. A key is asked for before anything of the body is read,
+on every path that was not declared public: a route that someone adds later is closed until it is opened on
+purpose. POST is what costs: its requests are counted against the key's limits, refused beyond what the server
+can hold, and refused while it drains. Bodies over the limit are refused. Exceptions that nobody expected end
+here, with a traceback in the log and without one in the answer.
 
 It is plain ASGI because Starlette's BaseHTTPMiddleware puts a queue between the route and the connection, and
 then a client's departure is noticed late. Left out: CORS, on purpose; pages of other origins have no business
@@ -14,13 +15,12 @@ here.
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import logging
 import re
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -28,7 +28,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rorqual.serve.errors import ApiError, to_api_error
+from rorqual.serve.callers import VISIT, Callers, Visit
+from rorqual.serve.errors import RETRY_LATER, ApiError, to_api_error
+from rorqual.serve.keys import Keyring
+from rorqual.serve.metrics import Metrics
 from rorqual.serve.settings import Settings
 from rorqual.serve.stream import SHUTTING_DOWN
 
@@ -53,22 +56,41 @@ async def answer_nobody(request: Request, error: Exception) -> Response:
     return Response(status_code=499)
 
 
+@dataclass(slots=True)
+class Traffic:
+    """in_flight: requests being answered, of those that cost; draining: the server is about to stop."""
+
+    in_flight: int = 0
+    draining: bool = False
+
+
 class Border:
     """ASGI middleware. `is_public(method, path)` names what needs no key."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, is_public: Callable[[str, str], bool]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: Settings,
+        keyring: Keyring,
+        traffic: Traffic,
+        metrics: Metrics,
+        is_public: Callable[[str, str], bool],
+    ) -> None:
         self._app = app
         self._settings = settings
+        self._keyring = keyring
+        self._traffic = traffic
+        self._metrics = metrics
         self._is_public = is_public
-        self._keys = [_digest(key) for key in settings.api_keys]
+        self._callers = Callers(time.monotonic)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        crossing = _Crossing(scope, receive, send, self._settings.max_body_bytes)
+        crossing = _Crossing(scope, receive, send, self._settings.max_body_bytes, self._metrics)
         try:
-            refusal = self._refusal(scope)
+            refusal = await self._identify(crossing, scope) or self._enter(crossing, scope)
             if refusal is None:
                 await self._app(scope, crossing.receive, crossing.send)
             else:
@@ -82,38 +104,65 @@ class Border:
                 await error_response(SHUTTING_DOWN)(scope, receive, crossing.send)
             raise
         finally:
-            took_ms = 1000 * (time.monotonic() - crossing.began)
-            log.info("%s %s %s %s %.0f ms", crossing.id, scope["method"], scope["path"], crossing.status, took_ms)
+            self._leave(crossing)
+            crossing.tell(scope)
 
-    def _refusal(self, scope: Scope) -> ApiError | None:
-        headers = Headers(scope=scope)
-        if self._keys and not self._is_public(scope["method"], scope["path"]):
-            scheme, _, key = headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not key.strip():
+    async def _identify(self, crossing: _Crossing, scope: Scope) -> ApiError | None:
+        """Whose request it is. What is public belongs to nobody, even where a key was sent."""
+        await self._keyring.refresh()
+        headers, key = Headers(scope=scope), None
+        if self._keyring.required and not self._is_public(scope["method"], scope["path"]):
+            scheme, _, secret = headers.get("authorization", "").partition(" ")
+            sent = secret.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "").strip()
+            if not sent:
                 return _unauthorized("No API key was sent: put it into the header 'Authorization: Bearer KEY'.")
-            sent = _digest(key.strip())
-            # Digests have one length and every key is compared: the time taken tells nothing about a key.
-            if not sum(hmac.compare_digest(sent, known) for known in self._keys):
+            key = self._keyring.find(sent)
+            if key is None:
                 return _unauthorized("The API key is not known to this server.")
-        length = headers.get("content-length", "")
+        crossing.visit = Visit(crossing.id, self._callers.of(key))
+        VISIT.set(crossing.visit)
+        return None
+
+    def _enter(self, crossing: _Crossing, scope: Scope) -> ApiError | None:
+        length = Headers(scope=scope).get("content-length", "")
         if length.isdigit() and int(length) > self._settings.max_body_bytes:
             return to_api_error(_too_large(self._settings.max_body_bytes))
-        return None
+        if scope["method"] != "POST" or crossing.visit is None:
+            return None
+        if self._traffic.draining:
+            # The connection is about to end, and a retry should find another server.
+            return ApiError(503, SHUTTING_DOWN.message, headers={**RETRY_LATER, "connection": "close"})
+        if self._traffic.in_flight >= self._settings.max_in_flight:
+            message = f"The server is answering {self._traffic.in_flight} requests and takes no more now."
+            return ApiError(503, message, code="engine_overloaded", headers=RETRY_LATER)
+        refusal = crossing.visit.caller.enter()
+        if refusal is None:
+            crossing.counted = True
+            self._traffic.in_flight += 1
+        return refusal
+
+    def _leave(self, crossing: _Crossing) -> None:
+        if crossing.counted and crossing.visit is not None:
+            self._traffic.in_flight -= 1
+            crossing.visit.caller.leave()
 
 
 class _Crossing:
     """One request's way over the border: its id, its status once known, its body's size so far."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, max_body_bytes: int) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, max_body_bytes: int, metrics: Metrics) -> None:
         asked = Headers(scope=scope).get("x-request-id", "")
         self.id = asked if CLEAN_ID.fullmatch(asked) else f"req_{uuid.uuid4().hex}"
         scope["request_id"] = self.id
         self.began = time.monotonic()
         self.status = 0
+        self.visit: Visit | None = None  # until it is known whose it is
+        self.counted = False
         self._receive = receive
         self._send = send
         self._max_body_bytes = max_body_bytes
         self._body_bytes = 0
+        self._metrics = metrics
 
     async def receive(self) -> Message:
         message = await self._receive()
@@ -126,13 +175,28 @@ class _Crossing:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             took_ms = round(1000 * (time.monotonic() - self.began))
-            ours = [(b"x-request-id", self.id.encode()), (b"openai-processing-ms", str(took_ms).encode())]
-            message = {**message, "headers": [*message.get("headers", []), *ours]}
+            ours = {"x-request-id": self.id, "openai-processing-ms": str(took_ms)}
+            ours |= self.visit.caller.headers() if self.visit else {}
+            raw = [(name.encode(), value.encode()) for name, value in ours.items()]
+            message = {**message, "headers": [*message.get("headers", []), *raw]}
         await self._send(message)
 
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+    def tell(self, scope: Scope) -> None:
+        """One log line, and the counts."""
+        seconds = time.monotonic() - self.began
+        fields = {
+            "request_id": self.id,
+            "method": scope["method"],
+            "path": scope["path"],
+            "status": self.status,
+            "ms": round(1000 * seconds, 1),
+        }
+        if self.visit:
+            fields |= {"key": self.visit.caller.id, **self.visit.used()}
+        log.info("%(request_id)s %(method)s %(path)s %(status)s %(ms).0f ms", fields, extra={"fields": fields})
+        # The route as declared, one for all prefixes: a path that somebody made up must not become a time series.
+        handler = getattr(scope.get("route"), "path", "none")
+        self._metrics.answered(scope["method"], handler, self.status, seconds)
 
 
 def _unauthorized(message: str) -> ApiError:

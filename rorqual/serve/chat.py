@@ -83,7 +83,7 @@ async def prepare(body: ChatRequest, models: Mapping[str, ServedModel], settings
     except DataError as error:
         raise RequestError(str(error), param="messages") from error
     params = _sampling(body, served, len(prompt), settings)
-    request = Request(f"chatcmpl-{uuid.uuid4().hex}", tuple(prompt), params)
+    request = Request(f"chatcmpl-{uuid.uuid4().hex}", tuple(prompt), params, salt=body.user_id or "")
     if not served.engine.alive:
         raise engine_gone()
     check_request(request, served.engine.info)

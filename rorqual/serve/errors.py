@@ -18,7 +18,7 @@ from typing import Any
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from rorqual.errors import CapacityError, NotFound, PromptTooLong, RequestError, RorqualError
+from rorqual.errors import CapacityError, NotFound, PromptTooLong, RequestError, RorqualError, UpstreamError
 
 # What each status says when nothing more particular is known: (type, code).
 KINDS: Mapping[int, tuple[str, str | None]] = {
@@ -29,6 +29,7 @@ KINDS: Mapping[int, tuple[str, str | None]] = {
     413: ("invalid_request_error", "request_too_large"),
     429: ("rate_limit_error", "engine_overloaded"),
     500: ("server_error", "internal_error"),
+    502: ("server_error", "upstream_unavailable"),
     503: ("server_error", "engine_unavailable"),
     504: ("server_error", "timeout"),
 }
@@ -51,6 +52,14 @@ class ApiError:
         return {"error": error}
 
 
+class Refused(Exception):
+    """An answer that was decided elsewhere: an upstream's own error, passed on as it came."""
+
+    def __init__(self, error: ApiError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
 def to_api_error(error: BaseException) -> ApiError:
     """Total: whatever was raised has an answer."""
     match error:
@@ -66,6 +75,10 @@ def to_api_error(error: BaseException) -> ApiError:
             return _validation_error(error.errors())
         case HTTPException():
             return ApiError(error.status_code, str(error.detail), headers=error.headers or {})
+        case UpstreamError():
+            return ApiError(502, str(error), headers=RETRY_LATER)
+        case Refused():
+            return error.error
         case RorqualError():
             return ApiError(500, str(error))
         case _:

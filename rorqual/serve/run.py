@@ -2,12 +2,15 @@
 
 The socket is bound here, before anything is loaded, so that a port in use is told at once and in one
 sentence. A host that others can reach needs an API key: a model on an open port is somebody else's free
-model. On SIGINT or SIGTERM no new connection is taken, streams go on for `grace_s`, then each is told that
-the server is shutting down and ended, and the engines are stopped.
+model. On SIGINT or SIGTERM the server drains: `/ready` turns to 503 and new requests are refused with a hint to
+try elsewhere, while it goes on listening, so that a balancer sees a server that is leaving and not a dead port;
+what is under way goes on for `grace_s`, then each is told that the server is shutting down and ended, and the
+engines are stopped. A second signal does not wait.
 """
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import ipaddress
 import logging
@@ -18,6 +21,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from rorqual.errors import ConfigError
+from rorqual.serve.border import Traffic
 
 log = logging.getLogger(__name__)
 KEEP_ALIVE_S = 75  # longer than clients keep idle connections, so that they and not we close them
@@ -56,10 +60,10 @@ def serve(
 
 def listen(app: FastAPI, host: str, port: int) -> socket.socket:
     """A bound socket. Raises ConfigError with what to do instead."""
-    if not is_loopback(host) and not app.state.settings.api_keys:
+    if not is_loopback(host) and not app.state.keyring.usable:
         raise ConfigError(
             f"{host} can be reached from other machines, and no API key is set",
-            remedy="set a key, or serve on 127.0.0.1",
+            remedy="make one with `rorqual keys create`, or serve on 127.0.0.1",
         )
     if not 0 <= port <= 65535:
         raise ConfigError(f"{port} is not a port", remedy="choose one between 1 and 65535, or 0 for a free one")
@@ -117,9 +121,20 @@ class Server(uvicorn.Server):
         host, port = listener.getsockname()[:2]
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         self._on_ready = on_ready or (lambda url: log.info("serving on %s", url))
+        self._traffic: Traffic = app.state.traffic
+        self._grace_s = grace_s
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         # Until here uvicorn would print the traceback of an engine that failed to start; `serve` raises it.
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
         self._on_ready(self.url)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._traffic.draining = True
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self._grace_s
+        while self._traffic.in_flight and loop.time() < end and not self.force_exit:
+            await asyncio.sleep(0.02)
+        self.config.timeout_graceful_shutdown = max(0, end - loop.time())  # type: ignore[assignment]
+        await super().shutdown(sockets)

@@ -120,6 +120,7 @@ class ChatRequest(Body):
     thinking: Thinking | None = None  # DeepSeek's
     reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None  # vLLM's
+    user_id: Annotated[str | None, Field(pattern=r"^[a-zA-Z0-9_-]+$", max_length=512)] = None  # DeepSeek's: whose cache
 
     @field_validator("stop", mode="before")
     @classmethod

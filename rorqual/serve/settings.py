@@ -17,21 +17,31 @@ BUILT_PAGE = Path(__file__).parent / "page"  # where `npm run build` in web/ put
 @dataclass(frozen=True, slots=True)
 class Settings:
     """
-    api_keys: any of them opens every route; empty: none is asked for (loopback only, see `run.serve`);
+    api_keys: any of them opens every route, beside those of the database;
+    database_url: where keys are kept; None: nowhere. Without any key none is asked for (loopback only, see `run.serve`);
     max_body_bytes: larger request bodies are refused unread;
+    max_in_flight: requests being answered at once; beyond, 503: each holds a connection and a body;
     heartbeat_s: after so long without news a stream says `: keep-alive`, so that proxies keep it open;
+    queue_timeout_s: how long a request waits for its first token, queueing and the reading of the prompt included;
+    idle_timeout_s: ... for its next token after that;
     request_timeout_s: a request that has not ended by then is ended with an error, queueing included;
     default_max_tokens: the completion's limit where neither the request nor the model's defaults name one;
+    log_prompts: write what was asked and answered into the log too;
     page_dir: the built chat page.
 
     Raises ConfigError for a value that cannot be meant.
     """
 
     api_keys: tuple[str, ...] = ()
+    database_url: str | None = None
     max_body_bytes: int = 8 << 20
+    max_in_flight: int = 2048
     heartbeat_s: float = 10.0
+    queue_timeout_s: float = 600.0
+    idle_timeout_s: float = 300.0
     request_timeout_s: float = 1800.0
     default_max_tokens: int = 4096
+    log_prompts: bool = False
     page_dir: Path = BUILT_PAGE
 
     def __post_init__(self) -> None:
@@ -43,6 +53,7 @@ class Settings:
                 "api_keys must be non-empty ASCII strings",
                 remedy="remove the blank key or write a longer one",
             )
-        for name in ("max_body_bytes", "heartbeat_s", "request_timeout_s", "default_max_tokens"):
+        positive = "max_body_bytes max_in_flight heartbeat_s queue_timeout_s idle_timeout_s request_timeout_s"
+        for name in (*positive.split(), "default_max_tokens"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive, not {getattr(self, name)!r}")

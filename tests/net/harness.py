@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from fastapi import FastAPI
 from openai import AsyncOpenAI, OpenAI
 
 from rorqual.data.special import END_THINK
@@ -109,6 +110,13 @@ def running(
         engine, tokenizer, chat_template, name="tiny", created=7, defaults=defaults or GenerationDefaults()
     )
     app = create_app({"tiny": served, "org/alias": served}, settings or Settings())
+    with serving(app, grace_s=grace_s) as server:
+        yield Harness(server.url, engine, tokenizer, chat_template, server)
+
+
+@contextlib.contextmanager
+def serving(app: FastAPI, *, grace_s: int = 1) -> Iterator[Server]:
+    """Any app on a free port, in a thread."""
     listener = listen(app, "127.0.0.1", 0)
     ready = threading.Event()
     server = Server(app, listener, grace_s=grace_s, on_ready=lambda url: ready.set())
@@ -116,7 +124,7 @@ def running(
     thread.start()
     try:
         assert ready.wait(10)
-        yield Harness(server.url, engine, tokenizer, chat_template, server)
+        yield server
     finally:
         server.should_exit = True
         thread.join(10)

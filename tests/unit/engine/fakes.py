@@ -176,6 +176,11 @@ def build_fake(settings: EngineSettings) -> EngineCore:
     return make_core(400, 64, 20000, lambda plan: time.sleep(0.001))[0]
 
 
+def build_single(settings: EngineSettings) -> EngineCore:
+    """Like `build_fake`, one request at a time."""
+    return make_core(400, 64, 20000, lambda plan: time.sleep(0.001), max_num_seqs=1)[0]
+
+
 def build_slow(settings: EngineSettings) -> EngineCore:
     time.sleep(60)
     raise AssertionError
