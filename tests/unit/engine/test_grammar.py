@@ -243,3 +243,55 @@ def test_a_missing_package_and_a_useless_file_are_told(monkeypatch: pytest.Monke
     with pytest.raises(BackendUnavailable) as caught:
         GrammarCompiler(NANO / "tokenizer.json", VOCAB, (EOS,))
     assert "pip install" in str(caught.value)
+
+
+END_THINK = TOKENIZER.special("</think>")
+CALLS = TOKENIZER.special("<｜tool▁calls▁begin｜>")
+
+
+@pytest.mark.parametrize("optional", [False, True])
+def test_a_late_grammar_begins_behind_its_token_and_at_no_spelling_of_it(
+    compiler: GrammarCompiler, optional: bool
+) -> None:
+    late = Grammar("regex", REGEX, after=(END_THINK, CALLS), optional=optional)
+    thought = TOKENIZER.encode("anything: {, 鲸, </think> in letters")
+    for marker in late.after:
+        matcher = compiler.matcher(late)
+        for token in [*thought, marker]:
+            ends = {EOS, HOLE}
+            assert set(allowed(matcher.masks()[0])) == set(range(VOCAB)) - (set() if optional else ends)
+            assert not matcher.stopped
+            matcher.accept(token)
+        assert re.fullmatch(REGEX, text_of(walk(matcher)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("optional", [False, True])
+def test_masks_of_a_late_grammar_along_a_draft(compiler: GrammarCompiler, optional: bool) -> None:
+    late = Grammar("regex", "[ab]{3}", after=(END_THINK,), optional=optional)
+    a, c = TOKENIZER.encode("a"), TOKENIZER.encode("c")
+    tokens = [*c, *a, END_THINK, *a, *a]
+    drafter, walker = compiler.matcher(late), compiler.matcher(late)
+    for at in range(len(tokens)):
+        along = [mask.copy() for mask in drafter.masks(tokens[at:])]
+        ahead = compiler.matcher(late)
+        for token in tokens[:at]:
+            ahead.accept(token)
+        for mask, token in zip(along, [*tokens[at:], None], strict=True):
+            assert (mask == ahead.masks()[0]).all()
+            if token is not None:
+                ahead.accept(token)
+        drafter.accept(tokens[at])
+        walker.accept(tokens[at])
+        assert (drafter.masks()[0] == walker.masks()[0]).all()
+    matcher = compiler.matcher(late)
+    counts = [len(allowed(mask)) for mask in matcher.masks([*a, EOS, *a])]
+    assert (counts[2] > 0) == optional  # nothing follows an end that was not allowed
+
+
+def test_special_tokens_of_a_grammar_are_ids(compiler: GrammarCompiler) -> None:
+    sep = TOKENIZER.special("<｜tool▁sep｜>")
+    matcher = compiler.matcher(Grammar("lark", f'start: "f" <[{sep}]> %json {{"type": "object"}}'))
+    for token in [*TOKENIZER.encode("f"), sep, *TOKENIZER.encode("{}")]:
+        assert token in allowed(matcher.masks()[0])
+        matcher.accept(token)
+    assert matcher.stopped
