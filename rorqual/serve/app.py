@@ -2,7 +2,7 @@
 
     app = create_app({"nano": ServedModel(engine, tokenizer, template, name="nano", created=0)}, Settings())
 
-The same API answers under `/`, `/v1`, `/beta` and `/beta/v1`, because clients hard-code each of them. There
+The same API answers under `/`, `/v1`, `/beta`, `/beta/v1` and `/anthropic`, because clients hard-code each of them. There
 are no globals: routes are closures over the models and settings of this one app, so two apps live in one
 process. The lifespan starts the engines and stops them; until it has, `/ready` says 503. No torch here or
 below.
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -24,16 +23,16 @@ from starlette.requests import ClientDisconnect
 
 from rorqual.errors import ConfigError, RorqualError
 from rorqual.serve.border import Border, answer_error, answer_nobody
-from rorqual.serve.chat import chat_completions, find_model
 from rorqual.serve.errors import engine_gone
-from rorqual.serve.schemas import ChatRequest
+from rorqual.serve.prepare import Platform
+from rorqual.serve.routes import api
 from rorqual.serve.served import GenerationDefaults, ServedModel
 from rorqual.serve.settings import Settings
 from rorqual.serve.static import PageFile, answer_file, load_page
 
 __all__ = ["GenerationDefaults", "ServedModel", "Settings", "create_app"]
 
-PREFIXES = ("", "/v1", "/beta", "/beta/v1")
+PREFIXES = ("", "/v1", "/beta", "/beta/v1", "/anthropic", "/anthropic/v1")
 PROBES = ("/health", "/ready")
 
 
@@ -50,9 +49,10 @@ def create_app(models: Mapping[str, ServedModel], settings: Settings) -> FastAPI
     app.state.settings = settings
     app.state.ready = False
     app.state.startup_error = None
+    platform = Platform(app.state.models, settings)
     for prefix in PREFIXES:
         app.include_router(_probes(app), prefix=prefix)
-        app.include_router(_api(app.state.models, settings), prefix=prefix)
+        app.include_router(api(platform), prefix=prefix)
     app.include_router(_page(page))
     for kind in (RorqualError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, answer_error)
@@ -97,24 +97,6 @@ def _probes(app: FastAPI) -> APIRouter:
     @router.api_route("/ready", methods=["GET", "HEAD"])
     async def ready() -> dict[str, str]:
         return require(app.state.ready)
-
-    return router
-
-
-def _api(models: Mapping[str, ServedModel], settings: Settings) -> APIRouter:
-    router = APIRouter()
-
-    @router.get("/models")
-    async def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": [served.listing(name) for name, served in models.items()]}
-
-    @router.get("/models/{name:path}")
-    async def get_model(name: str) -> dict[str, Any]:
-        return find_model(models, name).listing(name)
-
-    @router.post("/chat/completions")
-    async def chat(body: ChatRequest, request: Request) -> Response:
-        return await chat_completions(body, request, models, settings)
 
     return router
 

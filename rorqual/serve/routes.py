@@ -1,0 +1,29 @@
+"""The routes of the API, closures over one platform. Mounted under each of `app.PREFIXES`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from rorqual.serve.chat import chat_completions
+from rorqual.serve.prepare import Platform
+from rorqual.serve.schemas import ChatRequest
+
+
+def api(platform: Platform) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/models")
+    async def list_models() -> dict[str, Any]:
+        return {"object": "list", "data": [served.listing(name) for name, served in platform.models.items()]}
+
+    @router.get("/models/{name:path}")
+    async def get_model(name: str) -> dict[str, Any]:
+        return platform.find(name).listing(name)
+
+    @router.post("/chat/completions")
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        return await chat_completions(body, request, platform)
+
+    return router
