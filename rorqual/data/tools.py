@@ -175,8 +175,9 @@ class CallReader:
         return None
 
     def flush(self) -> CallPiece | None:
-        """When the text ends in the middle of a call: the arguments so far, nothing where its name is not complete."""
-        if self._form == "fenced" and not self._named and "\n" not in self._text:
+        """When the text ends in the middle of a call: the arguments so far, nothing where its name is not complete, and
+        nothing of a fence."""
+        if self._form == "fenced" and (self._named or "\n" not in self._text):
             self._state = "between"
         return self._finish()
 
