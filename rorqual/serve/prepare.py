@@ -82,32 +82,47 @@ class Call:
         }
 
 
-async def prepare_chat(body: ChatRequest, platform: Platform, prefix: str = "chatcmpl-") -> Call:
-    """Raises RequestError for whatever is wrong with the request. prefix: of the call's id."""
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A conversation as the model will read it."""
+
+    served: ServedModel
+    prompt: list[int]
+    in_thinking: bool
+    calls: bool
+
+
+async def render(body: ChatRequest, platform: Platform) -> Rendered:
+    """Raises RequestError for what the model's template cannot show."""
     served = platform.find(body.model)
     body.refuse_unsupported()
     thinking = _thinking(body, served)
     messages = platform.replay.restore(body.user_id or "", [message.plain() for message in body.messages])
-    asked = body.tool_choice if body.tools else "none"
-    tools = [tool.plain() for tool in body.tools or () if asked != "none"]
-    if not served.tokenizer.has_special(TOOL_CALLS_BEGIN) and (tools or any("tool_calls" in m for m in messages)):
+    tools = [tool.plain() for tool in body.tools or () if body.tool_choice != "none"]
+    uses_tools = body.tools or any(m["role"] == "tool" or "tool_calls" in m for m in messages)
+    if uses_tools and not served.tokenizer.has_special(TOOL_CALLS_BEGIN):
         raise RequestError(f"The model '{body.model}' cannot call tools", remedy="leave tools out", param="tools")
     try:
         # In a thread: a long conversation takes longer to encode than other streams should wait.
-        prompt = await asyncio.to_thread(
-            served.template.encode, served.tokenizer, messages, thinking, tools=tools
-        )  # fmt: skip
+        prompt = await asyncio.to_thread(served.template.encode, served.tokenizer, messages, thinking, tools=tools)
     except DataError as error:
         raise RequestError(str(error), param="messages") from error
-    in_thinking = served.template.starts_in_thinking(thinking, messages)
-    params = sampling(body, served, len(prompt), platform.settings)
-    params = replace(params, grammar=_grammar(body, served, in_thinking))
-    if body.tools and not tools:  # the model may have seen calls before; now it is to make none
+    return Rendered(served, prompt, served.template.starts_in_thinking(thinking, messages), bool(tools))
+
+
+async def prepare_chat(body: ChatRequest, platform: Platform, prefix: str = "chatcmpl-") -> Call:
+    """Raises RequestError for whatever is wrong with the request. prefix: of the call's id."""
+    rendered = await render(body, platform)
+    served = rendered.served
+    params = sampling(body, served, len(rendered.prompt), platform.settings)
+    params = replace(params, grammar=_grammar(body, served, rendered.in_thinking))
+    if body.tools and not rendered.calls:  # it may have seen calls before; now it is to make none
         forbidden = (served.tokenizer.special(TOOL_CALLS_BEGIN),)
         params = replace(params, bad_token_ids=(*params.bad_token_ids, forbidden))
     call_id = prefix + uuid.uuid4().hex
-    job = Job(served, engine_requests(call_id, prompt, params, body, served), in_thinking, reads_calls=bool(tools))
-    return Call(call_id, body, job, in_thinking)
+    requests = engine_requests(call_id, rendered.prompt, params, body, served)
+    job = Job(served, requests, rendered.in_thinking, reads_calls=rendered.calls)
+    return Call(call_id, body, job, rendered.in_thinking)
 
 
 def engine_requests(

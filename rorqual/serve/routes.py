@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from rorqual.serve import anthropic
 from rorqual.serve.chat import chat_completions
 from rorqual.serve.prepare import Platform
 from rorqual.serve.schemas import ChatRequest
@@ -25,5 +26,13 @@ def api(platform: Platform) -> APIRouter:
     @router.post("/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         return await chat_completions(body, request, platform)
+
+    @router.post("/messages")
+    async def messages(request: Request) -> Response:
+        return await anthropic.messages(request, platform)
+
+    @router.post("/messages/count_tokens")
+    async def count_tokens(request: Request) -> Response:
+        return await anthropic.count_tokens(request, platform)
 
     return router
