@@ -1,6 +1,6 @@
 """From an engine's token ids to what people read: `produce` drives a job's engine requests and yields its events.
 
-A job is one request of a client: `n` engine requests of one prompt. Leaving the iterator early aborts them all.
+A job is one request of a client: an engine request for each of its choices. Leaving the iterator early aborts them all.
 
 Log-probabilities travel with their text: when a possible stop string is held back, so are its tokens', and
 when it was one, they are dropped with it, so that the tokens listed are the tokens of the text shown. Tokens
@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from rorqual.data.reasoning import ReasoningSplitter
 from rorqual.data.special import END_THINK, THINK
 from rorqual.data.stop import StopMatcher
+from rorqual.data.tokenizer import Tokenizer
 from rorqual.data.tools import CallPiece, CallReader
 from rorqual.engine.api import FinishReason, Output, Request, TokenLogprob
 from rorqual.errors import RequestError, RorqualError
@@ -33,23 +34,25 @@ from rorqual.serve.served import ServedModel
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """requests: one for each choice, of one prompt; in_thinking: whether the prompt ends inside a thought; reads_calls:
-    whether the markers of tool calls mean calls; plain: completions, where markers of thoughts mean nothing."""
+    """requests: one for each choice, `n` of each prompt in a row; in_thinking: whether the prompt ends inside a thought;
+    reads_calls: whether the markers of tool calls mean calls; plain: completions, where no marker means anything."""
 
     served: ServedModel
     requests: tuple[Request, ...]
     in_thinking: bool = False
     reads_calls: bool = False
     plain: bool = False
+    n: int = 1
 
     @property
     def prompt_tokens(self) -> int:
-        return len(self.requests[0].prompt)
+        """Of each prompt once."""
+        return sum(len(request.prompt) for request in self.requests[:: self.n])
 
 
 @dataclass(slots=True)
 class _Counts:
-    """Sums over the choices; `cached` is that of the first: the others read what it has written."""
+    """Sums over the choices; `cached` over the first of each prompt: the others read what it has written."""
 
     completion: int = 0
     reasoning: int = 0
@@ -83,7 +86,7 @@ async def _choice(job: Job, index: int, counts: _Counts) -> AsyncGenerator[Event
             if path.ended:
                 counts.completion += path.tokens
                 counts.reasoning += path.reasoning_tokens
-                counts.cached = output.cached_tokens if index == 0 else counts.cached
+                counts.cached += output.cached_tokens if index % job.n == 0 else 0
                 return
     raise RorqualError("the engine ended this request without a reason")
 
@@ -120,6 +123,24 @@ async def _merged(streams: list[AsyncGenerator[Event, None]]) -> AsyncGenerator[
             await stream.aclose()
 
 
+class _Plain:
+    """A `ReasoningSplitter` for text that has no thoughts: every marker is shown."""
+
+    in_thinking = False
+    reasoning_tokens = 0
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._stream = tokenizer.stream()
+
+    def push(self, token_id: int) -> tuple[str, str]:
+        return "", self._stream.push(token_id)
+
+    def flush(self) -> tuple[str, str]:
+        return "", self._stream.flush()
+
+    leave = flush
+
+
 @dataclass(slots=True)
 class _TextPath:
     """Ids of one choice in, events out: thinking and calls split off by id, characters whole, stop strings found in the
@@ -130,7 +151,7 @@ class _TextPath:
     index: int
     ended: bool = False
     tokens: int = 0
-    _splitter: ReasoningSplitter = field(init=False)
+    _splitter: ReasoningSplitter | _Plain = field(init=False)
     _calls: CallReader = field(init=False)
     _matcher: StopMatcher = field(init=False)
     _markers: frozenset[int] = field(init=False)
@@ -144,7 +165,7 @@ class _TextPath:
         tokenizer = job.served.tokenizer
         names = () if job.plain else (THINK, END_THINK)
         self._markers = frozenset(tokenizer.special(name) for name in names if tokenizer.has_special(name))
-        self._splitter = ReasoningSplitter(tokenizer, job.in_thinking)
+        self._splitter = _Plain(tokenizer) if job.plain else ReasoningSplitter(tokenizer, job.in_thinking)
         self._calls = CallReader(tokenizer, job.served.template.tool_form)
         self._matcher = StopMatcher(self.request.params.stop)
         self._stop_ids = self.request.params.stop_ids(job.served.engine.info.eos_token_ids)

@@ -10,7 +10,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -121,12 +121,12 @@ async def prepare_chat(body: ChatRequest, platform: Platform, prefix: str = "cha
         params = replace(params, bad_token_ids=(*params.bad_token_ids, forbidden))
     call_id = prefix + uuid.uuid4().hex
     requests = engine_requests(call_id, rendered.prompt, params, body, served)
-    job = Job(served, requests, rendered.in_thinking, reads_calls=rendered.calls)
+    job = Job(served, requests, rendered.in_thinking, reads_calls=rendered.calls, n=body.n or 1)
     return Call(call_id, body, job, rendered.in_thinking)
 
 
 def engine_requests(
-    call_id: str, prompt: list[int], params: SamplingParams, body: Sampled, served: ServedModel
+    call_id: str, prompt: Sequence[int], params: SamplingParams, body: Sampled, served: ServedModel
 ) -> tuple[Request, ...]:
     """One for each choice; with a seed, number i draws as seed + i does. Raises RequestError for what the engine would
     refuse, HTTPException 503 where it is gone."""

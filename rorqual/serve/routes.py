@@ -6,10 +6,11 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from rorqual.serve import anthropic
+from rorqual.serve import anthropic, tokens
 from rorqual.serve.chat import chat_completions
+from rorqual.serve.completions import completions
 from rorqual.serve.prepare import Platform
-from rorqual.serve.schemas import ChatRequest
+from rorqual.serve.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
 
 def api(platform: Platform) -> APIRouter:
@@ -26,6 +27,18 @@ def api(platform: Platform) -> APIRouter:
     @router.post("/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         return await chat_completions(body, request, platform)
+
+    @router.post("/completions")
+    async def complete(body: CompletionRequest, request: Request) -> Response:
+        return await completions(body, request, platform)
+
+    @router.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        return await tokens.tokenize(body, platform)
+
+    @router.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+        return tokens.detokenize(body, platform)
 
     @router.post("/messages")
     async def messages(request: Request) -> Response:
