@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rorqual.cli import engine as options
+
+if TYPE_CHECKING:
+    from rorqual.serve.served import ServedModel
 
 
 def serve(
@@ -20,6 +25,10 @@ def serve(
     api_key: Annotated[
         list[str] | None,
         typer.Option(help="Ask every request for this key (repeatable).", envvar="RORQUAL_API_KEY", show_envvar=True),
+    ] = None,
+    alias: Annotated[
+        list[str] | None,
+        typer.Option(help="A further name of a model, with thinking on or off unless asked.", metavar="NAME=MODEL[:thinking|:plain]"),
     ] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -46,6 +55,8 @@ def serve(
 
         rorqual serve --dtype int8 --cache-dir ~/.cache/rorqual/pages
 
+        rorqual serve --alias deepseek-chat=rorqual-nano:plain --alias deepseek-reasoner=rorqual-nano:thinking
+
         RORQUAL_API_KEY=secret rorqual serve --host 0.0.0.0
     """
     import logging
@@ -67,6 +78,7 @@ def serve(
         deterministic=deterministic, max_num_seqs=max_num_seqs,
     )  # fmt: skip
     served = {name: served_model(path, name, told) for name, path in zip(names, paths, strict=True)}
+    served |= {name: aliased for spec in alias or () for name, aliased in [with_alias(spec, served)]}
     app = create_app(served, Settings(api_keys=tuple(api_key or ())))
     run(
         app,
@@ -75,6 +87,21 @@ def serve(
         on_bound=lambda: typer.echo(f"loading {', '.join(names)} …", err=True),
         on_ready=lambda url: typer.echo(f"chat: {url}   API: {url}/v1   (Ctrl-C stops)", err=True),
     )
+
+
+def with_alias(spec: str, served: Mapping[str, ServedModel]) -> tuple[str, ServedModel]:
+    """The name and the model of NAME=MODEL[:thinking|:plain]: the same engine under other defaults. Raises ConfigError."""
+    from rorqual.errors import ConfigError
+
+    name, _, target = spec.partition("=")
+    model, _, mode = target.partition(":")
+    if not name or model not in served or mode not in ("", "thinking", "plain"):
+        remedy = f"write NAME=MODEL, NAME=MODEL:thinking or NAME=MODEL:plain, MODEL one of {', '.join(served)}"
+        raise ConfigError(f"--alias {spec} names no model that is served", remedy=remedy)
+    if name in served:
+        raise ConfigError(f"--alias {spec}: a model is called {name}", remedy="choose another name")
+    thinking = mode == "thinking" if mode else served[model].defaults.thinking
+    return name, replace(served[model], defaults=replace(served[model].defaults, thinking=thinking))
 
 
 def served_model(path: Path, name: str, options: dict[str, object]):  # type: ignore[no-untyped-def]

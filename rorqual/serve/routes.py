@@ -10,6 +10,8 @@ from rorqual.serve import anthropic, tokens
 from rorqual.serve.chat import chat_completions
 from rorqual.serve.completions import completions
 from rorqual.serve.prepare import Platform
+from rorqual.serve.responses import responses
+from rorqual.serve.responses_schemas import ResponsesRequest
 from rorqual.serve.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
 
@@ -31,6 +33,10 @@ def api(platform: Platform) -> APIRouter:
     @router.post("/completions")
     async def complete(body: CompletionRequest, request: Request) -> Response:
         return await completions(body, request, platform)
+
+    @router.post("/responses")
+    async def respond(body: ResponsesRequest, request: Request) -> Response:
+        return await responses(body, request, platform)
 
     @router.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
