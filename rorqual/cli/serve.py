@@ -28,7 +28,10 @@ def serve(
     ] = None,
     alias: Annotated[
         list[str] | None,
-        typer.Option(help="A further name of a model, with thinking on or off unless asked.", metavar="NAME=MODEL[:thinking|:plain]"),
+        typer.Option(
+            help="A further name of a model, with thinking on or off unless asked.",
+            metavar="NAME=MODEL[:thinking|:plain]",
+        ),
     ] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",

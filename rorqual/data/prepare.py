@@ -26,9 +26,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rorqual.data.segments import Segment
 from rorqual.data.shards import FORMAT, Meta, Reader, Shard, Writer, write_atomic
 from rorqual.data.sources import Record, Source, list_sources, read_records
-from rorqual.data.segments import Segment
 from rorqual.data.template import ChatTemplate, encode_segments_batch
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.errors import DataError

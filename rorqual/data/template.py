@@ -285,7 +285,9 @@ def _checked(messages: Any) -> Sequence[Mapping[str, Any]]:
         if role not in ("system", "user", "assistant", "tool"):
             raise DataError(f"message {i} has the role {role!r}", remedy="use system, user, assistant or tool")
         if message.get("prefix") and (role != "assistant" or i != len(messages) - 1):
-            raise DataError(f"message {i} is no prefix", remedy="only the last message can be, if the assistant wrote it")
+            raise DataError(
+                f"message {i} is no prefix", remedy="only the last message can be, if the assistant wrote it"
+            )
         if message.get("tool_calls"):
             _check_calls(message["tool_calls"], i)
         if not isinstance(message.get("content"), str):

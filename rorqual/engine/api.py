@@ -130,7 +130,6 @@ class SamplingParams:
         spellings = [tuple(encode(text)) for word in words for text in (word, f" {word}")]
         return replace(self, bad_words=(), bad_token_ids=tuple(dict.fromkeys((*self.bad_token_ids, *spellings))))
 
-
     def stop_ids(self, eos_token_ids: Iterable[int]) -> frozenset[int]:
         """The ids that end a completion and are no part of its text. A completion whose grammar is complete ends without
         one."""

@@ -17,8 +17,19 @@ from rorqual.errors import RequestError
 from rorqual.serve.schemas import NO_NAN, Body, ChatRequest
 
 ACCEPTED = frozenset(
-    "betas cache_control container context_management diagnostics inference_geo mcp_servers service_tier speed "
-    "user_profile_id workspace_id".split()
+    [
+        "betas",
+        "cache_control",
+        "container",
+        "context_management",
+        "diagnostics",
+        "inference_geo",
+        "mcp_servers",
+        "service_tier",
+        "speed",
+        "user_profile_id",
+        "workspace_id",
+    ]
 )
 USER_ID = re.compile(r"[a-zA-Z0-9_-]{1,512}")
 Block = dict[str, Any]

@@ -20,9 +20,24 @@ from pydantic_core import PydanticCustomError
 from rorqual.errors import RequestError
 
 ACCEPTED = frozenset(
-    "metadata moderation prediction priority prompt_cache_key prompt_cache_options prompt_cache_retention request_id "
-    "safety_identifier service_tier session_id skip_special_tokens spaces_between_special_tokens store user "
-    "verbosity".split()
+    [
+        "metadata",
+        "moderation",
+        "prediction",
+        "priority",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "request_id",
+        "safety_identifier",
+        "service_tier",
+        "session_id",
+        "skip_special_tokens",
+        "spaces_between_special_tokens",
+        "store",
+        "user",
+        "verbosity",
+    ]
 )
 """Changes no answer of ours: bookkeeping, routing and hints."""
 
@@ -326,7 +341,9 @@ class CompletionRequest(Sampled):
     def refuse_unsupported(self) -> None:
         super().refuse_unsupported()
         if self.echo and self.logprobs is not None:
-            raise RequestError("log-probabilities of the prompt are not computed", remedy="leave echo out", param="echo")
+            raise RequestError(
+                "log-probabilities of the prompt are not computed", remedy="leave echo out", param="echo"
+            )
         if self.suffix is not None and not all(isinstance(one, str) for one in self.prompt):
             raise RequestError("suffix needs a prompt of text", param="suffix")
         if len(self.prompt) * (self.n or 1) > 128:

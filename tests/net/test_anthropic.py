@@ -82,7 +82,9 @@ def test_tool_use_and_its_results(server: Harness, stream: bool) -> None:
     assert all(c.input == {"city": "Köln"} and c.name == "weather" for c in calls) and calls[0].id != calls[1].id
 
     server.script("Rain.")
-    result = [{"type": "tool_result", "tool_use_id": c.id, "content": [{"type": "text", "text": "rain"}]} for c in calls]
+    result = [
+        {"type": "tool_result", "tool_use_id": c.id, "content": [{"type": "text", "text": "rain"}]} for c in calls
+    ]
     # The client drops the thought: the server has kept it.
     said = [block.model_dump() for block in message.content[1:]]
     loop = [*HI, {"role": "assistant", "content": said}, {"role": "user", "content": result}]

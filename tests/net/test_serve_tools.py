@@ -48,7 +48,9 @@ def ids_of(server: Harness, text: str, calls: list[tuple[str, str]], thought: st
 
 
 def whole(server: Harness, **ask: Any) -> Any:
-    return server.client().chat.completions.create(**({"model": "tiny", "messages": HI, "tools": TOOLS} | ask)).choices[0]
+    return (
+        server.client().chat.completions.create(**({"model": "tiny", "messages": HI, "tools": TOOLS} | ask)).choices[0]
+    )
 
 
 def streamed(server: Harness, **ask: Any) -> tuple[str, list[list[str]], str]:
