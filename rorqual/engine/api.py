@@ -189,7 +189,8 @@ class Output:
     """News of one request: the tokens since the last news.
 
     cached_tokens: how many prompt tokens came from the prefix cache (known from the first output on).
-    The end-of-sequence token that stopped a request is included in `token_ids` (`SamplingParams.stop_ids`). stats come with the last output.
+    The end-of-sequence token that stopped a request is included in `token_ids` (`SamplingParams.stop_ids`). stats come
+    with the last output.
     """
 
     request_id: str

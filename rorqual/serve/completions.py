@@ -1,9 +1,9 @@
 """POST /completions: text goes on as text, without a template; with `suffix` a hole is filled.
 
 DeepSeek's markers surround the hole: `<｜fim▁begin｜>` before `<｜fim▁hole｜>` after `<｜fim▁end｜>`, and the model
-writes what belongs in between. Text prompts get a beginning-of-sequence token, ids are taken as they are. Special tokens in what the
-model writes mean nothing here and are shown, but for the end. Left out: log-probabilities of the prompt (`echo` with
-`logprobs` is refused), and `best_of`.
+writes what belongs in between. Text prompts get a beginning-of-sequence token, ids are taken as they are. Special tokens
+in what the model writes mean nothing here and are shown, but for the end. Left out: log-probabilities of the prompt (`echo`
+with `logprobs` is refused), and `best_of`.
 """
 
 from __future__ import annotations
