@@ -116,7 +116,7 @@ class MessageEvents:
             case TextDelta(text=text):
                 news = self._delta(("text", 0), {"type": "text_delta", "text": text}, text)
             case ToolCallDelta():
-                begin = {"type": "tool_use", "id": event.id, "name": event.name, "input": {}}
+                begin: dict[str, Any] = {"type": "tool_use", "id": event.id, "name": event.name, "input": {}}
                 news = self._enter(("tool_use", event.call), begin)
                 if event.arguments:
                     news += self._fill({"type": "input_json_delta", "partial_json": event.arguments})
@@ -135,7 +135,7 @@ class MessageEvents:
         if not text:
             return b""
         kind = block[0]
-        begin = {"type": kind, kind: ""} | ({"signature": ""} if kind == "thinking" else {})
+        begin: dict[str, Any] = {"type": kind, kind: ""} | ({"signature": ""} if kind == "thinking" else {})
         return self._enter(block, begin) + self._fill(delta)
 
     def _enter(self, block: tuple[Block, int], begin: dict[str, Any]) -> bytes:

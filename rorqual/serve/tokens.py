@@ -13,8 +13,8 @@ async def tokenize(body: TokenizeRequest, platform: Platform) -> dict[str, Any]:
     """Raises RequestError where the messages cannot be rendered, NotFound for the model."""
     served = _served(body.model, platform)
     if body.messages is not None:
-        asked = {"model": body.model or next(iter(platform.models)), "messages": body.messages}
-        chat = ChatRequest.model_construct(**asked, tools=body.tools, thinking=body.thinking)
+        name = body.model or next(iter(platform.models))
+        chat = ChatRequest(model=name, messages=body.messages, tools=body.tools, thinking=body.thinking)
         ids = (await render(chat, platform)).prompt
     else:
         ids = [served.tokenizer.bos_id] if body.add_special_tokens else []
