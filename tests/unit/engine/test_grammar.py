@@ -12,6 +12,8 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from rorqual.config import resolve_model
@@ -50,9 +52,12 @@ NUMBER: /[0-9]{1,3}/
 """
 
 
+COMPILER = GrammarCompiler(NANO / "tokenizer.json", VOCAB, (EOS, HOLE))
+
+
 @pytest.fixture(scope="module")
 def compiler() -> GrammarCompiler:
-    return GrammarCompiler(NANO / "tokenizer.json", VOCAB, (EOS, HOLE))
+    return COMPILER
 
 
 def allowed(mask: NDArray[np.uint32]) -> list[int]:
@@ -94,6 +99,39 @@ def test_schemas_are_kept(compiler: GrammarCompiler) -> None:
     for _ in range(20):
         value = json.loads(text_of(walk(compiler.matcher(Grammar("json_schema", json.dumps(SCHEMA))))))
         jsonschema.validate(value, SCHEMA)
+
+
+VALUES = st.one_of(st.integers(-9, 9), st.text(max_size=5), st.none())
+LEAVES = st.one_of(
+    st.sampled_from([{"type": "boolean"}, {"type": "null"}, {"type": "string", "maxLength": 6}, {"type": "number"}]),
+    st.integers(-50, 50).map(lambda low: {"type": "integer", "minimum": low, "maximum": low + 99}),
+    st.lists(VALUES, min_size=1, max_size=4).map(lambda values: {"enum": values}),
+)
+
+
+@st.composite
+def objects(draw: st.DrawFn, inner: st.SearchStrategy[dict[str, Any]]) -> dict[str, Any]:
+    properties = draw(st.dictionaries(st.text(max_size=6), inner, max_size=4))
+    required = draw(st.lists(st.sampled_from(sorted(properties)), unique=True)) if properties else []
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+
+
+SCHEMAS = st.recursive(
+    LEAVES,
+    lambda inner: st.one_of(
+        objects(inner),
+        st.builds(lambda items, most: {"type": "array", "items": items, "maxItems": most}, inner, st.integers(0, 3)),
+        st.lists(inner, min_size=1, max_size=3).map(lambda options: {"anyOf": options}),
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(SCHEMAS)
+def test_any_drawn_schema_is_kept_in_any_walk(schema: dict[str, Any]) -> None:
+    text = text_of(walk(COMPILER.matcher(Grammar("json_schema", json.dumps(schema)))))
+    jsonschema.validate(json.loads(text), schema)
 
 
 def test_expressions_match(compiler: GrammarCompiler) -> None:
