@@ -296,6 +296,9 @@ class ChatRequest(Sampled):
                 )
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
+        constrained = self.tools or (self.response_format and self.response_format.type != "text")
+        if self.min_tokens and constrained:  # a complete document has no further token
+            raise RequestError("min_tokens cannot be promised with a response_format or tools", param="min_tokens")
         if self.messages[-1].prefix and self.response_format and self.response_format.type != "text":
             raise RequestError("a prefix cannot be continued in a response_format", param="response_format")
         self._check_tools()

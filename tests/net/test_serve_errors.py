@@ -96,6 +96,7 @@ INVALID = [
     ({"logit_bias": {"9999999": 1}}, "logit_bias"),
     ({"min_p": 1.1}, "min_p"),
     ({"min_tokens": 5, "max_tokens": 3}, "min_tokens"),
+    ({"min_tokens": 5, "response_format": {"type": "json_object"}}, "min_tokens"),
     ({"user_id": "a b"}, "user_id"),
     ({"guided_json": {}}, "guided_json"),
     ({"functions": [{"name": "f"}]}, "functions"),
