@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 Form = Literal["fenced", "bare"]  # V3 and R1; V3.1
 FENCE_OPEN, FENCE_CLOSE = "```json\n", "\n```"
 
+_TYPES = ("string", "number", "integer", "boolean", "object", "array", "null")
 _V31_HEAD = "## Tools\nYou have access to the following tools:\n"
 _V31_TAIL = (
     "\nIMPORTANT: ALWAYS adhere to this exact format for tool use:\n"
@@ -112,6 +113,32 @@ def call_grammar(
             lines.append(f"tool{i}: {_json(name)} {sep} arguments{i}")
         lines.append(f"arguments{i}: %json {_compact(schema)}")
     return "\n".join(lines)
+
+
+def shape(schema: object) -> dict[str, Any]:
+    """The part of a JSON schema that a grammar can keep whatever else the schema says: types, enumerations, the names of
+    properties and which of them are required. Objects that name properties have no others. What is not understood is
+    left open, so that no schema fails."""
+    if not isinstance(schema, Mapping):
+        return {}
+    kept: dict[str, Any] = {}
+    kinds = schema.get("type")
+    if all(kind in _TYPES for kind in (kinds if isinstance(kinds, list) and kinds else [kinds])):
+        kept["type"] = kinds
+    if isinstance(values := schema.get("enum"), list) and values:
+        return {"enum": values}
+    options = schema.get("anyOf") or schema.get("oneOf")
+    if isinstance(options, list) and options and "properties" not in schema:
+        return {"anyOf": [shape(option) for option in options]}
+    if isinstance(items := schema.get("items"), Mapping):
+        kept["items"] = shape(items)
+    if isinstance(properties := schema.get("properties"), Mapping) and properties:
+        required = schema.get("required")
+        names = [name for name in required if name in properties] if isinstance(required, list) else []
+        closed = schema.get("additionalProperties", False) is False
+        kept |= {"properties": {name: shape(value) for name, value in properties.items()}, "required": names}
+        kept |= {"additionalProperties": False} if closed else {}
+    return kept
 
 
 def _compact(schema: Mapping[str, Any]) -> str:

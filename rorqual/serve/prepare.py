@@ -15,14 +15,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rorqual.data.special import END_THINK, TOOL_CALLS_BEGIN
-from rorqual.data.tools import call_grammar
+from rorqual.data.tools import call_grammar, shape
 from rorqual.engine.api import Grammar, Request, SamplingParams, check_request
 from rorqual.errors import DataError, NotFound, RequestError
 from rorqual.serve.errors import engine_gone
 from rorqual.serve.events import Event
 from rorqual.serve.generation import Job, produce
 from rorqual.serve.replay import ReplayRecord
-from rorqual.serve.schemas import ChatRequest, NamedTool, Sampled
+from rorqual.serve.schemas import ChatRequest, Function, NamedTool, Sampled
 from rorqual.serve.served import ServedModel
 from rorqual.serve.settings import Settings
 
@@ -193,8 +193,7 @@ def _grammar(body: ChatRequest, served: ServedModel, in_thinking: bool) -> Gramm
     choice = body.tool_choice
     if isinstance(choice, NamedTool):
         tools = [tool for tool in tools if tool.name == choice.function.name]
-    schemas = {tool.name: (tool.parameters or {}) if tool.strict else {} for tool in tools}
-    schemas = {name: {"type": "object", **schema} for name, schema in schemas.items()}
+    schemas = {tool.name: _arguments(tool) for tool in tools}
     required = choice == "required" or isinstance(choice, NamedTool)
     free = not required and answer is None
     text = call_grammar(
@@ -208,6 +207,12 @@ def _grammar(body: ChatRequest, served: ServedModel, in_thinking: bool) -> Gramm
     if free:
         return Grammar("lark", text, (served.tokenizer.special(TOOL_CALLS_BEGIN),), optional=True)
     return Grammar("lark", text, after)
+
+
+def _arguments(tool: Function) -> dict[str, Any]:
+    """What a call's arguments must match: all that the schema says where it is strict, else its shape."""
+    given = tool.parameters or {}
+    return {"type": "object"} | (given if tool.strict else shape(given) | {"type": "object"})
 
 
 def _answer_schema(body: ChatRequest) -> dict[str, Any] | None:

@@ -141,9 +141,11 @@ def test_tool_choice_is_a_grammar(server: Harness, thinking: bool) -> None:
     none = asked(tool_choice="none")
     assert none.grammar is None and (begin,) in none.bad_token_ids
     assert list(server.engine.seen[-1].prompt) == server.template.encode(server.tokenizer, HI, thinking)
-    assert "city" not in required.text
-    strict = [{"type": "function", "function": {**TOOLS[0]["function"], "strict": True}}]
-    assert "city" in asked(tools=strict, tool_choice="required").grammar.text
+    bounded = {**SCHEMA, "properties": {"city": {"type": "string", "maxLength": 9}}}
+    for strict in (False, True):
+        tool = {"type": "function", "function": {"name": "weather", "parameters": bounded, "strict": strict}}
+        text = asked(tools=[tool], tool_choice="required").grammar.text
+        assert "city" in text and ("maxLength" in text) == strict
     assert ")*" in auto.text and ")*" not in asked(parallel_tool_calls=False).grammar.text
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from rorqual.config import resolve_model
 from rorqual.data.tokenizer import Tokenizer
+from rorqual.data.tools import shape
 from rorqual.engine.api import Grammar
 from rorqual.engine.grammar import GrammarCompiler, Matcher
 from rorqual.errors import BackendUnavailable, DataError, RequestError
@@ -132,6 +133,23 @@ SCHEMAS = st.recursive(
 def test_any_drawn_schema_is_kept_in_any_walk(schema: dict[str, Any]) -> None:
     text = text_of(walk(COMPILER.matcher(Grammar("json_schema", json.dumps(schema)))))
     jsonschema.validate(json.loads(text), schema)
+
+
+ODD_NAMES = ("type", "enum", "items", "properties", "required", "anyOf", "oneOf", "format", "pattern", "$ref", "not")
+ODD = st.dictionaries(
+    st.sampled_from(ODD_NAMES),
+    st.one_of(VALUES, st.lists(VALUES, max_size=2), st.dictionaries(st.text(max_size=2), LEAVES, max_size=2), SCHEMAS),
+    max_size=5,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.one_of(SCHEMAS, ODD))
+def test_the_shape_of_any_schema_can_be_kept(schema: dict[str, Any]) -> None:
+    """Also of one that is none."""
+    kept = shape(schema)
+    text = text_of(walk(COMPILER.matcher(Grammar("json_schema", json.dumps(kept)))))
+    jsonschema.validate(json.loads(text), kept)
 
 
 def test_expressions_match(compiler: GrammarCompiler) -> None:
