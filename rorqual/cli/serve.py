@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rorqual.cli import engine as options
 from rorqual.cli import storage
+
+if TYPE_CHECKING:
+    from rorqual.serve.served import ServedModel
 
 
 def serve(
@@ -31,6 +36,13 @@ def serve(
     ] = None,
     data_dir: storage.DataDir = None,
     database: storage.Database = None,
+    alias: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A further name of a model, with thinking on or off unless asked.",
+            metavar="NAME=MODEL[:thinking|:plain]",
+        ),
+    ] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     max_num_seqs: Annotated[int, typer.Option(help="Requests computed side by side.", min=1)] = 32,
@@ -67,6 +79,8 @@ def serve(
 
         rorqual serve --dtype int8 --cache-dir ~/.cache/rorqual/pages
 
+        rorqual serve --alias deepseek-chat=rorqual-nano:plain --alias deepseek-reasoner=rorqual-nano:thinking
+
         rorqual serve --upstream http://gpu-box:8000 --upstream-key secret
 
         rorqual keys create laptop && rorqual serve --host 0.0.0.0
@@ -91,6 +105,7 @@ def serve(
         deterministic=deterministic, max_num_seqs=max_num_seqs, max_waiting=max_waiting,
     )  # fmt: skip
     served = {name: served_model(path, name, told) for name, path in zip(names, paths, strict=True)}
+    served |= {name: aliased for spec in alias or () for name, aliased in [with_alias(spec, served)]}
     settings = Settings(
         api_keys=tuple(api_key or ()),
         database_url=storage.database(data_dir, database),
@@ -111,6 +126,21 @@ def serve(
         ),
         on_ready=lambda url: typer.echo(f"chat: {url}   API: {url}/v1   (Ctrl-C stops)", err=True),
     )
+
+
+def with_alias(spec: str, served: Mapping[str, ServedModel]) -> tuple[str, ServedModel]:
+    """The name and the model of NAME=MODEL[:thinking|:plain]: the same engine under other defaults. Raises ConfigError."""
+    from rorqual.errors import ConfigError
+
+    name, _, target = spec.partition("=")
+    model, _, mode = target.partition(":")
+    if not name or model not in served or mode not in ("", "thinking", "plain"):
+        remedy = f"write NAME=MODEL, NAME=MODEL:thinking or NAME=MODEL:plain, MODEL one of {', '.join(served)}"
+        raise ConfigError(f"--alias {spec} names no model that is served", remedy=remedy)
+    if name in served:
+        raise ConfigError(f"--alias {spec}: a model is called {name}", remedy="choose another name")
+    thinking = mode == "thinking" if mode else served[model].defaults.thinking
+    return name, replace(served[model], defaults=replace(served[model].defaults, thinking=thinking))
 
 
 def set_up_logs(form: str) -> None:

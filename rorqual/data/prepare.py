@@ -29,10 +29,11 @@ from typing import Any
 
 from rorqual.data.places import signature
 from rorqual.data.reshape import Reshaper
+from rorqual.data.segments import Segment
 from rorqual.data.shards import FORMAT, Meta, Reader, Shard, Writer, write_atomic
 from rorqual.data.sources import Record, Source, list_sources, read_records
 from rorqual.data.special import FIM_BEGIN
-from rorqual.data.template import ChatTemplate, Segment, encode_segments_batch
+from rorqual.data.template import ChatTemplate, encode_segments_batch
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.errors import DataError
 

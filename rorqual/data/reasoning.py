@@ -34,6 +34,12 @@ class ReasoningSplitter:
         self.reasoning_tokens += self.in_thinking
         return self._side(self._stream.push(token_id))
 
+    def leave(self) -> tuple[str, str]:
+        """The thought ends here without its marker, as before a tool call. Releases what was held back."""
+        released = self.flush()
+        self.in_thinking = False
+        return released
+
     def flush(self) -> tuple[str, str]:
         """What is still held back: half a character, as U+FFFD."""
         return self._side(self._stream.flush())

@@ -17,7 +17,7 @@ import unicodedata
 from functools import cached_property
 
 from rorqual.data import special
-from rorqual.data.template import Segment
+from rorqual.data.segments import Segment
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.errors import DataError
 

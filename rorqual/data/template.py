@@ -7,6 +7,9 @@
 | answer | `<｜Assistant｜>` text, end-of-sentence | same | `<｜Assistant｜></think>` text, end-of-sentence |
 | to generate | `<｜Assistant｜>` | `<｜Assistant｜><think>` newline | `<｜Assistant｜>` + `<think>` or `</think>` |
 | stored thinking | - | dropped: text up to the last `</think>` | dropped: up to the first `</think>` |
+| tools | see `data.tools` | same as V3 | see `data.tools` |
+| tool results | `<｜tool▁outputs▁begin｜>` results, a line break between, `<｜tool▁outputs▁end｜>` | same | bare results |
+| after results | the answer goes on at once, with no `<｜Assistant｜>` | same | same |
 
 A conversation is rendered to *segments*, each either a special token or plain text, and text is encoded as
 text: markers typed into a message stay what they are, letters. The Jinja form of each template, for engines
@@ -18,20 +21,36 @@ text, end-of-sentence. The prefix itself is given at inference, so nothing learn
 a training set that carries its thinking inline (`<think>..</think>text`) is taken apart first, or the markers
 would be learned as letters.
 
-Left out: tools (role "tool", tool_calls), and a prefix to continue an answer; both raise rather than render
-wrongly. One choice of our own: every answer gets its markers, also a second one in a row, where the published
-V3.1 template writes none.
+Two things the published templates do not have. An answer to be continued (`prefix`, the last message) stands without its
+end; with `reasoning_content` and no text it is the thought that goes on. And within a tool loop, which is everything
+behind the last user message, a thought that comes with its message stays in the prompt if thinking is on: the published
+templates call tools without thinking only, and a model that thought before its call would lose the thread.
+
+Left out: the Jinja form of tools, which raises rather than render wrongly. One choice of our own: every answer to a user
+gets its markers, also a second one in a row, where the published V3.1 template writes none.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rorqual.data.special import ASSISTANT, BOS, END_THINK, EOS, THINK, USER
+from rorqual.data import tools as tool_text
+from rorqual.data.segments import Segment, joined
+from rorqual.data.special import (
+    ASSISTANT,
+    BOS,
+    END_THINK,
+    EOS,
+    THINK,
+    TOOL_OUTPUT_BEGIN,
+    TOOL_OUTPUT_END,
+    TOOL_OUTPUTS_BEGIN,
+    TOOL_OUTPUTS_END,
+    USER,
+)
 from rorqual.errors import DataError
 
 if TYPE_CHECKING:
@@ -40,15 +59,6 @@ if TYPE_CHECKING:
 Name = Literal["v3", "r1", "v3.1"]
 NAMES: tuple[Name, ...] = ("v3", "r1", "v3.1")
 SUPPORTED = f"supported are the templates of DeepSeek-V3, R1 and V3.1 ({', '.join(NAMES)})"
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """A special token (`special`) or plain text, and whether the assistant must learn to write it."""
-
-    text: str
-    special: bool = False
-    learn: bool = False
 
 
 class ChatTemplate:
@@ -72,8 +82,17 @@ class ChatTemplate:
     def supports_thinking(self) -> bool:
         return self.name != "v3"
 
-    def starts_in_thinking(self, thinking: bool) -> bool:
-        """Whether what is generated after the prefix begins inside a thought."""
+    @property
+    def tool_form(self) -> tool_text.Form:
+        return "bare" if self.name == "v3.1" else "fenced"
+
+    def starts_in_thinking(self, thinking: bool, messages: Sequence[Mapping[str, Any]] = ()) -> bool:
+        """Whether what is generated after the prefix, or after these messages, begins inside a thought."""
+        last: Mapping[str, Any] = messages[-1] if messages else {}
+        if last.get("prefix"):
+            return not last["content"] and (bool(last.get("reasoning_content")) or self.name == "r1")
+        if last.get("role") == "tool":
+            return False
         return self.name == "r1" or (self.name == "v3.1" and thinking)
 
     @property
@@ -88,9 +107,11 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         thinking: bool = False,
         add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[int]:
-        """Prompt ids. R1 thinks whether asked or not. Raises DataError for what cannot be rendered."""
-        return encode_segments(tokenizer, self.segments(messages, thinking, add_generation_prompt))[0]
+        """Prompt ids. R1 thinks whether asked or not; tools as OpenAI's API has them. Raises DataError for what cannot
+        be rendered."""
+        return encode_segments(tokenizer, self.segments(messages, thinking, add_generation_prompt, tools))[0]
 
     def encode_for_training(
         self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]
@@ -106,19 +127,24 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         thinking: bool = False,
         add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[Segment]:
         """What `encode` encodes."""
         if thinking and not self.supports_thinking:
             raise DataError("the V3 template has no thinking mode", remedy="use a model with the r1 or v3.1 template")
-        segments = self._history(_checked(messages))
-        if add_generation_prompt:
+        checked = _checked(messages)
+        last = checked[-1]
+        segments = self._history(checked, thinking, tools)
+        if add_generation_prompt and last["role"] != "tool" and not last.get("prefix"):
             segments += self._prefix(thinking)
-        return segments
+        return joined(segments)
 
     def training_segments(self, messages: Sequence[Mapping[str, Any]]) -> list[Segment]:
         """What `encode_for_training` encodes."""
         checked = _checked(messages)
         last = checked[-1]
+        if any(m["role"] == "tool" or m.get("tool_calls") or m.get("prefix") for m in checked):
+            raise DataError("conversations with tools or a prefix cannot be learned from yet", remedy="leave them out")
         if last["role"] != "assistant":
             raise DataError(
                 f"a conversation to learn from must end with the assistant, not with {last['role']!r}",
@@ -130,19 +156,64 @@ class ChatTemplate:
             segments += [Segment(reasoning, learn=True), Segment(END_THINK, special=True, learn=True)]
         return [*segments, Segment(content, learn=True), Segment(EOS, special=True, learn=True)]
 
-    def _history(self, messages: Sequence[Mapping[str, Any]]) -> list[Segment]:
+    def _history(
+        self, messages: Sequence[Mapping[str, Any]], thinking: bool = False, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[Segment]:
         system = "\n\n".join(m["content"] for m in messages if m["role"] == "system")
-        segments = [Segment(BOS, special=True), Segment(system)]
-        for message in messages:
-            if message["role"] == "user":
+        segments = [Segment(BOS, special=True), Segment(system), *tool_text.tool_list(self.tool_form, tools)]
+        loop = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
+        previous = ""
+        turns = [(i, m) for i, m in enumerate(messages) if m["role"] != "system"]
+        for i, message in turns:
+            role = message["role"]
+            if previous == "tool" and role != "tool":
+                segments += self._results_end()
+            if role == "user":
                 segments += [Segment(USER, special=True), Segment(message["content"])]
-            elif message["role"] == "assistant":
-                segments.append(Segment(ASSISTANT, special=True))
-                if self.name == "v3.1":
-                    segments.append(Segment(END_THINK, special=True))
-                answer = self._inline(message["content"])[1]
-                segments += [Segment(answer, learn=True), Segment(EOS, special=True, learn=True)]
-        return segments
+            elif role == "tool":
+                segments += self._result(message["content"], first=previous != "tool")
+            else:
+                keep = i > loop and (thinking or self.name == "r1")
+                segments += self._answer(message, resumed=previous == "tool", keep=keep)
+            previous = role
+        return segments + (self._results_end() if previous == "tool" else [])
+
+    def _result(self, content: str, first: bool) -> list[Segment]:
+        before = []
+        if self.tool_form == "fenced":
+            before = [Segment(TOOL_OUTPUTS_BEGIN, special=True)] if first else [Segment("\n")]
+        return [
+            *before, Segment(TOOL_OUTPUT_BEGIN, special=True), Segment(content), Segment(TOOL_OUTPUT_END, special=True)
+        ]  # fmt: skip
+
+    def _results_end(self) -> list[Segment]:
+        return [Segment(TOOL_OUTPUTS_END, special=True)] if self.tool_form == "fenced" else []
+
+    def _answer(self, message: Mapping[str, Any], resumed: bool, keep: bool) -> list[Segment]:
+        """One answer of the history. resumed: it goes on after tool results; keep: its thought stays."""
+        continued = bool(message.get("prefix"))
+        calls = message.get("tool_calls") or ()
+        reasoning, text = message.get("reasoning_content") or "", message["content"]
+        if not continued:
+            text = self._inline(text)[1]
+        segments = [] if resumed else [Segment(ASSISTANT, special=True)]
+        if continued or (keep and reasoning and calls):
+            segments += self._thought(reasoning, open_=not text and not calls, resumed=resumed)
+        elif self.name == "v3.1" and not resumed:
+            segments.append(Segment(END_THINK, special=True))
+        segments.append(Segment(text, learn=not continued))
+        if calls:
+            segments += tool_text.tool_calls(self.tool_form, calls)
+        return segments if continued else [*segments, Segment(EOS, special=True, learn=True)]
+
+    def _thought(self, reasoning: str, open_: bool, resumed: bool) -> list[Segment]:
+        """A thought that stands before an answer or calls, or is to go on (`open_`)."""
+        if self.name == "v3" or (not reasoning and resumed):
+            return []
+        if not reasoning and self.name == "v3.1":
+            return [Segment(END_THINK, special=True)]
+        begin = [Segment(THINK, special=True), Segment(("\n" if self.name == "r1" else "") + reasoning)]
+        return begin if open_ else [*begin, Segment(END_THINK, special=True)]
 
     def _prefix(self, thinking: bool) -> list[Segment]:
         prefix = [Segment(ASSISTANT, special=True)]
@@ -211,18 +282,27 @@ def _checked(messages: Any) -> Sequence[Mapping[str, Any]]:
         if not isinstance(message, Mapping):
             raise DataError(f"message {i} is no object with role and content but {type(message).__name__}")
         role = message.get("role")
-        if role == "tool" or message.get("tool_calls") or message.get("tool_call_id"):
-            raise DataError(f"message {i} uses tools, which are not supported yet", remedy="leave tool messages out")
-        if message.get("prefix"):
-            raise DataError(f"message {i} asks for a prefix to be continued, which is not supported yet")
-        if role not in ("system", "user", "assistant"):
-            raise DataError(f"message {i} has the role {role!r}", remedy="use system, user or assistant")
+        if role not in ("system", "user", "assistant", "tool"):
+            raise DataError(f"message {i} has the role {role!r}", remedy="use system, user, assistant or tool")
+        if message.get("prefix") and (role != "assistant" or i != len(messages) - 1):
+            raise DataError(
+                f"message {i} is no prefix", remedy="only the last message can be, if the assistant wrote it"
+            )
+        if message.get("tool_calls"):
+            _check_calls(message["tool_calls"], i)
         if not isinstance(message.get("content"), str):
             found = type(message.get("content")).__name__
             raise DataError(f"the content of message {i} is not text but {found}", remedy="give a string")
         if not isinstance(message.get("reasoning_content") or "", str):
             raise DataError(f"the reasoning_content of message {i} is not text", remedy="give a string or leave it out")
     return messages
+
+
+def _check_calls(calls: Any, i: int) -> None:
+    for call in calls:
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise DataError(f"a tool call of message {i} names no function", remedy='give {"function": {"name": …}}')
 
 
 def _template_source(directory: Path) -> str | None:

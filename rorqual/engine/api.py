@@ -33,10 +33,17 @@ GrammarKind = Literal["json_object", "json_schema", "regex", "lark"]
 @dataclass(frozen=True, slots=True)
 class Grammar:
     """What the generated text must match. kind "json_object" takes no text; "json_schema" a JSON schema, "regex" a
-    regular expression, "lark" a Lark grammar. Compiled by `engine.grammar`."""
+    regular expression, "lark" a Lark grammar. Compiled by `engine.grammar`.
+
+    after: token ids; the constrained text begins behind the first of them that is drawn (the end of a thought, the
+    beginning of tool calls), and everything before it is free. Empty: it begins at once. optional: whether the text may
+    end without one of them; if not, its end is forbidden until then.
+    """
 
     kind: GrammarKind
     text: str = ""
+    after: tuple[int, ...] = ()
+    optional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +133,11 @@ class SamplingParams:
         spellings = [tuple(encode(text)) for word in words for text in (word, f" {word}")]
         return replace(self, bad_words=(), bad_token_ids=tuple(dict.fromkeys((*self.bad_token_ids, *spellings))))
 
+    def stop_ids(self, eos_token_ids: Iterable[int]) -> frozenset[int]:
+        """The ids that end a completion and are no part of its text. A completion whose grammar is complete ends without
+        one."""
+        return frozenset(self.stop_token_ids) | (frozenset() if self.ignore_eos else frozenset(eos_token_ids))
+
 
 def _bias_pairs(bias: Mapping[Any, Any] | Iterable[tuple[Any, Any]]) -> tuple[tuple[int, float], ...]:
     """Keys may be strings, as JSON has them."""
@@ -180,7 +192,8 @@ class Output:
     """News of one request: the tokens since the last news.
 
     cached_tokens: how many prompt tokens came from the prefix cache (known from the first output on).
-    The end-of-sequence token that stopped a request is included in `token_ids`. stats come with the last output.
+    The end-of-sequence token that stopped a request is included in `token_ids` (`SamplingParams.stop_ids`). stats come
+    with the last output.
     """
 
     request_id: str

@@ -6,7 +6,9 @@ The parser is llguidance (Rust, MIT, without dependencies); docs/log.md says why
  - *errors reach whoever asked*: a schema or expression that does not compile, or that nothing can match, is a
    RequestError with the parser's own words. Keywords of JSON Schema that it cannot promise are refused, not ignored;
  - *speculation*: the masks along a draft come in one call, and the state is afterwards what it was;
- - white space between the parts of a JSON document is bounded, or a small model could go on with blanks for ever.
+ - white space between the parts of a JSON document is bounded, or a small model could go on with blanks for ever;
+ - *a late beginning*: behind the token that ends a thought or opens tool calls (`LateMatcher`). The border is an id, so
+   a model that writes about `</think>` in letters stays in its thought.
 Characters stand in JSON strings as themselves; only control characters are escaped by number, which keeps halves of
 surrogate pairs out.
 
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,13 +65,18 @@ class GrammarCompiler:
         self.vocab_size, self.eos_token_ids = vocab_size, tuple(eos_token_ids)
         self._compiled = lru_cache(CACHED_GRAMMARS)(self._compile)
 
-    def matcher(self, grammar: Grammar) -> Matcher:
+    def matcher(self, grammar: Grammar) -> Matcher | LateMatcher:
         """A matcher at the beginning of a text. A grammar seen before costs microseconds, a new one milliseconds.
 
         Raises RequestError, its param "response_format" for JSON and "grammar" for the others, when it does not compile
         or no text matches it.
         """
-        return Matcher(self._compiled(grammar).deep_copy(), self.vocab_size, self.eos_token_ids)
+        compiled = self._compiled(replace(grammar, after=(), optional=False))
+        matcher = Matcher(compiled.deep_copy(), self.vocab_size, self.eos_token_ids)
+        if not grammar.after:
+            return matcher
+        forbidden = () if grammar.optional else self.eos_token_ids
+        return LateMatcher(matcher, frozenset(grammar.after), self.vocab_size, forbidden)
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
         from llguidance import LLMatcher
@@ -146,6 +154,40 @@ class Matcher:
     def _check(self) -> None:
         if self._parser.is_error():
             raise RequestError(_gist(self._parser.get_error()), param="grammar")
+
+
+class LateMatcher:
+    """A `Matcher` that begins behind the first of some tokens; before it, all but `forbidden` may be drawn."""
+
+    def __init__(self, matcher: Matcher, after: frozenset[int], vocab_size: int, forbidden: Sequence[int]) -> None:
+        self._matcher, self._after, self._begun = matcher, after, False
+        self._free = np.zeros(-(-vocab_size // 32), np.uint32)
+        bits = np.ones(vocab_size, np.uint8)
+        bits[list(forbidden)] = 0
+        self._free.view(np.uint8)[: -(-vocab_size // 8)] = np.packbits(bits, bitorder="little")
+
+    @property
+    def stopped(self) -> bool:
+        return self._begun and self._matcher.stopped
+
+    def masks(self, drafts: Sequence[int] = ()) -> list[NDArray[np.uint32]]:
+        """As `Matcher.masks`. The rows before the beginning are one array that must not be written to."""
+        if self._begun:
+            return self._matcher.masks(drafts)
+        rows = [self._free]
+        for i, draft in enumerate(drafts):
+            if draft in self._after:
+                return rows + self._matcher.masks(drafts[i + 1 :])
+            if not self._free[draft >> 5] >> (draft & 31) & 1:
+                return rows + [np.zeros_like(self._free)] * (len(drafts) - i)
+            rows.append(self._free)
+        return rows
+
+    def accept(self, token: int) -> None:
+        if self._begun:
+            self._matcher.accept(token)
+        else:
+            self._begun = token in self._after
 
 
 def _source(grammar: Grammar) -> str:

@@ -241,7 +241,8 @@ class LLM:
         self._count += 1
         request = Request(f"{self._count}", ids, params.spelled(self.tokenizer.encode))
         check_request(request, self.info)
-        return _Answer(request, self.tokenizer, in_thinking, index)
+        stop_ids = request.params.stop_ids(self.info.eos_token_ids)
+        return _Answer(request, self.tokenizer, in_thinking, index, stop_ids)
 
     def _submit(self, answer: _Answer) -> None:
         self._core.add(answer.request)
@@ -267,8 +268,11 @@ class LLM:
 class _Answer:
     """One completion while it grows: ids to text, thinking split off, stop strings found in the answer only."""
 
-    def __init__(self, request: Request, tokenizer: Tokenizer, in_thinking: bool | None, index: int) -> None:
+    def __init__(
+        self, request: Request, tokenizer: Tokenizer, in_thinking: bool | None, index: int, stop_ids: frozenset[int]
+    ) -> None:
         self.request, self.index = request, index
+        self._stop_ids = stop_ids
         self.token_ids: list[int] = []
         self.ended = False
         self.error: Exception | None = None
@@ -285,7 +289,8 @@ class _Answer:
         for i, token in enumerate(output.token_ids):
             self.token_ids.append(token)
             self._logprobs += output.logprobs[i : i + 1]
-            stopped = output.finish_reason is FinishReason.STOP and i == len(output.token_ids) - 1
+            last = i == len(output.token_ids) - 1
+            stopped = output.finish_reason is FinishReason.STOP and last and token in self._stop_ids
             if not stopped and self._push(token):  # the token that stops is not text
                 self._finish(FinishReason.STOP)
                 return

@@ -2,7 +2,7 @@
 
     app = create_app({"nano": ServedModel(engine, tokenizer, template, name="nano", created=0)}, Settings())
 
-The same API answers under `/`, `/v1`, `/beta` and `/beta/v1`, because clients hard-code each of them. There
+The same API answers under `/`, `/v1`, `/beta`, `/beta/v1` and `/anthropic`, because clients hard-code each of them. There
 are no globals: routes are closures over the models and settings of this one app, so two apps live in one
 process. The lifespan starts the engines and stops them; until it has, `/ready` says 503. No torch here or
 below.
@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
-from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -26,11 +25,11 @@ from starlette.requests import ClientDisconnect
 from rorqual.errors import ConfigError, RorqualError
 from rorqual.serve.admission import AdmittedEngine
 from rorqual.serve.border import Border, Traffic, answer_error, answer_nobody
-from rorqual.serve.chat import chat_completions, find_model
 from rorqual.serve.errors import Refused, engine_gone
 from rorqual.serve.keys import Keyring, KeyStore
 from rorqual.serve.metrics import Metrics
-from rorqual.serve.schemas import ChatRequest
+from rorqual.serve.prepare import Platform
+from rorqual.serve.routes import api
 from rorqual.serve.served import GenerationDefaults, ServedModel
 from rorqual.serve.settings import Settings
 from rorqual.serve.static import PageFile, answer_file, load_page
@@ -38,7 +37,7 @@ from rorqual.serve.upstream import Upstream
 
 __all__ = ["GenerationDefaults", "ServedModel", "Settings", "create_app"]
 
-PREFIXES = ("", "/v1", "/beta", "/beta/v1")
+PREFIXES = ("", "/v1", "/beta", "/beta/v1", "/anthropic", "/anthropic/v1")
 PROBES = ("/health", "/ready")
 
 
@@ -63,11 +62,11 @@ def create_app(models: Mapping[str, ServedModel], settings: Settings, upstream: 
     app.state.upstream = upstream
     app.state.ready = False
     app.state.startup_error = None
+    platform = Platform(app.state.models, settings)
     for prefix in PREFIXES:
         app.include_router(_probes(app), prefix=prefix)
         app.include_router(_metrics(metrics), prefix=prefix)
-        api = _api(app.state.models, settings) if upstream is None else upstream.router(settings, metrics)
-        app.include_router(api, prefix=prefix)
+        app.include_router(upstream.router(settings, metrics) if upstream else api(platform), prefix=prefix)
     app.include_router(_page(page))
     for kind in (RorqualError, RequestValidationError, HTTPException, Refused):
         app.add_exception_handler(kind, answer_error)
@@ -140,24 +139,6 @@ def _metrics(metrics: Metrics) -> APIRouter:
     async def exposition(request: Request) -> Response:
         body, content_type = metrics.exposition(request.headers.get("accept", ""))
         return Response(body, media_type=content_type)
-
-    return router
-
-
-def _api(models: Mapping[str, ServedModel], settings: Settings) -> APIRouter:
-    router = APIRouter()
-
-    @router.get("/models")
-    async def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": [served.listing(name) for name, served in models.items()]}
-
-    @router.get("/models/{name:path}")
-    async def get_model(name: str) -> dict[str, Any]:
-        return find_model(models, name).listing(name)
-
-    @router.post("/chat/completions")
-    async def chat(body: ChatRequest, request: Request) -> Response:
-        return await chat_completions(body, request, models, settings)
 
     return router
 

@@ -1,156 +1,206 @@
-"""From an engine's token ids to what people read: the one event stream that every dialect speaks from.
+"""From an engine's token ids to what people read: `produce` drives a job's engine requests and yields its events.
 
-`produce` drives one engine request and yields `Delta`s (new final text of thought and answer, with
-log-probabilities if asked) and at last one `End`. Streaming, non-streaming, and later completions, Responses
-and Anthropic messages differ only in how they spell these. Leaving the iterator early aborts the engine's
-request.
+A job is one request of a client: an engine request for each of its choices. Leaving the iterator early aborts them all.
 
 Log-probabilities travel with their text: when a possible stop string is held back, so are its tokens', and
 when it was one, they are dropped with it, so that the tokens listed are the tokens of the text shown. Tokens
-without text (the end of sequence, the thinking markers) are counted in the usage and not listed.
+without text (the end of sequence, the markers) are counted in the usage and not listed, and those of tool calls are not
+listed either.
+
+Thought, answer and calls are told apart by token id. A call ends a thought even where the model forgot the marker, or
+the call would be swallowed.
 """
 
 from __future__ import annotations
 
+import asyncio
+import uuid
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 from rorqual.data.reasoning import ReasoningSplitter
 from rorqual.data.special import END_THINK, THINK
 from rorqual.data.stop import StopMatcher
 from rorqual.data.tokenizer import Tokenizer
+from rorqual.data.tools import CallPiece, CallReader
 from rorqual.engine.api import FinishReason, Output, Request, TokenLogprob
 from rorqual.errors import RequestError, RorqualError
 from rorqual.serve.errors import engine_gone
+from rorqual.serve.events import Event, Finish, Logprobs, Reason, ReasoningDelta, TextDelta, ToolCallDelta, Usage
 from rorqual.serve.served import ServedModel
 
-Logprobs = tuple[TokenLogprob, ...]
-
 
 @dataclass(frozen=True, slots=True)
-class Usage:
-    """Counts of one request. `completion_tokens` includes thought, markers and the end of sequence."""
+class Job:
+    """requests: one for each choice, `n` of each prompt in a row; in_thinking: whether the prompt ends inside a thought;
+    reads_calls: whether the markers of tool calls mean calls; plain: completions, where no marker means anything."""
 
-    prompt_tokens: int
-    completion_tokens: int
-    reasoning_tokens: int
-    cached_tokens: int
+    served: ServedModel
+    requests: tuple[Request, ...]
+    in_thinking: bool = False
+    reads_calls: bool = False
+    plain: bool = False
+    n: int = 1
 
-    def openai(self) -> dict[str, Any]:
-        """OpenAI's keys and DeepSeek's: clients of both read one or the other."""
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
-            "completion_tokens_details": {"reasoning_tokens": self.reasoning_tokens},
-            "prompt_cache_hit_tokens": self.cached_tokens,
-            "prompt_cache_miss_tokens": self.prompt_tokens - self.cached_tokens,
-        }
+    @property
+    def prompt_tokens(self) -> int:
+        """Of each prompt once."""
+        return sum(len(request.prompt) for request in self.requests[:: self.n])
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
-    reasoning: str = ""
-    content: str = ""
-    reasoning_logprobs: Logprobs = ()
-    content_logprobs: Logprobs = ()
+@dataclass(slots=True)
+class _Counts:
+    """Sums over the choices; `cached` over the first of each prompt: the others read what it has written."""
 
-    def __bool__(self) -> bool:
-        return bool(self.reasoning or self.content or self.reasoning_logprobs or self.content_logprobs)
-
-    def __add__(self, other: Delta) -> Delta:
-        return Delta.join((self, other))
-
-    @classmethod
-    def join(cls, deltas: Sequence[Delta]) -> Delta:
-        """All of them as one. A long answer is joined once at its end: adding up would copy it for every token."""
-        return cls(
-            "".join(delta.reasoning for delta in deltas),
-            "".join(delta.content for delta in deltas),
-            tuple(logprob for delta in deltas for logprob in delta.reasoning_logprobs),
-            tuple(logprob for delta in deltas for logprob in delta.content_logprobs),
-        )
+    completion: int = 0
+    reasoning: int = 0
+    cached: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class End:
-    finish_reason: FinishReason
-    usage: Usage
-
-
-Event = Delta | End
-
-
-async def produce(served: ServedModel, request: Request, in_thinking: bool) -> AsyncGenerator[Event, None]:
+async def produce(job: Job) -> AsyncGenerator[Event, None]:
     """Raises what the engine raises or says; HTTPException 503 where the reason is that it is not alive."""
-    text = _TextPath(served.tokenizer, request.params.stop, in_thinking)
+    counts = _Counts()
+    choices = [_choice(job, i, counts) for i in range(len(job.requests))]
     try:
-        async with aclosing(served.engine.generate(request)) as outputs:
-            async for output in outputs:
-                reason = output.finish_reason
-                if reason in (FinishReason.ERROR, FinishReason.ABORT):
-                    raise output.error or RorqualError("the engine ended this request early")
-                delta = text.read(output)
-                if reason is not None and not text.hit:
-                    delta += text.finish()
-                if text.hit:
-                    reason = FinishReason.STOP
-                if delta:
-                    yield delta
-                if reason is not None:
-                    yield End(reason, text.usage(len(request.prompt), output.cached_tokens))
-                    return
-        raise RorqualError("the engine ended this request without a reason")
+        async with aclosing(choices[0] if len(choices) == 1 else _merged(choices)) as events:
+            async for event in events:
+                yield event
+        yield Usage(job.prompt_tokens, counts.completion, counts.reasoning, counts.cached)
     except Exception as error:
-        if not served.engine.alive and not isinstance(error, RequestError):
+        if not job.served.engine.alive and not isinstance(error, RequestError):
             raise engine_gone() from error
         raise
 
 
+async def _choice(job: Job, index: int, counts: _Counts) -> AsyncGenerator[Event, None]:
+    request = job.requests[index]
+    path = _TextPath(job, request, index)
+    async with aclosing(job.served.engine.generate(request)) as outputs:
+        async for output in outputs:
+            if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+                raise output.error or RorqualError("the engine ended this request early")
+            for event in path.read(output):
+                yield event
+            if path.ended:
+                counts.completion += path.tokens
+                counts.reasoning += path.reasoning_tokens
+                counts.cached += output.cached_tokens if index % job.n == 0 else 0
+                return
+    raise RorqualError("the engine ended this request without a reason")
+
+
+async def _merged(streams: list[AsyncGenerator[Event, None]]) -> AsyncGenerator[Event, None]:
+    """The events of all as they come; the first error ends all."""
+    news: asyncio.Queue[Event | Exception | None] = asyncio.Queue()
+
+    async def drain(stream: AsyncGenerator[Event, None]) -> None:
+        try:
+            async with aclosing(stream) as events:
+                async for event in events:
+                    news.put_nowait(event)
+            news.put_nowait(None)
+        except Exception as error:
+            news.put_nowait(error)
+
+    tasks = [asyncio.create_task(drain(stream)) for stream in streams]
+    try:
+        open_ = len(tasks)
+        while open_:
+            item = await news.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                open_ -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for stream in streams:  # one whose task never ran was not closed by it
+            await stream.aclose()
+
+
+class _Plain:
+    """A `ReasoningSplitter` for text that has no thoughts: every marker is shown."""
+
+    in_thinking = False
+    reasoning_tokens = 0
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._stream = tokenizer.stream()
+
+    def push(self, token_id: int) -> tuple[str, str]:
+        return "", self._stream.push(token_id)
+
+    def flush(self) -> tuple[str, str]:
+        return "", self._stream.flush()
+
+    leave = flush
+
+
+@dataclass(slots=True)
 class _TextPath:
-    """Ids in, text out: thinking split off by id, characters whole, stop strings found in the answer only."""
+    """Ids of one choice in, events out: thinking and calls split off by id, characters whole, stop strings found in the
+    answer only."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], in_thinking: bool) -> None:
-        self.hit = False
-        self._tokenizer = tokenizer
-        self._markers = {tokenizer.special(name) for name in (THINK, END_THINK) if tokenizer.has_special(name)}
-        self._splitter = ReasoningSplitter(tokenizer, in_thinking)
-        self._matcher = StopMatcher(stop)
-        self._tokens = 0
-        self._came = 0  # characters of the answer that came from the splitter
-        self._shown = 0  # ... of them, how many went out
-        self._held: deque[tuple[int, TokenLogprob]] = deque()  # (where in the answer the token begins, itself)
+    job: Job
+    request: Request
+    index: int
+    ended: bool = False
+    tokens: int = 0
+    _splitter: ReasoningSplitter | _Plain = field(init=False)
+    _calls: CallReader = field(init=False)
+    _matcher: StopMatcher = field(init=False)
+    _markers: frozenset[int] = field(init=False)
+    _stop_ids: frozenset[int] = field(init=False)
+    _came: int = 0  # characters of the answer that came from the splitter
+    _shown: int = 0  # ... of them, how many went out
+    _held: deque[tuple[int, TokenLogprob]] = field(default_factory=deque)  # (where in the answer it begins, the token)
 
-    def read(self, output: Output) -> Delta:
-        delta = Delta()
-        ended = output.finish_reason is FinishReason.STOP  # then the last id is the stop token, which is not text
+    def __post_init__(self) -> None:
+        job = self.job
+        tokenizer = job.served.tokenizer
+        names = () if job.plain else (THINK, END_THINK)
+        self._markers = frozenset(tokenizer.special(name) for name in names if tokenizer.has_special(name))
+        self._splitter = _Plain(tokenizer) if job.plain else ReasoningSplitter(tokenizer, job.in_thinking)
+        self._calls = CallReader(tokenizer, job.served.template.tool_form)
+        self._matcher = StopMatcher(self.request.params.stop)
+        self._stop_ids = self.request.params.stop_ids(job.served.engine.info.eos_token_ids)
+
+    @property
+    def reasoning_tokens(self) -> int:
+        return self._splitter.reasoning_tokens
+
+    def read(self, output: Output) -> Iterator[Event]:
+        """The last event of the choice is its Finish."""
+        last = len(output.token_ids) - 1 if output.finish_reason is FinishReason.STOP else -1
         for i, token_id in enumerate(output.token_ids):
-            self._tokens += 1
-            if ended and i == len(output.token_ids) - 1:
+            self.tokens += 1
+            if i == last and token_id in self._stop_ids:
                 break
-            delta += self._push(token_id, output.logprobs[i] if output.logprobs else None)
-            if self.hit:
-                break
-        return delta
+            yield from self._push(token_id, output.logprobs[i] if output.logprobs else None)
+            if self._matcher.matched is not None:
+                yield self._finish("stop")
+                return
+        if output.finish_reason is not None:
+            yield from self._flush()
+            yield self._finish("length" if output.finish_reason is FinishReason.LENGTH else "stop")
 
-    def finish(self) -> Delta:
-        """What was held back in case more would follow."""
-        reasoning, content = self._splitter.flush()
-        delta = self._answer(content)
-        if self.hit:
-            return Delta(reasoning) + delta
-        rest = self._matcher.flush()
-        logprobs = tuple(logprob for _, logprob in self._held)
-        return Delta(reasoning) + delta + Delta(content=rest, content_logprobs=logprobs)
+    def _finish(self, reason: Reason) -> Finish:
+        self.ended = True
+        if self._calls.count and reason == "stop":
+            reason = "tool_calls"
+        return Finish(reason, self._matcher.matched, self.index)
 
-    def usage(self, prompt_tokens: int, cached_tokens: int) -> Usage:
-        return Usage(prompt_tokens, self._tokens, self._splitter.reasoning_tokens, cached_tokens)
-
-    def _push(self, token_id: int, logprob: TokenLogprob | None) -> Delta:
+    def _push(self, token_id: int, logprob: TokenLogprob | None) -> Iterator[Event]:
+        if self._calls.active or (self.job.reads_calls and token_id == self._calls.begin):
+            if not self._calls.active:
+                yield from self._before_calls()
+            yield from self._call(self._calls.push(token_id))
+            return
         if logprob is not None and not self._has_text(token_id):
             logprob = None
         thoughts: Logprobs = ()
@@ -158,17 +208,56 @@ class _TextPath:
             thoughts = (logprob,)
         elif logprob is not None:
             self._held.append((self._came, logprob))
-        reasoning, content = self._splitter.push(token_id)
-        return Delta(reasoning, reasoning_logprobs=thoughts) + self._answer(content)
+        reasoning, text = self._splitter.push(token_id)
+        if reasoning or thoughts:
+            yield ReasoningDelta(reasoning, thoughts, self.index)
+        yield from self._answer(text)
+
+    def _before_calls(self) -> Iterator[Event]:
+        """The thought and the answer are over; what was held back in them is text."""
+        reasoning, text = self._splitter.leave()
+        if reasoning:
+            yield ReasoningDelta(reasoning, choice=self.index)
+        yield from self._answer(text)
+        if self._matcher.matched is None:
+            yield from self._rest()
+
+    def _call(self, piece: CallPiece | None) -> Iterator[Event]:
+        if piece is None:
+            return
+        call_id = f"call_{uuid.uuid4().hex}" if piece.name is not None else None
+        yield ToolCallDelta(piece.index, piece.arguments, call_id, piece.name, self.index)
+
+    def _flush(self) -> Iterator[Event]:
+        """What was held back in case more would follow."""
+        if self._calls.active:
+            yield from self._call(self._calls.flush())
+            return
+        reasoning, text = self._splitter.flush()
+        if reasoning:
+            yield ReasoningDelta(reasoning, choice=self.index)
+        yield from self._answer(text)
+        if self._matcher.matched is None:
+            yield from self._rest()
+
+    def _rest(self) -> Iterator[Event]:
+        text, logprobs = self._matcher.flush(), tuple(logprob for _, logprob in self._held)
+        self._held.clear()
+        self._shown = self._came
+        if text or logprobs:
+            yield TextDelta(text, logprobs, self.index)
 
     def _has_text(self, token_id: int) -> bool:
-        return token_id not in self._markers and bool(self._tokenizer.token_bytes(token_id, skip_special=True))
+        if token_id in self._markers:
+            return False
+        return bool(self.job.served.tokenizer.token_bytes(token_id, skip_special=True))
 
-    def _answer(self, content: str) -> Delta:
-        safe, self.hit = self._matcher.push(content)
-        self._came += len(content)
+    def _answer(self, text: str) -> Iterator[Event]:
+        safe, _ = self._matcher.push(text)
+        self._came += len(text)
         self._shown += len(safe)
         logprobs = []
         while self._held and (self._held[0][0] < self._shown or self._shown == self._came):
             logprobs.append(self._held.popleft()[1])
-        return Delta(content=safe, content_logprobs=tuple(logprobs))
+        if safe or logprobs:
+            yield TextDelta(safe, tuple(logprobs), self.index)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from types import TracebackType
 from typing import Protocol
 
@@ -25,7 +25,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from rorqual.serve.errors import ApiError, to_api_error
-from rorqual.serve.generation import Event
+from rorqual.serve.events import Event
 from rorqual.serve.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -106,18 +106,27 @@ class Attended:
 
 
 class EventStream(Response):
-    """Server-sent events as a response. What fails before anything was written is raised: an HTTP error."""
+    """Server-sent events as a response. What fails before anything was written is an HTTP error: `refusal` makes the
+    response, or it is raised."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[Event, None], dialect: Dialect, settings: Settings) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[Event, None],
+        dialect: Dialect,
+        settings: Settings,
+        headers: Mapping[str, str] | None = None,
+        refusal: Callable[[ApiError], Response] | None = None,
+    ) -> None:
         # Not super().__init__: it renders a body and its length, and here there is neither.
         self.status_code = 200
         self.background = None
-        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})})
         self._events = events
         self._dialect = dialect
         self._settings = settings
+        self._refusal = refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
@@ -133,6 +142,9 @@ class EventStream(Response):
             if not started:
                 raise
         except (Exception, asyncio.CancelledError) as error:
+            if not started and self._refusal is not None and isinstance(error, Exception):
+                await self._refusal(self._explain(error, scope))(scope, receive, send)
+                return
             if not started:
                 raise
             last = error

@@ -102,8 +102,9 @@ def running(
     defaults: GenerationDefaults | None = None,
     engine: ScriptedEngine | None = None,
     grace_s: int = 1,
+    context: int = 512,
 ) -> Iterator[Harness]:
-    info = EngineInfo("scripted", 512, tokenizer.vocab_size, (tokenizer.eos_id,), cache_tokens=1 << 20)
+    info = EngineInfo("scripted", context, tokenizer.vocab_size, (tokenizer.eos_id,), cache_tokens=1 << 20)
     engine = engine or ScriptedEngine(info=info)
     chat_template = ChatTemplate(template)
     served = ServedModel(

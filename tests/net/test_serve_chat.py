@@ -208,7 +208,7 @@ def test_messages_in_every_accepted_form_are_one_prompt(server: Harness) -> None
     assert list(server.engine.seen[-1].prompt) == server.template.encode(server.tokenizer, plain)
 
 
-def test_harmless_and_unknown_fields_are_accepted(server: Harness) -> None:
+def test_harmless_fields_are_accepted_and_named(server: Harness) -> None:
     server.script("fine")
     client = server.client()
     reply = client.chat.completions.create(
@@ -228,9 +228,12 @@ def test_harmless_and_unknown_fields_are_accepted(server: Harness) -> None:
         logit_bias={},
         temperature=None,
         top_p=0,
-        extra_body={"user_id": "u1", "field_of_2027": {"a": [1]}, "messages_hint": None, "min_p": 0.0},
+        extra_body={"user_id": "u1", "min_p": 0.0, "functions": [], "echo": False},
     )
     assert reply.choices[0].message.content == "fine"
+    raw = client.chat.completions.with_raw_response.create(model="tiny", messages=HI, user="u", store=True, stream=True)
+    assert raw.headers["x-rorqual-ignored"] == "store, user"
+    raw.http_response.read()
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ def checked(response: httpx.Response, status: int) -> dict[str, str | None]:
     return error
 
 
+TOOL = {"type": "function", "function": {"name": "f"}}
 INVALID = [
     ({"messages": []}, "messages"),
     ({"messages": "hi"}, "messages"),
@@ -51,13 +52,12 @@ INVALID = [
     ({"messages": [{"role": "user", "content": None}]}, "messages[0]"),
     ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
     ({"messages": [*HI, {"role": "robot", "content": "x"}]}, "messages[1].role"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
         "messages[0].content",
     ),
-    ({"messages": [*HI, {"role": "assistant", "content": "x", "prefix": True}]}, "messages[1].prefix"),
-    ({"messages": [*HI, {"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "messages[1].tool_calls"),
+    ({"messages": [{"role": "assistant", "content": "x", "prefix": True}, *HI]}, "messages[0].prefix"),
+    ({"messages": [*HI, {"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "messages[1].tool_calls[0].function"),
     ({"max_tokens": -1}, "max_tokens"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": "5"}, "max_tokens"),
@@ -79,14 +79,28 @@ INVALID = [
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"thinking": {"type": "maybe"}}, "thinking.type"),
     ({"thinking": True}, "thinking"),
-    ({"n": 2}, "n"),
-    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+    ({"n": 0}, "n"),
+    ({"n": 129}, "n"),
+    ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+    ({"tools": [TOOL, TOOL]}, "tools"),
     ({"tool_choice": "required"}, "tool_choice"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
-    ({"frequency_penalty": 0.5}, "frequency_penalty"),
-    ({"presence_penalty": -1}, "presence_penalty"),
-    ({"logit_bias": {"5": 1}}, "logit_bias"),
-    ({"min_p": 0.1}, "min_p"),
+    ({"tools": [TOOL], "tool_choice": "perhaps"}, "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+    ({"response_format": {"type": "yaml"}}, "response_format.type"),
+    ({"response_format": {"type": "json_schema"}}, "response_format"),
+    ({"frequency_penalty": 2.5}, "frequency_penalty"),
+    ({"presence_penalty": -3}, "presence_penalty"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"logit_bias": {"x": 1}}, "logit_bias"),
+    ({"logit_bias": {"5": 101}}, "logit_bias"),
+    ({"logit_bias": {"9999999": 1}}, "logit_bias"),
+    ({"min_p": 1.1}, "min_p"),
+    ({"min_tokens": 5, "max_tokens": 3}, "min_tokens"),
+    ({"min_tokens": 5, "response_format": {"type": "json_object"}}, "min_tokens"),
+    ({"user_id": "a b"}, "user_id"),
+    ({"guided_json": {}}, "guided_json"),
+    ({"functions": [{"name": "f"}]}, "functions"),
+    ({"field_of_2027": 1}, "field_of_2027"),
 ]
 
 

@@ -200,8 +200,9 @@ def test_no_template_is_v3_and_a_foreign_one_is_refused(tmp_path: Path) -> None:
         ([], "at least one message"),
         ("hi", "at least one message"),
         (["hi"], "message 0"),
-        ([{"role": "tool", "content": "x"}], "tools"),
-        ([{"role": "assistant", "content": None, "tool_calls": [{}]}], "tools"),
+        ([{"role": "function", "content": "x"}], "role"),
+        ([{"role": "assistant", "content": "", "tool_calls": [{}]}], "names no function"),
+        ([{"role": "assistant", "content": "", "prefix": True}, {"role": "user", "content": "x"}], "no prefix"),
         (
             [{"role": "user", "content": "x"}, {"role": "wizard", "content": "x"}],
             "message 1 has the role 'wizard'",
@@ -210,7 +211,6 @@ def test_no_template_is_v3_and_a_foreign_one_is_refused(tmp_path: Path) -> None:
         ([{"role": "user", "content": [{"type": "text", "text": "x"}]}], "message 0"),
         ([{"role": "user"}], "message 0"),
         ([{"role": "assistant", "content": "x", "reasoning_content": 3}], "reasoning_content"),
-        ([{"role": "assistant", "content": "x", "prefix": True}], "prefix"),
     ],
 )
 def test_what_cannot_be_rendered_is_refused(small: Tokenizer, name: str, messages: Any, says: str) -> None:

@@ -12,10 +12,13 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from rorqual.config import resolve_model
 from rorqual.data.tokenizer import Tokenizer
+from rorqual.data.tools import shape
 from rorqual.engine.api import Grammar
 from rorqual.engine.grammar import GrammarCompiler, Matcher
 from rorqual.errors import BackendUnavailable, DataError, RequestError
@@ -50,9 +53,12 @@ NUMBER: /[0-9]{1,3}/
 """
 
 
+COMPILER = GrammarCompiler(NANO / "tokenizer.json", VOCAB, (EOS, HOLE))
+
+
 @pytest.fixture(scope="module")
 def compiler() -> GrammarCompiler:
-    return GrammarCompiler(NANO / "tokenizer.json", VOCAB, (EOS, HOLE))
+    return COMPILER
 
 
 def allowed(mask: NDArray[np.uint32]) -> list[int]:
@@ -94,6 +100,56 @@ def test_schemas_are_kept(compiler: GrammarCompiler) -> None:
     for _ in range(20):
         value = json.loads(text_of(walk(compiler.matcher(Grammar("json_schema", json.dumps(SCHEMA))))))
         jsonschema.validate(value, SCHEMA)
+
+
+VALUES = st.one_of(st.integers(-9, 9), st.text(max_size=5), st.none())
+LEAVES = st.one_of(
+    st.sampled_from([{"type": "boolean"}, {"type": "null"}, {"type": "string", "maxLength": 6}, {"type": "number"}]),
+    st.integers(-50, 50).map(lambda low: {"type": "integer", "minimum": low, "maximum": low + 99}),
+    st.lists(VALUES, min_size=1, max_size=4).map(lambda values: {"enum": values}),
+)
+
+
+@st.composite
+def objects(draw: st.DrawFn, inner: st.SearchStrategy[dict[str, Any]]) -> dict[str, Any]:
+    properties = draw(st.dictionaries(st.text(max_size=6), inner, max_size=4))
+    required = draw(st.lists(st.sampled_from(sorted(properties)), unique=True)) if properties else []
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+
+
+SCHEMAS = st.recursive(
+    LEAVES,
+    lambda inner: st.one_of(
+        objects(inner),
+        st.builds(lambda items, most: {"type": "array", "items": items, "maxItems": most}, inner, st.integers(0, 3)),
+        st.lists(inner, min_size=1, max_size=3).map(lambda options: {"anyOf": options}),
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(SCHEMAS)
+def test_any_drawn_schema_is_kept_in_any_walk(schema: dict[str, Any]) -> None:
+    text = text_of(walk(COMPILER.matcher(Grammar("json_schema", json.dumps(schema)))))
+    jsonschema.validate(json.loads(text), schema)
+
+
+ODD_NAMES = ("type", "enum", "items", "properties", "required", "anyOf", "oneOf", "format", "pattern", "$ref", "not")
+ODD = st.dictionaries(
+    st.sampled_from(ODD_NAMES),
+    st.one_of(VALUES, st.lists(VALUES, max_size=2), st.dictionaries(st.text(max_size=2), LEAVES, max_size=2), SCHEMAS),
+    max_size=5,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.one_of(SCHEMAS, ODD))
+def test_the_shape_of_any_schema_can_be_kept(schema: dict[str, Any]) -> None:
+    """Also of one that is none."""
+    kept = shape(schema)
+    text = text_of(walk(COMPILER.matcher(Grammar("json_schema", json.dumps(kept)))))
+    jsonschema.validate(json.loads(text), kept)
 
 
 def test_expressions_match(compiler: GrammarCompiler) -> None:
@@ -243,3 +299,55 @@ def test_a_missing_package_and_a_useless_file_are_told(monkeypatch: pytest.Monke
     with pytest.raises(BackendUnavailable) as caught:
         GrammarCompiler(NANO / "tokenizer.json", VOCAB, (EOS,))
     assert "pip install" in str(caught.value)
+
+
+END_THINK = TOKENIZER.special("</think>")
+CALLS = TOKENIZER.special("<｜tool▁calls▁begin｜>")
+
+
+@pytest.mark.parametrize("optional", [False, True])
+def test_a_late_grammar_begins_behind_its_token_and_at_no_spelling_of_it(
+    compiler: GrammarCompiler, optional: bool
+) -> None:
+    late = Grammar("regex", REGEX, after=(END_THINK, CALLS), optional=optional)
+    thought = TOKENIZER.encode("anything: {, 鲸, </think> in letters")
+    for marker in late.after:
+        matcher = compiler.matcher(late)
+        for token in [*thought, marker]:
+            ends = {EOS, HOLE}
+            assert set(allowed(matcher.masks()[0])) == set(range(VOCAB)) - (set() if optional else ends)
+            assert not matcher.stopped
+            matcher.accept(token)
+        assert re.fullmatch(REGEX, text_of(walk(matcher)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("optional", [False, True])
+def test_masks_of_a_late_grammar_along_a_draft(compiler: GrammarCompiler, optional: bool) -> None:
+    late = Grammar("regex", "[ab]{3}", after=(END_THINK,), optional=optional)
+    a, c = TOKENIZER.encode("a"), TOKENIZER.encode("c")
+    tokens = [*c, *a, END_THINK, *a, *a]
+    drafter, walker = compiler.matcher(late), compiler.matcher(late)
+    for at in range(len(tokens)):
+        along = [mask.copy() for mask in drafter.masks(tokens[at:])]
+        ahead = compiler.matcher(late)
+        for token in tokens[:at]:
+            ahead.accept(token)
+        for mask, token in zip(along, [*tokens[at:], None], strict=True):
+            assert (mask == ahead.masks()[0]).all()
+            if token is not None:
+                ahead.accept(token)
+        drafter.accept(tokens[at])
+        walker.accept(tokens[at])
+        assert (drafter.masks()[0] == walker.masks()[0]).all()
+    matcher = compiler.matcher(late)
+    counts = [len(allowed(mask)) for mask in matcher.masks([*a, EOS, *a])]
+    assert (counts[2] > 0) == optional  # nothing follows an end that was not allowed
+
+
+def test_special_tokens_of_a_grammar_are_ids(compiler: GrammarCompiler) -> None:
+    sep = TOKENIZER.special("<｜tool▁sep｜>")
+    matcher = compiler.matcher(Grammar("lark", f'start: "f" <[{sep}]> %json {{"type": "object"}}'))
+    for token in [*TOKENIZER.encode("f"), sep, *TOKENIZER.encode("{}")]:
+        assert token in allowed(matcher.masks()[0])
+        matcher.accept(token)
+    assert matcher.stopped

@@ -15,7 +15,7 @@ from rorqual.checkpoint import save_model
 from rorqual.config import ModelConfig
 from rorqual.data.template import ChatTemplate
 from rorqual.data.tokenizer import Tokenizer, train_tokenizer
-from rorqual.engine.api import FinishReason, Request, SamplingParams
+from rorqual.engine.api import FinishReason, Grammar, Request, SamplingParams
 from rorqual.engine.llm import LLM, Completion
 from rorqual.engine.process import EngineProcess
 from rorqual.engine.settings import EngineSettings
@@ -121,6 +121,14 @@ def test_bad_words_do_not_appear(llm: LLM) -> None:
     banned = {ids for w in words for ids in (tuple(llm.tokenizer.encode(w)), tuple(llm.tokenizer.encode(f" {w}")))}
     assert not any(out.token_ids[i : i + len(b)] == b for b in banned for i in range(len(out.token_ids)))
     assert not words or out.token_ids != tokens
+
+
+def test_the_token_that_completes_a_grammar_is_text(llm: LLM) -> None:
+    """It stops the request as an end of sequence does, and unlike one it belongs to the answer."""
+    params = SamplingParams(temperature=0, max_tokens=40, grammar=Grammar("regex", "[a-z]{3}"))
+    out = llm.generate([text(3)], params)[0]
+    assert out.finish_reason is FinishReason.STOP and len(out.text) == 3
+    assert out.text == llm.tokenizer.decode(out.token_ids)
 
 
 def test_penalties_and_bias_reach_the_draw(llm: LLM) -> None:

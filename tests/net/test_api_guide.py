@@ -1,0 +1,58 @@
+"""docs/api.md: its lists are the code's, its snippets run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from rorqual.cli.serve import with_alias
+from rorqual.data.template import ChatTemplate
+from rorqual.data.tokenizer import Tokenizer
+from rorqual.engine.scripted import ScriptedEngine
+from rorqual.errors import ConfigError
+from rorqual.serve.anthropic_schemas import MessagesRequest
+from rorqual.serve.responses_schemas import ResponsesRequest
+from rorqual.serve.schemas import ACCEPTED, REFUSED, ChatRequest, CompletionRequest
+from rorqual.serve.served import ServedModel
+from tests.net.harness import Harness
+
+GUIDE = (Path(__file__).resolve().parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
+LISTS = {
+    "Honoured in chat completions": set(ChatRequest.model_fields),
+    "Honoured in completions": set(CompletionRequest.model_fields),
+    "Honoured in messages": set(MessagesRequest.model_fields),
+    "Honoured in responses": set(ResponsesRequest.model_fields),
+    "Accepted without effect": set(ACCEPTED),
+    "Refused unless off": set(REFUSED),
+}
+
+
+@pytest.mark.parametrize("title", LISTS)
+def test_published_lists_are_the_codes(title: str) -> None:
+    found = re.search(rf"\*\*{title}:\*\*(.*?)\n\n", GUIDE, re.DOTALL)
+    assert found
+    names = re.findall(r"`(\w+)`", found[1])
+    assert sorted(names) == sorted(LISTS[title])
+
+
+def test_snippets_run(server: Harness, capsys: pytest.CaptureFixture[str]) -> None:
+    server.script("It is.")
+    snippets = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
+    assert len(snippets) == 2
+    for snippet in snippets:
+        code = snippet.replace("http://127.0.0.1:8000", server.url).replace("rorqual-nano", "tiny")
+        exec(compile(code, "docs/api.md", "exec"), {})
+        assert "It is." in capsys.readouterr().out
+
+
+def test_aliases_share_the_engine_under_other_defaults(tokenizer: Tokenizer) -> None:
+    nano = ServedModel(ScriptedEngine(), tokenizer, ChatTemplate("v3.1"), name="nano", created=0)
+    served = {"nano": nano}
+    name, reasoner = with_alias("deepseek-reasoner=nano:thinking", served)
+    assert name == "deepseek-reasoner" and reasoner.engine is nano.engine and reasoner.name == "nano"
+    assert reasoner.defaults.thinking and not with_alias("x=nano:plain", {"nano": reasoner})[1].defaults.thinking
+    for wrong in ("x", "x=other", "=nano", "x=nano:loud", "nano=nano"):
+        with pytest.raises(ConfigError):
+            with_alias(wrong, served)
