@@ -122,7 +122,7 @@ def search(
 
     Examples:
 
-        rorqual index search "how are pages of the latent cache shared"
+        rorqual index search "speculation drafts"
 
         rorqual index search krill --count 20 --json | jq .place
     """

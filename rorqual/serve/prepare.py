@@ -144,7 +144,7 @@ def engine_requests(
     for i in range(count):
         seed = None if params.seed is None else params.seed + i
         name = call_id if count == 1 else f"{call_id}-{i}"
-        requests.append(Request(name, tuple(prompt), replace(params, seed=seed), salt=body.user_id or ""))
+        requests.append(Request(name, tuple(prompt), replace(params, seed=seed), salt=body.cache_scope))
     check_request(requests[0], served.engine.info)
     return tuple(requests)
 

@@ -208,6 +208,13 @@ class Sampled(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user_id: Annotated[str | None, Field(pattern=r"^[a-zA-Z0-9_-]+$", max_length=512)] = None  # DeepSeek's: whose cache
+    cache_salt: Annotated[str | None, Field(min_length=1, max_length=512)] = None  # vLLM's: a part of it
+
+    @property
+    def cache_scope(self) -> str:
+        """Who may share cached prefixes with this request: those who name the same user and salt."""
+        user = self.user_id or ""
+        return f"{user}/{self.cache_salt}" if self.cache_salt else user
 
     @field_validator("stop", mode="before")
     @classmethod

@@ -36,13 +36,18 @@ def test_sampling_parameters_reach_the_engine(server: Harness, rng: random.Rando
         "seed": rng.randint(-(2**60), 2**60),
     }
     bias = {str(rng.randrange(300)): 5, "7": -100.0}
-    assert post(server, **numbers, max_tokens=20, logit_bias=bias, bad_words=["sea"], user_id="u-1").status_code == 200
+    assert (
+        post(
+            server, **numbers, max_tokens=20, logit_bias=bias, bad_words=["sea"], user_id="u-1", cache_salt="s"
+        ).status_code
+        == 200
+    )
     request = server.engine.seen[-1]
     for name, value in numbers.items():
         assert getattr(request.params, name) == value
     assert dict(request.params.logit_bias) == {int(token): value for token, value in bias.items()}
     assert tuple(server.tokenizer.encode(" sea")) in request.params.bad_token_ids and request.params.bad_words == ()
-    assert request.salt == "u-1"
+    assert request.salt.endswith("u-1/s")
 
 
 def test_n_choices_with_one_usage(server: Harness, rng: random.Random) -> None:

@@ -256,7 +256,7 @@ def test_offline_against_this_projects_documentation(tmp_path: Path) -> None:
     index = LocalIndex(tmp_path / "index.sqlite")
     add_own(index)
     model = Model(
-        "The latent cache is one pool of pages of 64 tokens [citation:1]. Pages hold 4096 tokens [citation:1]."
+        "The latent cache is one pool of pages of 64 tokens [citation:{engine}]. Pages hold 4096 tokens [citation:{engine}]."
     )
     question = "How many tokens does a page of the latent cache hold?"
 
@@ -264,7 +264,7 @@ def test_offline_against_this_projects_documentation(tmp_path: Path) -> None:
         return await turn(model, LocalProvider(index), SafeFetcher(resolver=resolver), question, write_queries=False)
 
     events = asyncio.run(act())
-    assert only(events, Sources)[0].sources[0].url == "docs/engine.md" and not only(events, Problem)
+    assert "docs/engine.md" in [s.url for s in only(events, Sources)[0].sources] and not only(events, Problem)
     assert [c.found for c in only(events, Checked)] == [True, False]
 
 

@@ -186,7 +186,7 @@ def test_the_documentation_is_there_until_it_is_removed(tmp_path: Path) -> None:
     index = LocalIndex(tmp_path / "i.sqlite")
     assert add_own(index).added == len(own_documents()) >= 5
     assert add_own(index) == Report(unchanged=len(own_documents()))
-    assert index.search("preempted pages latent cache", 3)[0].place == "docs/engine.md"
+    assert "docs/engine.md" in {hit.place for hit in index.search("preempted pages latent cache", 3)}
     assert index.remove(OWN) and not index.entries() and not index.search("latent")
     assert add_own(index) == Report() and not index.search("latent")
     assert add_own(index, again=True).added and index.search("latent")
