@@ -18,8 +18,12 @@ TESTS = {
     "training killed and resumed": ["tests/unit/train", "-k", "killed", "--kills", "50"],
     "shards killed and resumed": ["tests/unit/data", "-k", "kill or interrupt"],
     "engine under random traffic": ["tests/unit/engine/test_scheduler.py", "tests/unit/engine/test_pages.py"],
-    "engine process killed": ["tests/unit/engine/test_process.py"],
-    "server under disconnects and load": ["tests/net", "-k", "disconnect or concurrent or streams"],
+    "engine process killed": ["tests/unit/engine/test_process.py", "tests/unit/engine/test_supervisor.py"],
+    "server under disconnects and load": [
+        "tests/net",
+        "-k",
+        "disconnect or concurrent or streams or outlives or leaves",
+    ],
 }
 
 

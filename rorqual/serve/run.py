@@ -5,7 +5,7 @@ sentence. A host that others can reach needs an API key: a model on an open port
 model. On SIGINT or SIGTERM the server drains: `/ready` turns to 503 and new requests are refused with a hint to
 try elsewhere, while it goes on listening, so that a balancer sees a server that is leaving and not a dead port;
 what is under way goes on for `grace_s`, then each is told that the server is shutting down and ended, and the
-engines are stopped. A second signal does not wait.
+engines are stopped. Ctrl-C during that does not wait.
 """
 
 from __future__ import annotations
