@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "docs" / "reference.md"
 COMMANDS = (
     "serve", "chat", "generate", "inspect", "convert", "lint", "verify", "handoff",
-    "tokenizer train", "data prepare", "train", "sft",
+    "tokenizer train", "data prepare", "train", "sft", "upcycle",
     "bench train", "bench decode", "bench prefill", "bench layer", "bench ops", "bench load",
 )  # fmt: skip
 

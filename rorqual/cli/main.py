@@ -21,6 +21,7 @@ from rorqual.cli import (
     sft,
     tokenizer,
     train,
+    upcycle,
     verify,
 )
 from rorqual.errors import RorqualError
@@ -45,6 +46,7 @@ app.command("verify")(verify.verify)
 app.command("handoff")(handoff.handoff)
 app.command("train")(train.train)
 app.command("sft")(sft.sft)
+app.command("upcycle")(upcycle.upcycle)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(data.app, name="data")
 app.add_typer(bench.app, name="bench")

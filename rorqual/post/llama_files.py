@@ -165,7 +165,9 @@ def _refuse_biases(raw: Mapping[str, Any], where: str) -> None:
     if raw.get("attention_bias") or raw.get("mlp_bias"):
         raise ConfigError(f"{where} has biases, which DeepSeek-V3 has not", remedy="convert a model without biases")
     if raw.get("hidden_act", "silu") != "silu":
-        raise ConfigError(f"{where}: hidden_act {raw['hidden_act']!r}, DeepSeek-V3 has silu", remedy="name another model")
+        raise ConfigError(
+            f"{where}: hidden_act {raw['hidden_act']!r}, DeepSeek-V3 has silu", remedy="name another model"
+        )
     if raw.get("sliding_window"):
         raise ConfigError(f"{where} attends in a sliding window", remedy="convert a model with full attention")
 

@@ -29,7 +29,8 @@ MARKERS = (special.USER, special.ASSISTANT, special.THINK, special.END_THINK)
 _CONTROL = 3
 """Token type of a special token in a GGUF file."""
 _LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
@@ -56,6 +57,8 @@ def with_markers(files: TokenizerFiles, bos: int | None, eos: int | None, pad: i
 
     bos, eos, pad: the ids the source's config gives. Padding that is another's token too gets one of its own if there
     is one to spare."""
+    if {*MARKERS, special.BOS, special.EOS} <= {t["content"] for t in files.spec.get("added_tokens") or []}:
+        return files
     spec = copy.deepcopy(dict(files.spec))
     vocab: dict[str, int] = dict(spec["model"]["vocab"])
     added = {int(t["id"]): str(t["content"]) for t in spec.get("added_tokens") or [] if t.get("special")}
