@@ -13,6 +13,7 @@ from rorqual.cli import (
     chat,
     convert,
     data,
+    distill,
     generate,
     handoff,
     inspect,
@@ -46,6 +47,7 @@ app.command("verify")(verify.verify)
 app.command("handoff")(handoff.handoff)
 app.command("train")(train.train)
 app.command("sft")(sft.sft)
+app.command("distill")(distill.distill)
 app.command("upcycle")(upcycle.upcycle)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(data.app, name="data")

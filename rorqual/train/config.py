@@ -15,10 +15,13 @@ from rorqual.errors import ConfigError
 
 @dataclass(frozen=True)
 class Source:
-    """path: a shard directory of `rorqual data prepare`; weight: its share of the rows (by size where none has one)."""
+    """path: a shard directory of `rorqual data prepare`; weight: its share of the rows (by size where none has one);
+    target: where a teacher is distilled, whether these tokens are learned from it or from themselves (lessons that the
+    teacher could not have written)."""
 
     path: str
     weight: float | None = None
+    target: Literal["auto", "teacher", "data"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,12 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW (DeepSeek-V3 section 4.2). lr warms up over `warmup_steps`, holds, and decays over the last `decay_fraction`
-    of the run to lr * min_lr_ratio. clip: global gradient norm. Decay acts on matrices, not on norms."""
+    """AdamW (DeepSeek-V3 section 4.2), or muon: torch.optim.Muon for the matrices of attention and of dense and shared
+    feed-forwards, with updates of AdamW's size, so that one lr serves; AdamW for everything else. lr warms up over
+    `warmup_steps`, holds, and decays over the last `decay_fraction` of the run to lr * min_lr_ratio. clip: global gradient
+    norm. Decay acts on matrices, not on norms."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-3
     min_lr_ratio: float = 0.1
     warmup_steps: int = 100
@@ -72,9 +78,32 @@ class MTPConfig:
 
 
 @dataclass(frozen=True)
+class QuantiseConfig:
+    """Training for the storage a model is shipped in: over the last `fraction` of the run the forward sees the weights as
+    `rorqual convert --to` will store them, and the update goes to the exact ones (straight through). to "": off."""
+
+    to: Literal["", "int4", "int8", "fp8"] = ""
+    fraction: float = 0.25
+    embeddings: bool = True
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """teacher: a Llama-family directory or .gguf file, or a model directory of this package; may be left out where only
+    MTP modules are trained, for they learn from the model itself. expand: a special token of the student's -> the text
+    the teacher reads in its place, special tokens of its own included. chunk: positions whose logits exist at once."""
+
+    teacher: str = ""
+    expand: dict[str, str] = field(default_factory=dict)
+    chunk: int = 4096
+    teacher_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One run. `model` is a preset, a directory (its config), or a table of released keys; `init_from` a model directory
-    whose weights to start from (then it is also the config). batch: sequences a step, in micro-batches."""
+    whose weights to start from (then it is also the config). batch: sequences a step, in micro-batches. freeze: patterns
+    of parameters that stay as they are ("layers.*", "embed_tokens.*")."""
 
     out: str
     data: DataConfig
@@ -97,6 +126,9 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     mtp: MTPConfig = field(default_factory=MTPConfig)
+    freeze: tuple[str, ...] = ()
+    quantise: QuantiseConfig = field(default_factory=QuantiseConfig)
+    distill: DistillConfig | None = None
 
     def __post_init__(self) -> None:
         """Raises ConfigError for values that cannot be right."""
@@ -110,6 +142,8 @@ class RunConfig:
             "optim.warmup_steps must not exceed steps": 0 <= self.optim.warmup_steps <= self.steps,
             "keep_checkpoints must be at least 1": self.keep_checkpoints >= 1,
             "checkpoint_every must be at least 1": self.checkpoint_every >= 1,
+            "quantise.fraction must lie in [0, 1]": 0 <= self.quantise.fraction <= 1,
+            "distill.chunk must be at least 1": self.distill is None or self.distill.chunk >= 1,
             "model or init_from must be given": bool(self.model) or bool(self.init_from),
         }
         for message, ok in checks.items():
@@ -119,12 +153,17 @@ class RunConfig:
             raise ConfigError(f"micro_batch {self.micro_batch} does not divide batch {self.batch}")
 
 
-def resolve(cfg: RunConfig, *, kind: Literal["pretrain", "sft"], cuda: bool, cores: int) -> RunConfig:
+Kind = Literal["pretrain", "sft", "distill"]
+
+
+def resolve(cfg: RunConfig, *, kind: Kind, cuda: bool, cores: int) -> RunConfig:
     """Every "auto" replaced. Pure: the machine is described by the arguments (cores: what torch would take by itself, which
     honours OMP_NUM_THREADS)."""
     data = cfg.data
+    if kind != "distill" and (cfg.distill or any(s.target != "auto" for s in data.train)):
+        raise ConfigError("this run file distils", remedy="run it with `rorqual distill`, or remove distill and target")
     if data.packing == "auto":
-        data = dataclasses.replace(data, packing="stream" if kind == "pretrain" else "samples")
+        data = dataclasses.replace(data, packing="samples" if kind == "sft" else "stream")
     if data.mask_documents == "auto":
         data = dataclasses.replace(data, mask_documents=kind == "sft")
     device = ("cuda" if cuda else "cpu") if cfg.device == "auto" else cfg.device

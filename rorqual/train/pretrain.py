@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -26,10 +26,11 @@ from rorqual.errors import ConfigError, DataError
 from rorqual.model.transformer import Transformer
 from rorqual.plan.count import training_flops_per_token
 from rorqual.train import checkpoints, schedule
-from rorqual.train.config import RunConfig, Source, resolve
+from rorqual.train.config import Kind, RunConfig, Source, resolve
 from rorqual.train.hardware import describe, memory_bytes, peak_flops
+from rorqual.train.loss import losses
 from rorqual.train.record import Events, LiveLine, MetricsFile, read_metrics
-from rorqual.train.trainer import METRICS, Fetch, StepResult, Trainer
+from rorqual.train.trainer import METRICS, Fetch, LossFunction, StepResult, Trainer
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +46,13 @@ class RunRecord:
 
 
 def pretrain(
-    cfg: RunConfig, kind: Literal["pretrain", "sft"] = "pretrain", say: Callable[[str], None] = log.info
+    cfg: RunConfig,
+    kind: Kind = "pretrain",
+    say: Callable[[str], None] = log.info,
+    make_loss: Callable[[RunConfig, Transformer], LossFunction] | None = None,
 ) -> RunRecord:
-    """Run or resume `cfg`. Raises ConfigError, DataError, CheckpointError; on Ctrl-C writes a checkpoint and returns."""
+    """Run or resume `cfg`. make_loss: what a step minimises, from the resolved configuration and the model (None: the
+    next tokens). Raises ConfigError, DataError, CheckpointError; on Ctrl-C writes a checkpoint and returns."""
     cfg = resolve(cfg, kind=kind, cuda=torch.cuda.is_available(), cores=torch.get_num_threads())
     run = Path(cfg.out)
     model_cfg = model_config(cfg)
@@ -59,7 +64,8 @@ def pretrain(
     device = torch.device(cfg.device)
     assert isinstance(cfg.threads, int)
     torch.set_num_threads(cfg.threads)
-    trainer = Trainer(cfg, build_model(cfg, model_cfg, device))
+    model = build_model(cfg, model_cfg, device)
+    trainer = Trainer(cfg, model, losses if make_loss is None else make_loss(cfg, model))
     done, progress = 0, {"tokens": 0, "elapsed_s": 0.0}
     if saved := checkpoints.steps(run):
         done, progress = saved[-1], checkpoints.restore(run, saved[-1], trainer)
@@ -121,12 +127,15 @@ def open_rows(cfg: RunConfig, model_cfg: ModelConfig, sources: Sequence[Source])
                 remedy="prepare the data with the model's tokenizer",
             )
     extra = 1 + model_cfg.num_nextn_predict_layers
+    marks = [2 if s.target == "data" else 1 for s in sources]
     if cfg.data.packing == "samples":
-        return PackedSamples(readers, cfg.data.seq_len, cfg.seed, extra)
+        return PackedSamples(readers, cfg.data.seq_len, cfg.seed, extra, marks)
     weights = [s.weight for s in sources]
     if any(w is None for w in weights) and any(w is not None for w in weights):
         raise ConfigError("give every source of a mixture a weight, or none")
-    return PackedStream(readers, cfg.data.seq_len, cfg.seed, [w for w in weights if w is not None] or None, extra)
+    return PackedStream(
+        readers, cfg.data.seq_len, cfg.seed, [w for w in weights if w is not None] or None, extra, marks
+    )
 
 
 def model_summary(model: Transformer) -> str:
@@ -225,7 +234,7 @@ class Loop:
             }
             if step == self.step and evaluate is not None and val is not None:
                 rows = min(self.cfg.eval_rows, val.rows_per_epoch)
-                line["val_loss"], line["mtp_agreement"] = self.trainer.evaluate(evaluate, rows)
+                line["val_loss"], line["mtp_agreement"] = self.trainer.evaluate(evaluate, rows, step - 1)
             self.metrics.write(line)
             self.events.write(line)
             self.last = {**{k: v for k, v in self.last.items() if k in ("val_loss", "mtp_agreement")}, **line}

@@ -1,4 +1,4 @@
-"""One step of training: gradients over micro-batches, clipping, AdamW, the bias update.
+"""One step of training: gradients over micro-batches, clipping, the optimiser, the bias update.
 
 The trainer owns nothing that a checkpoint does not hold: weights, optimiser moments, the step number. The data are a
 pure function of the step, so a killed run goes on where its last checkpoint stands, to the bit.
@@ -7,6 +7,7 @@ pure function of the step, so a killed run goes on where its last checkpoint sta
 from __future__ import annotations
 
 from collections.abc import Callable
+from fnmatch import fnmatch
 from typing import NamedTuple
 
 import numpy as np
@@ -19,9 +20,13 @@ from rorqual.model.transformer import Transformer
 from rorqual.ops.balance import load, max_violation, update_bias_
 from rorqual.train import schedule
 from rorqual.train.config import RunConfig
-from rorqual.train.loss import Targets, losses
+from rorqual.train.loss import Losses, Targets, losses
+from rorqual.train.optimizer import make_optimizer
+from rorqual.train.quantise import ShippedWeights
 
 Fetch = Callable[[int, int], Rows]
+LossFunction = Callable[..., Losses]
+"""What `train.loss.losses` is: (model, rows, counts, *, mask_documents, balance_share) -> Losses."""
 METRICS = ("loss", "lm_loss", "mtp_loss", "balance_loss", "grad_norm", "max_violation")
 
 
@@ -33,20 +38,17 @@ class StepResult(NamedTuple):
 
 
 class Trainer:
-    """cfg is resolved; model has fp32 parameters and computes in cfg.dtype."""
+    """cfg is resolved; model has fp32 parameters and computes in cfg.dtype. loss: what a step minimises."""
 
-    def __init__(self, cfg: RunConfig, model: Transformer) -> None:
+    def __init__(self, cfg: RunConfig, model: Transformer, loss: LossFunction = losses) -> None:
         self.cfg, self.model = cfg, model
         self.gates = [m for m in model.modules() if isinstance(m, Gate)]
-        matrices = [p for p in model.parameters() if p.ndim >= 2]
-        vectors = [p for p in model.parameters() if p.ndim < 2]
-        groups = [
-            {"params": matrices, "weight_decay": cfg.optim.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        o = cfg.optim
-        self.optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, fused=True)
-        self.losses = losses
+        for name, parameter in model.named_parameters():
+            if any(fnmatch(name, pattern) for pattern in cfg.freeze):
+                parameter.requires_grad_(False)
+        self.optimizer = make_optimizer(cfg.optim, model)
+        self.losses = loss
+        self.shipped = ShippedWeights(cfg, model)
         if cfg.compile:
             for block in [*model.layers, *model.mtp]:
                 block.compile()
@@ -61,42 +63,46 @@ class Trainer:
         lr = schedule.learning_rate(cfg, step)
         sums = torch.zeros(3, device=model.device)
         loads = torch.zeros(len(self.gates), model.cfg.n_routed_experts, dtype=torch.int64, device=model.device)
-        for start in range(0, cfg.batch, cfg.micro_batch):
-            part = Targets(*(t[start : start + cfg.micro_batch] for t in rows))
-            out = self.losses(
-                model,
-                part,
-                counts,
-                mask_documents=bool(cfg.data.mask_documents),
-                balance_share=cfg.micro_batch / cfg.batch,
-            )
-            (out.lm + weight * out.mtp + alpha * out.balance).backward()
-            sums += torch.stack((out.lm.detach(), out.mtp.detach(), out.balance.detach()))
-            if out.routings:
-                loads += torch.stack([load(r.chosen_NK, model.cfg.n_routed_experts) for r in out.routings])
+        with self.shipped.during(step):
+            for start in range(0, cfg.batch, cfg.micro_batch):
+                part = Targets(*(t[start : start + cfg.micro_batch] for t in rows))
+                out = self.losses(
+                    model,
+                    part,
+                    counts,
+                    mask_documents=bool(cfg.data.mask_documents),
+                    balance_share=cfg.micro_batch / cfg.batch,
+                )
+                (out.lm + weight * out.mtp + alpha * out.balance).backward()
+                sums += torch.stack((out.lm.detach(), out.mtp.detach(), out.balance.detach()))
+                if out.routings:
+                    loads += torch.stack([load(r.chosen_NK, model.cfg.n_routed_experts) for r in out.routings])
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.optim.clip, foreach=True)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for gate, load_E in zip(self.gates, loads, strict=True):
-            update_bias_(gate.e_score_correction_bias, load_E, schedule.gamma(cfg, step))
+            if gate.weight.requires_grad:
+                update_bias_(gate.e_score_correction_bias, load_E, schedule.gamma(cfg, step))
         lm, mtp, balance = sums.unbind()
         worst = torch.stack([max_violation(x) for x in loads]).max() if self.gates else torch.zeros_like(lm)
         total = lm + weight * mtp + alpha * balance
         return StepResult(torch.stack((total, lm, mtp, balance, norm, worst)), loads)
 
     @torch.no_grad()
-    def evaluate(self, fetch: Fetch, rows: int) -> tuple[float, float]:
-        """(next-token loss, share of MTP depth-1 greedy guesses equal to the model's own) over the first `rows` rows."""
+    def evaluate(self, fetch: Fetch, rows: int, step: int = 0) -> tuple[float, float]:
+        """(next-token loss, share of MTP depth-1 greedy guesses equal to the model's own) over the first `rows` rows, with
+        the weights that the forward of this step sees."""
         cfg, model = self.cfg, self.model
         assert isinstance(cfg.micro_batch, int)
         total, agree = torch.zeros((), device=model.device), torch.zeros((), device=model.device)
         counted = torch.zeros((), device=model.device)
-        for start in range(0, rows, cfg.micro_batch):
-            part = self._to_device(fetch(start, min(cfg.micro_batch, rows - start)))
-            lm, match, weights = evaluate_rows(model, part, bool(cfg.data.mask_documents))
-            total, agree, counted = total + lm, agree + match, counted + weights
+        with self.shipped.during(step):
+            for start in range(0, rows, cfg.micro_batch):
+                part = self._to_device(fetch(start, min(cfg.micro_batch, rows - start)))
+                lm, match, weights = evaluate_rows(model, part, bool(cfg.data.mask_documents))
+                total, agree, counted = total + lm, agree + match, counted + weights
         return (total / counted).item(), (agree / counted).item()
 
     def _to_device(self, rows: Rows) -> Targets:
