@@ -59,7 +59,7 @@ def divergence(h_ND: Tensor, head_VD: Tensor, weights_N: Tensor, target: Target,
     """Weighted sum over positions of KL(target || softmax(h head^T)), in nats; differentiable in h and head.
 
     A target that puts everything on one word makes it that word's cross-entropy."""
-    total: Tensor = _ChunkedDivergence.apply(h_ND, head_VD, weights_N, target, chunk)
+    total: Tensor = _ChunkedDivergence.apply(h_ND, head_VD, weights_N, target, chunk)  # type: ignore[no-untyped-call]
     return total
 
 

@@ -106,6 +106,10 @@ class Llama(nn.Module):
         self.register_buffer("rope_speeds", torch.tensor(speeds, dtype=torch.float32), persistent=False)
 
     @property
+    def blocks(self) -> list[LlamaBlock]:
+        return [layer for layer in self.layers if isinstance(layer, LlamaBlock)]
+
+    @property
     def device(self) -> torch.device:
         return self.norm.weight.device
 

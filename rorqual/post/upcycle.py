@@ -31,6 +31,7 @@ from rorqual.checkpoint import save_model
 from rorqual.config import ModelConfig
 from rorqual.data.sources import texts
 from rorqual.errors import ConfigError, DataError
+from rorqual.model.block import Block
 from rorqual.model.layers import MLP
 from rorqual.model.moe import MoE
 from rorqual.model.transformer import Transformer
@@ -133,7 +134,7 @@ def convert(
     shape = expert_shape(source.cfg, cfg)
     with torch.no_grad():
         for i, x_attention, x_ffn in layer_inputs(llama, calibration):
-            block = llama.layers[i]
+            block = llama.blocks[i]
             for model in steps.values():
                 rank = model.cfg.kv_lora_rank
                 weights = convert_attention(block, source.cfg, x_attention, rank, cfg.fold, cfg.key_weight)
@@ -257,7 +258,7 @@ def layer_inputs(llama: Llama, rows_BT: Tensor, chunk: int = 8) -> Iterator[tupl
     time: memory holds one layer's inputs, whatever the model's depth."""
     rope = llama.rope(rows_BT.shape[1])
     h_BTD = llama.embed(rows_BT)
-    for i, layer in enumerate(llama.layers):
+    for i, layer in enumerate(llama.blocks):
         normed = layer.input_layernorm(h_BTD)
         between = torch.cat([layer.attend(part, rope) for part in h_BTD.split(chunk)])
         normed_ffn = layer.post_attention_layernorm(between)
@@ -303,7 +304,8 @@ def _shell(cfg: ModelConfig, llama: Llama) -> Transformer:
     model.norm.weight.copy_(llama.norm.weight)
     if not cfg.tie_word_embeddings:
         model.lm_head.weight.copy_(llama.lm_head.weight)
-    for ours, theirs in zip(model.layers, llama.layers, strict=True):
+    for ours, theirs in zip(model.layers, llama.blocks, strict=True):
+        assert isinstance(ours, Block)
         ours.input_layernorm.weight.copy_(theirs.input_layernorm.weight)
         ours.post_attention_layernorm.weight.copy_(theirs.post_attention_layernorm.weight)
         if isinstance(ours.mlp, MLP):

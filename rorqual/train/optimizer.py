@@ -63,9 +63,8 @@ def make_optimizer(cfg: OptimConfig, model: nn.Module) -> torch.optim.AdamW | Op
 
 
 def _adamw(cfg: OptimConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
-    matrices, vectors = [], []
-    for p in parameters:
-        (matrices if p.ndim >= 2 else vectors).append(p)
+    every = list(parameters)
+    matrices, vectors = [p for p in every if p.ndim >= 2], [p for p in every if p.ndim < 2]
     groups = [
         {"params": matrices, "weight_decay": cfg.weight_decay},
         {"params": vectors, "weight_decay": 0.0},

@@ -25,7 +25,7 @@ from rorqual.post.llama_files import save_llama
 from rorqual.post.llama_tokenizer import TokenizerFiles
 from rorqual.post.upcycle import UpcycleConfig, upcycle
 from rorqual.train import checkpoints
-from rorqual.train.config import QuantiseConfig, RunConfig
+from rorqual.train.config import RunConfig
 from rorqual.train.optimizer import make_optimizer
 from rorqual.train.pretrain import pretrain
 from rorqual.train.quantise import ShippedWeights
