@@ -18,10 +18,10 @@ def upcycle(
     rank: Annotated[int, typer.Option(help="kv_lora_rank; 0: a third of the hidden size.", min=0)] = 0,
     fold: Annotated[int, typer.Option(help="Neighbouring rotary speeds mixed as one.", min=1)] = 2,
     key_weight: Annotated[float, typer.Option(help="An error of keys against one of values.", min=0.01)] = 2.0,
-    routed: Annotated[int, typer.Option(help="Routed experts.", min=2)] = 12,
-    width: Annotated[int, typer.Option(help="Neurons an expert; 0: half the neurons in routed experts.", min=0)] = 0,
+    routed: Annotated[int, typer.Option(help="Routed experts; 0: about twelve.", min=0)] = 0,
+    width: Annotated[int, typer.Option(help="Neurons an expert; 0: so that half are routed.", min=0)] = 0,
     shared: Annotated[int, typer.Option(help="Shared experts; 0: what is left.", min=0)] = 0,
-    top_k: Annotated[int, typer.Option(help="Routed experts a token.", min=1)] = 6,
+    top_k: Annotated[int, typer.Option(help="Routed experts a token; 0: half of them.", min=0)] = 0,
     dense_layers: Annotated[int, typer.Option(help="First layers that stay dense.", min=0)] = 1,
     mtp: Annotated[bool, typer.Option("--mtp/--no-mtp", help="Add a multi-token-prediction module.")] = False,
     chat: Annotated[

@@ -49,17 +49,17 @@ Say = Callable[[str], None]
 @dataclass(frozen=True)
 class UpcycleConfig:
     """rank: kv_lora_rank (0: a third of the hidden size, in steps of 32). fold: neighbouring rotary speeds mixed as one.
-    key_weight: an error of keys against one of values. shared, routed, width, top_k: experts; width 0 divides half the
-    neurons into twelve experts and leaves as many shared. dense_layers: how many stay dense. tokens: of calibration, in
+    key_weight: an error of keys against one of values. shared, routed, width, top_k: experts; 0 divides half the neurons
+    into about twelve experts, half of them chosen, and leaves as many shared. dense_layers: how many stay dense. tokens: of calibration, in
     sequences of `length`, a sixth of which is held back for measuring."""
 
     rank: int = 0
     fold: int = 2
     key_weight: float = 2.0
     shared: int = 0
-    routed: int = 12
+    routed: int = 0
     width: int = 0
-    top_k: int = 6
+    top_k: int = 0
     dense_layers: int = 1
     mtp: bool = False
     chat: bool = True
@@ -160,16 +160,25 @@ def convert(
 def expert_shape(source: LlamaConfig, cfg: UpcycleConfig) -> ExpertShape:
     """Raises ConfigError where the experts do not add up to the feed-forward's neurons."""
     neurons = source.intermediate_size
-    width = cfg.width or neurons // (2 * cfg.routed)
-    shared = cfg.shared or neurons // max(1, width) - cfg.routed
-    if width < 1 or shared < 1 or (shared + cfg.routed) * width != neurons:
+    width = cfg.width or _usual_width(neurons, 2 * (cfg.routed or 12))
+    routed = cfg.routed or max(2, neurons // width // 2)
+    shared = cfg.shared or neurons // width - routed
+    if shared < 1 or (shared + routed) * width != neurons:
         raise ConfigError(
-            f"{shared} shared and {cfg.routed} routed experts of width {width} are not the {neurons} neurons",
+            f"{shared} shared and {routed} routed experts of width {width} are not the {neurons} neurons",
             remedy="choose routed, width and shared with (shared + routed) * width = intermediate_size",
         )
-    if not 1 <= cfg.top_k <= cfg.routed:
-        raise ConfigError(f"top_k {cfg.top_k} must lie between 1 and {cfg.routed}")
-    return ExpertShape(shared, cfg.routed, width, cfg.top_k)
+    top_k = cfg.top_k or max(1, routed // 2)
+    if not 1 <= top_k <= routed:
+        raise ConfigError(f"top_k {top_k} must lie between 1 and {routed}")
+    return ExpertShape(shared, routed, width, top_k)
+
+
+def _usual_width(neurons: int, parts: int) -> int:
+    """The divisor of `neurons` nearest to a `parts`-th, among multiples of 32 (int4's groups) where one is near."""
+    near = [w for w in range(1, neurons + 1) if neurons % w == 0 and w <= max(1, 2 * neurons // parts)]
+    whole = [w for w in near if w % 32 == 0 and 2 * w * parts >= neurons]
+    return min(whole or near, key=lambda w: abs(w - neurons / parts))
 
 
 def released_config(source: LlamaConfig, cfg: UpcycleConfig, ids: tuple[int | None, ...]) -> ModelConfig:
@@ -178,7 +187,7 @@ def released_config(source: LlamaConfig, cfg: UpcycleConfig, ids: tuple[int | No
     pairs = d // 2
     if cfg.fold < 1 or pairs % cfg.fold:
         raise ConfigError(f"fold {cfg.fold} does not divide the {pairs} rotary pairs of a head")
-    rank = cfg.rank or max(32, round(source.hidden_size / 3 / 32) * 32)
+    rank = cfg.rank or min(max(32, round(source.hidden_size / 3 / 32) * 32), 2 * source.num_key_value_heads * d)
     if rank < source.hidden_size and rank > 2 * source.num_key_value_heads * d:
         raise ConfigError(
             f"rank {rank} is more than keys and values need", remedy=f"at most {2 * source.num_key_value_heads * d}"

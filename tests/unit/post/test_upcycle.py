@@ -23,7 +23,7 @@ from rorqual.errors import ConfigError, DataError
 from rorqual.model.layers import MLP
 from rorqual.post.llama import Llama, LlamaConfig, names
 from rorqual.post.llama_files import LlamaSource
-from rorqual.post.upcycle import UpcycleConfig, convert, layer_inputs, upcycle
+from rorqual.post.upcycle import UpcycleConfig, convert, expert_shape, layer_inputs, released_config, upcycle
 from rorqual.post.upcycle_attention import convert_attention
 from rorqual.post.upcycle_experts import ExpertShape, balanced_groups, convert_experts
 from rorqual.post.upcycle_mtp import agreement
@@ -195,6 +195,17 @@ def test_wrong_settings_are_told_apart(changes: dict[str, int], match: str) -> N
     model = make_llama(head_dim=changes.pop("_head_dim", 8))
     with pytest.raises(ConfigError, match=match):
         convert(source_of(model), ROWS, UpcycleConfig(**{"routed": 6, "top_k": 3, **changes}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("neurons", [96, 128, 688, 1536, 5632, 11008, 14336])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_the_default_shape_fits_any_source(neurons: int, kv_heads: int) -> None:
+    source = dataclasses.replace(TINY, intermediate_size=neurons, num_key_value_heads=kv_heads, hidden_size=576)
+    shape = expert_shape(source, UpcycleConfig())
+    assert (shape.shared + shape.routed) * shape.width == neurons and 2 <= 2 * shape.top_k <= shape.routed
+    assert released_config(source, UpcycleConfig(), (0, 1, 2)).kv_lora_rank <= 2 * kv_heads * 8
+    if neurons == 1536:
+        assert shape == ExpertShape(shared=12, routed=12, width=64, top_k=6)
 
 
 def test_too_little_text_is_said(llama_dir: Callable[..., Path], tmp_path: Path) -> None:
