@@ -50,8 +50,9 @@ Say = Callable[[str], None]
 class UpcycleConfig:
     """rank: kv_lora_rank (0: a third of the hidden size, in steps of 32). fold: neighbouring rotary speeds mixed as one.
     key_weight: an error of keys against one of values. shared, routed, width, top_k: experts; 0 divides half the neurons
-    into about twelve experts, half of them chosen, and leaves as many shared. dense_layers: how many stay dense. tokens: of calibration, in
-    sequences of `length`, a sixth of which is held back for measuring."""
+    into about twelve experts, half of them chosen, and leaves as many shared. dense_layers: how many stay dense. chat:
+    DeepSeek's chat markers in place of spare special tokens. tokens: of calibration, in sequences of `length`, a sixth of
+    which is held back for measuring."""
 
     rank: int = 0
     fold: int = 2
