@@ -54,7 +54,7 @@ def test_the_steps_lead_from_the_source_to_files_that_load(
         for i in range(400)
     ]
     (out / "dialogues" / "part-0.jsonl").write_text("\n".join(chats))
-    (data / "lessons.jsonl.xz").write_bytes(lzma.compress("\n".join(chats[:200]).encode()))
+    (data / "lessons.jsonl.xz").write_bytes(lzma.compress("\n".join(chats).encode()))
 
     sizes = ("--tokens", "1024", "--length", "64", "--rank", "32", "--routed", "3", "--width", "16", "--top-k", "2")
     assert "perplexity" in step(tmp_path, "convert", *sizes)
