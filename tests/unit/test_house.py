@@ -160,6 +160,8 @@ MAY_CONNECT = {
     ("checkpoint/verify_server.py", "urllib.request"),
     # A search provider that is a client: it talks to the engines it knows, not to addresses that people or models name.
     ("search/providers.py", "ddgs"),
+    # The upstream's answers have httpx's types; `net.UpstreamClient` sends the requests.
+    ("serve/upstream.py", "httpx"),
 }
 
 
