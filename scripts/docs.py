@@ -49,11 +49,14 @@ def run_file(cls: type, prefix: str = "") -> list[str]:
         inner = [a for a in typing.get_args(hint) if dataclasses.is_dataclass(a)]
         kind = f"list of {{{', '.join(x.name for x in dataclasses.fields(inner[0]))}}}" if inner else _type(hint)
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        rows.append(f"| `{prefix}{f.name}` | {kind} | {'required' if required else f'`{f.default!r}`'} |")
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        rows.append(f"| `{prefix}{f.name}` | {kind} | {'required' if required else f'`{default!r}`'} |")
     return rows + sections
 
 
 def _type(hint: typing.Any) -> str:
+    if typing.get_origin(hint) is dict:
+        return "table"
     if typing.get_origin(hint) is typing.Literal:
         return ", ".join(map(str, typing.get_args(hint)))
     if args := typing.get_args(hint):

@@ -58,7 +58,7 @@ def test_the_steps_lead_from_the_source_to_files_that_load(
 
     sizes = ("--tokens", "1024", "--length", "64", "--rank", "32", "--routed", "3", "--width", "16", "--top-k", "2")
     assert "perplexity" in step(tmp_path, "convert", *sizes)
-    step(tmp_path, "prepare")
+    step(tmp_path, "prepare", "--val-fraction", "0.2")
     small = [
         "steps=6", "batch=4", "micro_batch=2", "data.seq_len=64", "eval_rows=2", "optim.warmup_steps=1", "threads=1",
     ]  # fmt: skip
