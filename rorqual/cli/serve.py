@@ -114,16 +114,20 @@ def serve(
         log_prompts=log_prompts,
     )
     app = create_app(served, settings, Upstream(upstream, api_key=upstream_key) if upstream else None)
-    if not app.state.keyring.required:
-        typer.echo("no API keys: this machine alone can reach the server (`rorqual keys create` makes one)", err=True)
+
+    def bound() -> None:
+        if not app.state.keyring.required:
+            typer.echo(
+                "no API keys: this machine alone can reach the server (`rorqual keys create` makes one)", err=True
+            )
+        typer.echo(f"before {upstream}" if upstream else f"loading {', '.join(names)} …", err=True)
+
     run(
         app,
         host,
         port,
         grace_s=grace,
-        on_bound=lambda: typer.echo(
-            f"{f'before {upstream}' if upstream else 'loading ' + ', '.join(names)} …", err=True
-        ),
+        on_bound=bound,
         on_ready=lambda url: typer.echo(f"chat: {url}   API: {url}/v1   (Ctrl-C stops)", err=True),
     )
 

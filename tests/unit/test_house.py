@@ -158,6 +158,8 @@ MAY_CONNECT = {
     ("serve/run.py", "socket"),
     # `verify` asks the inference server that its caller names, as a tool beside the server, in the training extra.
     ("checkpoint/verify_server.py", "urllib.request"),
+    # The type of an answer that net's client hands out.
+    ("serve/upstream.py", "httpx"),
     # A search provider that is a client: it talks to the engines it knows, not to addresses that people or models name.
     ("search/providers.py", "ddgs"),
     # The upstream's answers have httpx's types; `net.UpstreamClient` sends the requests.

@@ -340,7 +340,7 @@ def test_serving_others_without_a_key_is_refused(rorqual: Run, monkeypatch: pyte
     monkeypatch.delenv("RORQUAL_API_KEY", raising=False)
     done = rorqual("serve", "--host", "0.0.0.0", "--port", "0")
     line = Done(done.code, done.out, done.err.replace("loading rorqual-nano …\n", "")).complaint()
-    assert "0.0.0.0 can be reached from other machines" in line and "set a key" in line and "127.0.0.1" in line
+    assert "0.0.0.0 can be reached from other machines" in line and "keys create" in line and "127.0.0.1" in line
 
 
 def test_serving_on_a_used_port_is_refused(rorqual: Run) -> None:

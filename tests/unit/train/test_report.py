@@ -62,7 +62,7 @@ def test_a_page_of_a_run_without_a_number_is_written_all_the_same(run_file, tmp_
 def test_epochs_are_what_the_sources_get(run_file, corpus: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Three epochs of one source and the rest of another, by the rows that a run draws."""
     val, train = (f"{corpus}/shards/{split}" for split in ("val", "train"))
-    cfg = resolve(load_toml(RunConfig, run_file(steps=2000)), kind="pretrain", cuda=False, cores=1)
+    cfg = resolve(load_toml(RunConfig, run_file(steps=20000)), kind="pretrain", cuda=False, cores=1)
     budget = Timeline(cfg).total_tokens
     view = open_rows(cfg, model_config(cfg), (Source(val, epochs=3.0), Source(train)), budget)
     seen = view.epochs_seen(budget // cfg.data.seq_len)
