@@ -162,8 +162,6 @@ MAY_CONNECT = {
     ("serve/upstream.py", "httpx"),
     # A search provider that is a client: it talks to the engines it knows, not to addresses that people or models name.
     ("search/providers.py", "ddgs"),
-    # The upstream's answers have httpx's types; `net.UpstreamClient` sends the requests.
-    ("serve/upstream.py", "httpx"),
 }
 
 
