@@ -23,7 +23,8 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 """Token types of the format."""
 NO_VOCABULARY = "to write the weights without a vocabulary, export a copy of the directory without tokenizer.json"
 _GPT2: tuple[str, ...] = ("ByteLevel",)
-_PRE: Mapping[tuple[str, ...], str] = {SPLITS: "deepseek-v3", _GPT2: "gpt-2"}
+_SMOLLM: tuple[str, ...] = ("Digits", "ByteLevel")
+_PRE: Mapping[tuple[str, ...], str] = {SPLITS: "deepseek-v3", _GPT2: "gpt-2", _SMOLLM: "smollm"}
 _MARKERS = (("<|", "|>"), ("<｜", "｜>"))
 
 
@@ -123,7 +124,8 @@ def _patterns(spec: Mapping[str, Any] | None) -> tuple[str, ...]:
     if level.get("type") != "ByteLevel" or level.get("add_prefix_space", True):
         return ()
     if level.get("use_regex", True):
-        return () if splits else _GPT2
+        single_digits = [{"type": "Digits", "individual_digits": True}]
+        return _GPT2 if not splits else _SMOLLM if splits == single_digits else ()
     if any(s.get("type") != "Split" or s.get("behavior") != "Isolated" or s.get("invert") for s in splits):
         return ()
     return tuple(s.get("pattern", {}).get("Regex", "") for s in splits)

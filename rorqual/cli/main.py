@@ -14,6 +14,7 @@ from rorqual.cli import (
     conformance,
     convert,
     data,
+    distill,
     generate,
     handoff,
     index,
@@ -24,6 +25,7 @@ from rorqual.cli import (
     sft,
     tokenizer,
     train,
+    upcycle,
     verify,
 )
 from rorqual.errors import RorqualError
@@ -48,6 +50,8 @@ app.command("verify")(verify.verify)
 app.command("handoff")(handoff.handoff)
 app.command("train")(train.train)
 app.command("sft")(sft.sft)
+app.command("distill")(distill.distill)
+app.command("upcycle")(upcycle.upcycle)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(data.app, name="data")
 app.add_typer(index.app, name="index")

@@ -59,11 +59,14 @@ class PackedStream:
         seed: int,
         weights: Sequence[float] | None = None,
         extra: int = 1,
+        marks: Sequence[int] | None = None,
     ) -> None:
-        """Raises DataError for empty sources, mixed tokenizers or weights that are none."""
+        """marks: what the mask says where a source's token is learned (1). Raises DataError for empty sources, mixed
+        tokenizers or weights that are none."""
         _check(readers, seq_len, extra, seed)
         self.seq_len, self.extra, self.seed = seq_len, extra, seed
         self._readers = list(readers)
+        self._marks = _marks(marks, len(readers))
         self._quotas = _quotas([r.tokens for r in readers] if weights is None else weights, len(readers))
         self.rows_per_epoch = max(1, sum(r.tokens for r in readers) // seq_len)
         self._epoch = lru_cache(maxsize=2 * len(readers))(self._make_epoch)
@@ -79,7 +82,7 @@ class PackedStream:
             first = int(index[where[0]]) * self.seq_len
             tokens, document, mask = self._stretch(int(s), first, first + (where.size - 1) * self.seq_len + width)
             cut = (np.arange(where.size) * self.seq_len)[:, None] + np.arange(width)
-            rows.tokens[where], rows.mask[where] = tokens[cut], mask[cut]
+            rows.tokens[where], rows.mask[where] = tokens[cut], mask[cut] * self._marks[s]
             numbers = document[cut]
             rows.documents[where] = numbers - numbers[:, :1] + 1
         return rows
@@ -142,9 +145,17 @@ class PackedSamples:
     belongs to it.
     """
 
-    def __init__(self, readers: Sequence[Reader], seq_len: int, seed: int, extra: int = 1) -> None:
-        """Raises DataError for empty sources or mixed tokenizers."""
+    def __init__(
+        self,
+        readers: Sequence[Reader],
+        seq_len: int,
+        seed: int,
+        extra: int = 1,
+        marks: Sequence[int] | None = None,
+    ) -> None:
+        """marks: as in PackedStream. Raises DataError for empty sources or mixed tokenizers."""
         _check(readers, seq_len, extra, seed)
+        self._marks = _marks(marks, len(readers))
         self.seq_len, self.extra, self.seed = seq_len, extra, seed
         self._readers = list(readers)
         lengths = np.concatenate([r.lengths for r in readers])
@@ -179,7 +190,7 @@ class PackedSamples:
             document = self._documents[entries[chosen]] - self._bases[r]
             tokens, mask = reader.gather(reader.starts[document], lengths[chosen])
             target = spans(begins[chosen], lengths[chosen])
-            rows.tokens.reshape(-1)[target], rows.mask.reshape(-1)[target] = tokens, mask
+            rows.tokens.reshape(-1)[target], rows.mask.reshape(-1)[target] = tokens, mask * self._marks[r]
         rows.mask.reshape(-1)[begins] = 0
         return rows
 
@@ -216,6 +227,10 @@ def _first_fit(lengths: Ints, capacity: int) -> Ints:
         rows[i] = number[at]
         room[at] -= length
     return rows
+
+
+def _marks(marks: Sequence[int] | None, sources: int) -> Bytes:
+    return np.asarray([1] * sources if marks is None else marks, dtype=np.uint8)
 
 
 def _quotas(weights: Sequence[float], sources: int) -> Ints:

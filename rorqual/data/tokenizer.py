@@ -232,7 +232,7 @@ def train_tokenizer(
     for token in spec["added_tokens"]:
         token["special"] = token["content"] in special.CONTROL
     spec["decoder"] = json.loads(decoders.ByteLevel().__getstate__())
-    spec["post_processor"] = _begin_with_bos()
+    spec["post_processor"] = begin_with(special.BOS, 0)
     return Tokenizer(spec, _published_config(ChatTemplate(template)))
 
 
@@ -270,10 +270,9 @@ def _byte_table(vocab: dict[str, int], added: dict[str, int]) -> list[bytes]:
     """What each id stands for. Raises DataError if some byte has no token (not byte-level: text would be
     lost)."""
     byte_of = {char: byte for byte, char in enumerate(_byte_alphabet())}
-    missing = [byte for char, byte in byte_of.items() if char not in vocab]
-    if missing:
+    if missing := missing_bytes(vocab):
         raise DataError(
-            f"this is not a byte-level BPE tokenizer: {len(missing)} of the 256 bytes have no token",
+            f"this is not a byte-level BPE tokenizer: {len(missing)} of the bytes of UTF-8 have no token",
             remedy="use a tokenizer of the DeepSeek-V3 family or one made by `rorqual tokenizer train`",
         )
     table = [b""] * (1 + max((*vocab.values(), *added.values())))
@@ -285,6 +284,14 @@ def _byte_table(vocab: dict[str, int], added: dict[str, int]) -> list[bytes]:
     for token, i in added.items():
         table[i] = token.encode("utf-8")
     return table
+
+
+def missing_bytes(vocab: Iterable[str]) -> list[str]:
+    """The bytes that UTF-8 uses and a byte-level vocabulary lacks, as it would spell them. The other thirteen occur in no
+    text; a vocabulary may do without."""
+    never = {0xC0, 0xC1, *range(0xF5, 0x100)}
+    have = set(vocab)
+    return [char for byte, char in enumerate(_byte_alphabet()) if byte not in never and char not in have]
 
 
 def _byte_alphabet() -> list[str]:
@@ -327,16 +334,16 @@ def _pieces_for_training(texts: Iterable[str], progress: Callable[[int], None] |
             progress(seen)
 
 
-def _begin_with_bos() -> dict[str, Any]:
-    """What add_bos_token means, spelled out for engines that read tokenizer.json alone."""
-    first = {"SpecialToken": {"id": special.BOS, "type_id": 0}}
+def begin_with(bos: str, token_id: int) -> dict[str, Any]:
+    """What add_bos_token means, spelled out for engines that read tokenizer.json alone: a post_processor."""
+    first = {"SpecialToken": {"id": bos, "type_id": 0}}
     single = [first, {"Sequence": {"id": "A", "type_id": 0}}]
     pair = [
         *single,
-        {"SpecialToken": {"id": special.BOS, "type_id": 1}},
+        {"SpecialToken": {"id": bos, "type_id": 1}},
         {"Sequence": {"id": "B", "type_id": 1}},
     ]
-    tokens = {special.BOS: {"id": special.BOS, "ids": [0], "tokens": [special.BOS]}}
+    tokens = {bos: {"id": bos, "ids": [token_id], "tokens": [bos]}}
     return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": tokens}
 
 

@@ -16,11 +16,13 @@ from rorqual.errors import ConfigError
 @dataclass(frozen=True)
 class Source:
     """path: a shard directory of `rorqual data prepare`; weight: its share of the rows (by size where none has one); or
-    epochs: how often the run goes through it, whatever that share is."""
+    epochs: how often the run goes through it, whatever that share is; target: where a teacher is distilled, whether these
+    tokens are learned from it or from themselves (lessons that the teacher could not have written)."""
 
     path: str
     weight: float | None = None
     epochs: float | None = None
+    target: Literal["auto", "teacher", "data"] = "auto"
 
     def __post_init__(self) -> None:
         if self.epochs is not None and (self.weight is not None or self.epochs <= 0):
@@ -131,12 +133,35 @@ class GuardConfig:
 
 
 @dataclass(frozen=True)
+class QuantiseConfig:
+    """Training for the storage a model is shipped in: over the last `fraction` of the run's tokens the forward sees the
+    weights as `rorqual convert --to` will store them; the update goes to the exact ones (straight through). to "": never."""
+
+    to: Literal["", "int4", "int8", "fp8"] = ""
+    fraction: float = 0.25
+    embeddings: bool = True
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """teacher: a Llama-family directory or .gguf file, or a model directory of this package; may be left out where only
+    MTP modules are trained, for they learn from the model itself. expand: a special token of the student's -> the text
+    the teacher reads in its place, special tokens of its own included. chunk: positions whose logits exist at once."""
+
+    teacher: str = ""
+    expand: dict[str, str] = field(default_factory=dict)
+    chunk: int = 4096
+    teacher_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One run. `model` is a preset, a directory (its config), or a table of released keys; `init_from` a model directory
     whose weights to start from (then it is also the config). The budget is `steps` or `tokens`. batch: sequences a step
     (where it grows, at the end), in micro-batches. dtype: of the activations; precision "fp32" and "bf16" say the
     same by another name, "fp8" multiplies all linear layers in FP8 (`ops/fp8_train.py`) between activations in bf16 (or in
     fp32, where dtype says so).
+    freeze: patterns of parameters that stay as they are ("layers.*", "embed_tokens.*").
     report: write report.html when the run ends or stops."""
 
     out: str
@@ -166,6 +191,9 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    freeze: tuple[str, ...] = ()
+    quantise: QuantiseConfig = field(default_factory=QuantiseConfig)
+    distill: DistillConfig | None = None
 
     def __post_init__(self) -> None:
         """Raises ConfigError for values that cannot be right."""
@@ -194,6 +222,8 @@ class RunConfig:
             not in (("bf16", "float32"), ("fp32", "bfloat16")),
             "keep_checkpoints must be at least 1": self.keep_checkpoints >= 1,
             "checkpoint_every must be at least 1": self.checkpoint_every >= 1,
+            "quantise.fraction must lie in [0, 1]": 0 <= self.quantise.fraction <= 1,
+            "distill.chunk must be at least 1": self.distill is None or self.distill.chunk >= 1,
             "model or init_from must be given": bool(self.model) or bool(self.init_from),
         }
         for message, ok in checks.items():
@@ -218,12 +248,17 @@ class RunConfig:
                     raise ConfigError(f"{section}.{name} has no effect beside [schedule]", remedy="remove one of them")
 
 
-def resolve(cfg: RunConfig, *, kind: Literal["pretrain", "sft"], cuda: bool, cores: int) -> RunConfig:
+Kind = Literal["pretrain", "sft", "distill"]
+
+
+def resolve(cfg: RunConfig, *, kind: Kind, cuda: bool, cores: int) -> RunConfig:
     """Every "auto" replaced. Pure: the machine is described by the arguments (cores: what torch would take by itself, which
     honours OMP_NUM_THREADS)."""
     data = cfg.data
+    if kind != "distill" and (cfg.distill or any(s.target != "auto" for s in data.train)):
+        raise ConfigError("this run file distils", remedy="run it with `rorqual distill`, or remove distill and target")
     if data.packing == "auto":
-        data = dataclasses.replace(data, packing="stream" if kind == "pretrain" else "samples")
+        data = dataclasses.replace(data, packing="samples" if kind == "sft" else "stream")
     if data.mask_documents == "auto":
         data = dataclasses.replace(data, mask_documents=kind == "sft")
     device = ("cuda" if cuda else "cpu") if cfg.device == "auto" else cfg.device

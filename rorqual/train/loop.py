@@ -57,7 +57,9 @@ class Loop:
         history = _history(self.directory, self.step)
         self.last: dict[str, Any] = history[-1] if history else {}
         nan = float("nan")
-        seen = [(nan if h["loss"] is None else h["loss"], bool(h.get("skipped"))) for h in history]
+        rounded = self.trainer.shipped.on(min(self.step, self.steps - 1))
+        alike = [h for h in history if self.trainer.shipped.on(h["step"] - 1) is rounded]
+        seen = [(nan if h["loss"] is None else h["loss"], bool(h.get("skipped"))) for h in alike]
         self.guard = Guard(self.cfg.guard, seen)
         self.metrics = MetricsFile(self.directory / "metrics.jsonl", self.step)
         self.loads = ExpertLoads(self.directory / "expert_load.jsonl", self.step)
@@ -89,6 +91,9 @@ class Loop:
                 self.save()
 
     def _train(self, train: Packed) -> StepResult:
+        if self.step and self.trainer.shipped.on(self.step) is not self.trainer.shipped.on(self.step - 1):
+            self.guard = Guard(self.cfg.guard)  # rounded weights lose more from one step to the next: no jump
+
         def fetch(start: int, count: int) -> Rows:
             return train.rows(start + self.detours.shift(self.step), count)
 
@@ -171,11 +176,12 @@ class Loop:
 
     def _validate(self, val: Packed) -> dict[str, float]:
         rows = min(self.cfg.eval_rows, val.rows_per_epoch)
-        loss, agreement = self.trainer.evaluate(val.rows, rows)
+        step = self.step - 1
+        loss, agreement = self.trainer.evaluate(val.rows, rows, step)
         line = {"val_loss": loss, "mtp_agreement": agreement}
         if self.trainer.average is not None:
             with self.trainer.average.in_place():
-                line["val_loss_ema"] = self.trainer.evaluate(val.rows, rows)[0]
+                line["val_loss_ema"] = self.trainer.evaluate(val.rows, rows, step)[0]
         return line
 
     def save(self) -> None:

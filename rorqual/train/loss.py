@@ -23,7 +23,8 @@ class Losses(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """Rows of T + 1 + D tokens (D MTP modules): documents number a row's documents, mask says what is learned."""
+    """Rows of T + 1 + D tokens (D MTP modules): documents number a row's documents, mask says what is learned (2: from the
+    token itself, also where a teacher is distilled)."""
 
     tokens: Tensor
     documents: Tensor
@@ -31,7 +32,7 @@ class Targets(NamedTuple):
 
     def weights(self, ahead: int, T: int, within_document: bool) -> Tensor:
         """Which positions of T learn the token `ahead` places later: fp32 [B, T] of 0 and 1."""
-        learn = self.mask[:, ahead : ahead + T].float()
+        learn = (self.mask[:, ahead : ahead + T] > 0).float()
         if within_document:
             learn = learn * (self.documents[:, ahead : ahead + T] == self.documents[:, :T])
         return learn
@@ -66,7 +67,10 @@ def losses(
         for k, h in enumerate(hs):
             targets, weights = rows.tokens[:, 2 + k : 2 + k + T], rows.weights(2 + k, T, True)
             mtp = mtp + token_loss(model, h, targets, weights) / counts[1 + k] / depth
-    top_k = model.cfg.num_experts_per_tok
-    guards = [sequence_balance_loss(r.scores_NE, T, top_k) for r in routings]
-    balance = torch.stack(guards).sum() * balance_share if guards else torch.zeros_like(lm)
-    return Losses(lm, mtp, balance, routings)
+    return Losses(lm, mtp, balance_guard(model, routings, T, balance_share), routings)
+
+
+def balance_guard(model: Transformer, routings: list[Routing], T: int, share: float) -> Tensor:
+    """The sequence-wise balance loss of all routed layers, times this micro-batch's share of the step's sequences."""
+    guards = [sequence_balance_loss(r.scores_NE, T, model.cfg.num_experts_per_tok) for r in routings]
+    return torch.stack(guards).sum() * share if guards else torch.zeros((), device=model.device)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rorqual.errors import BackendUnavailable
+from rorqual.errors import BackendUnavailable, ConfigError
 from rorqual.model.layers import Embedding
 from rorqual.model.moe import RoutedExperts
 from rorqual.model.transformer import Transformer
@@ -52,19 +52,23 @@ class NarrowAdamW:
 
 
 class Optimizer:
-    """One object for all of them. Its state is a dict of plain tensors and numbers by optimiser."""
+    """One object for all of them, over the parameters that require gradients. Its state is a dict of plain tensors and
+    numbers by optimiser."""
 
     def __init__(self, cfg: OptimConfig, model: Transformer) -> None:
-        """Raises BackendUnavailable where this torch has no Muon."""
+        """Raises ConfigError where nothing is left to train, BackendUnavailable where this torch has no Muon."""
         self._model = model
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if not trained:
+            raise ConfigError("every parameter is frozen", remedy="name fewer in freeze")
         self._proxies: list[tuple[nn.Parameter, tuple[int, slice], nn.Parameter]] = []
-        matrices = [p for p in model.parameters() if p.ndim >= 2]
+        matrices = [p for p in trained if p.ndim >= 2]
         self._muon: torch.optim.Optimizer | None = None
         if cfg.name == "muon":
             matrices = self._give_to_muon(cfg, matrices)
         groups: list[Group] = [
             (matrices, cfg.weight_decay),
-            ([p for p in model.parameters() if p.ndim < 2], 0.0),
+            ([p for p in trained if p.ndim < 2], 0.0),
         ]
         self._narrow = NarrowAdamW(groups, cfg, torch.bfloat16) if cfg.moments == "bfloat16" else None
         self._plain: torch.optim.Optimizer | None = None
@@ -96,9 +100,10 @@ class Optimizer:
                     proxy = nn.Parameter(p.data[index])
                     self._proxies.append((p, index, proxy))
                     mine.append(proxy)
-        self._muon = torch.optim.Muon(
-            mine, lr=cfg.lr, weight_decay=cfg.weight_decay, momentum=cfg.momentum, adjust_lr_fn="match_rms_adamw"
-        )
+        if mine:  # all may be frozen
+            self._muon = torch.optim.Muon(
+                mine, lr=cfg.lr, weight_decay=cfg.weight_decay, momentum=cfg.momentum, adjust_lr_fn="match_rms_adamw"
+            )
         return [p for p in matrices if id(p) in kept]
 
     def step(self, lr: float) -> None:

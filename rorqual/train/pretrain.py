@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -30,15 +30,16 @@ from rorqual.model.precision import train_in_fp8
 from rorqual.model.transformer import Transformer
 from rorqual.plan.count import totals
 from rorqual.train import checkpoints, report
-from rorqual.train.config import RunConfig, Source, resolve
+from rorqual.train.config import Kind, RunConfig, Source, resolve
 from rorqual.train.hardware import describe
 from rorqual.train.limits import OutOfMemory, no_room, out_of_memory, size
 from rorqual.train.loop import Loop
 from rorqual.train.schedule import Timeline
-from rorqual.train.trainer import Trainer
+from rorqual.train.trainer import LossFunction, Trainer
 
 log = logging.getLogger(__name__)
-Kind = Literal["pretrain", "sft"]
+MakeLoss = Callable[[RunConfig, Transformer], LossFunction]
+"""What a step minimises, from the resolved configuration and the model."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,14 @@ class RunRecord:
     last: dict[str, Any]
 
 
-def pretrain(cfg: RunConfig, kind: Kind = "pretrain", say: Callable[[str], None] = log.info) -> RunRecord:
-    """Run or resume `cfg`. Raises ConfigError, DataError, CheckpointError, TrainingError; on SIGTERM or Ctrl-C writes a
-    checkpoint and returns."""
+def pretrain(
+    cfg: RunConfig,
+    kind: Kind = "pretrain",
+    say: Callable[[str], None] = log.info,
+    make_loss: MakeLoss | None = None,
+) -> RunRecord:
+    """Run or resume `cfg`. make_loss: None for the next tokens. Raises ConfigError, DataError, CheckpointError,
+    TrainingError; on SIGTERM or Ctrl-C writes a checkpoint and returns."""
     cfg = resolve(cfg, kind=kind, cuda=torch.cuda.is_available(), cores=torch.get_num_threads())
     run = Path(cfg.out)
     model_cfg = model_config(cfg)
@@ -66,7 +72,7 @@ def pretrain(cfg: RunConfig, kind: Kind = "pretrain", say: Callable[[str], None]
     device = torch.device(cfg.device)
     assert isinstance(cfg.threads, int)
     torch.set_num_threads(cfg.threads)
-    trainer = _trainer(cfg, model_cfg, device)
+    trainer = _trainer(cfg, model_cfg, device, make_loss)
     done, progress = 0, {"elapsed_s": 0.0}
     if saved := checkpoints.steps(run):
         done, progress = saved[-1], checkpoints.restore(run, saved[-1], trainer)
@@ -87,16 +93,18 @@ def pretrain(cfg: RunConfig, kind: Kind = "pretrain", say: Callable[[str], None]
     return RunRecord(run, _export(trainer, run, done, loop.step), loop.step, loop.last)
 
 
-def _trainer(cfg: RunConfig, model_cfg: ModelConfig, device: torch.device) -> Trainer:
-    """Raises TrainingError where the model alone does not fit."""
+def _trainer(cfg: RunConfig, model_cfg: ModelConfig, device: torch.device, make_loss: MakeLoss | None) -> Trainer:
+    """Raises TrainingError where the model alone, or with its teacher, does not fit."""
     try:
-        return Trainer(cfg, build_model(cfg, model_cfg, device))
+        model = build_model(cfg, model_cfg, device)
+        return Trainer(cfg, model, None if make_loss is None else make_loss(cfg, model))
     except OutOfMemory as error:
         if not out_of_memory(error):
             raise
         needed = 4 * totals(model_cfg)[0]
+        beside = ", and the teacher's stand beside them" if cfg.distill is not None and cfg.distill.teacher else ""
         raise TrainingError(
-            f"out of memory: the weights alone take {size(needed)} in fp32", remedy="train a smaller model"
+            f"out of memory: the weights alone take {size(needed)} in fp32{beside}", remedy="train a smaller model"
         ) from error
 
 
@@ -198,6 +206,7 @@ def open_rows(
                 remedy="prepare the data with the model's tokenizer",
             )
     extra = 1 + model_cfg.num_nextn_predict_layers
+    marks = [2 if s.target == "data" else 1 for s in sources]
     shares = mixture(sources, [r.tokens for r in readers], budget)
     if cfg.data.packing == "samples":
         if shares is not None:
@@ -205,8 +214,8 @@ def open_rows(
                 "packing = samples goes through all sources together: weights and epochs have no effect there",
                 remedy="remove them, or repeat a source in data.train",
             )
-        return PackedSamples(readers, cfg.data.seq_len, cfg.seed, extra)
-    return PackedStream(readers, cfg.data.seq_len, cfg.seed, shares, extra)
+        return PackedSamples(readers, cfg.data.seq_len, cfg.seed, extra, marks)
+    return PackedStream(readers, cfg.data.seq_len, cfg.seed, shares, extra, marks)
 
 
 def mixture(sources: Sequence[Source], tokens: Sequence[int], budget: int | None) -> list[float] | None:

@@ -7,6 +7,7 @@ function of the step, so a killed run goes on where its last checkpoint stands, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from fnmatch import fnmatch
 from typing import NamedTuple
 
 import numpy as np
@@ -22,11 +23,14 @@ from rorqual.ops.balance import load, max_violation, update_bias_
 from rorqual.train.config import RunConfig
 from rorqual.train.ema import WeightAverage
 from rorqual.train.limits import OutOfMemory, out_of_memory
-from rorqual.train.loss import Targets, losses, token_loss
+from rorqual.train.loss import Losses, Targets, losses, token_loss
 from rorqual.train.optimizer import Optimizer
+from rorqual.train.quantise import ShippedWeights
 from rorqual.train.schedule import Timeline
 
 Fetch = Callable[[int, int], Rows]
+LossFunction = Callable[..., Losses]
+"""What `train.loss.losses` is: (model, rows, counts, *, mask_documents, balance_share) -> Losses."""
 METRICS = ("loss", "lm_loss", "mtp_loss", "balance_loss", "grad_norm", "max_violation")
 
 
@@ -42,15 +46,20 @@ Judge = Callable[[StepResult], bool]
 
 
 class Trainer:
-    """cfg is resolved; model has fp32 parameters and computes in cfg.dtype."""
+    """cfg is resolved; model has fp32 parameters and computes in cfg.dtype. loss: what a step minimises (None: the next
+    tokens). Parameters that cfg.freeze names get no gradient, frozen gates no bias update."""
 
-    def __init__(self, cfg: RunConfig, model: Transformer) -> None:
+    def __init__(self, cfg: RunConfig, model: Transformer, loss: LossFunction | None = None) -> None:
         self.cfg, self.model = cfg, model
         self.timeline = Timeline(cfg)
         self.gates = [m for m in model.modules() if isinstance(m, Gate)]
+        for name, parameter in model.named_parameters():
+            if any(fnmatch(name, pattern) for pattern in cfg.freeze):
+                parameter.requires_grad_(False)
         self.optimizer = Optimizer(cfg.optim, model)
+        self.shipped = ShippedWeights(cfg.quantise, model, self.timeline)
         self.average = WeightAverage(cfg.ema, model) if cfg.ema.decay else None
-        self.losses = losses
+        self.losses = losses if loss is None else loss
         if cfg.compile:
             for block in [*model.layers, *model.mtp]:
                 block.compile()
@@ -72,19 +81,20 @@ class Trainer:
         weight, alpha = timeline.mtp_weight(step), cfg.balance.alpha
         sums = torch.zeros(3, device=model.device)
         loads = torch.zeros(len(self.gates), model.cfg.n_routed_experts, dtype=torch.int64, device=model.device)
-        for start in range(0, batch, cfg.micro_batch):
-            part = Targets(*(t[start : start + cfg.micro_batch] for t in rows))
-            out = self.losses(
-                model,
-                part,
-                counts,
-                mask_documents=bool(cfg.data.mask_documents),
-                balance_share=len(part.tokens) / batch,
-            )
-            (out.lm + weight * out.mtp + alpha * out.balance).backward()
-            sums += torch.stack((out.lm.detach(), out.mtp.detach(), out.balance.detach()))
-            if out.routings:
-                loads += torch.stack([load(r.chosen_NK, model.cfg.n_routed_experts) for r in out.routings])
+        with self.shipped.during(step):
+            for start in range(0, batch, cfg.micro_batch):
+                part = Targets(*(t[start : start + cfg.micro_batch] for t in rows))
+                out = self.losses(
+                    model,
+                    part,
+                    counts,
+                    mask_documents=bool(cfg.data.mask_documents),
+                    balance_share=len(part.tokens) / batch,
+                )
+                (out.lm + weight * out.mtp + alpha * out.balance).backward()
+                sums += torch.stack((out.lm.detach(), out.mtp.detach(), out.balance.detach()))
+                if out.routings:
+                    loads += torch.stack([load(r.chosen_NK, model.cfg.n_routed_experts) for r in out.routings])
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.optim.clip, foreach=True)
         lm, mtp, balance = sums.unbind()
         worst = torch.stack([max_violation(x) for x in loads]).max() if self.gates else torch.zeros_like(lm)
@@ -97,7 +107,8 @@ class Trainer:
             self.average.before_update()
         self.optimizer.step(self.timeline.learning_rate(step))
         for gate, load_E in zip(self.gates, loads, strict=True):
-            update_bias_(gate.e_score_correction_bias, load_E, self.timeline.gamma(step))
+            if gate.weight.requires_grad:
+                update_bias_(gate.e_score_correction_bias, load_E, self.timeline.gamma(step))
         if self.average is not None:
             self.average.after_update(step + 1)
 
@@ -135,16 +146,18 @@ class Trainer:
         return True
 
     @torch.no_grad()
-    def evaluate(self, fetch: Fetch, rows: int) -> tuple[float, float]:
-        """(next-token loss, share of MTP depth-1 greedy guesses equal to the model's own) over the first `rows` rows."""
+    def evaluate(self, fetch: Fetch, rows: int, step: int = 0) -> tuple[float, float]:
+        """(next-token loss, share of MTP depth-1 greedy guesses equal to the model's own) over the first `rows` rows, with
+        the weights as the forward of this step sees them."""
         cfg, model = self.cfg, self.model
         assert isinstance(cfg.micro_batch, int)
         total, agree = torch.zeros((), device=model.device), torch.zeros((), device=model.device)
         counted = torch.zeros((), device=model.device)
-        for start in range(0, rows, cfg.micro_batch):
-            part = self._to_device(fetch(start, min(cfg.micro_batch, rows - start)))
-            lm, match, weights = evaluate_rows(model, part, bool(cfg.data.mask_documents))
-            total, agree, counted = total + lm, agree + match, counted + weights
+        with self.shipped.during(step):
+            for start in range(0, rows, cfg.micro_batch):
+                part = self._to_device(fetch(start, min(cfg.micro_batch, rows - start)))
+                lm, match, weights = evaluate_rows(model, part, bool(cfg.data.mask_documents))
+                total, agree, counted = total + lm, agree + match, counted + weights
         return (total / counted).item(), (agree / counted).item()
 
     def _to_device(self, rows: Rows) -> Targets:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rorqual.config import ModelConfig
+from rorqual.errors import ConfigError
 from rorqual.model.transformer import Transformer
 from rorqual.ops.adamw import BOUND, adamw_backends
 from rorqual.train.config import EMAConfig, OptimConfig
@@ -141,3 +142,25 @@ def test_the_average_of_the_weights_is_one() -> None:
         for name, p in model.named_parameters():
             assert torch.allclose(p.double(), expected[name], atol=1e-5), name
     assert all(torch.equal(p, mine[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("options", [{}, {"moments": "bfloat16"}, {"name": "muon"}])
+def test_frozen_parameters_are_none_of_its_business(options: dict[str, str]) -> None:
+    """Neither decayed nor remembered, in whole stacks of experts either; nothing to train is an error."""
+    model = Transformer(ModelConfig.load("test"))
+    trained = {n for n, _ in model.named_parameters() if "experts" in n or n == "norm.weight"}
+    whole = Optimizer(OptimConfig(**options), model).bytes_to_come  # type: ignore[arg-type]
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in trained)
+    optimizer = Optimizer(OptimConfig(**options), model)  # type: ignore[arg-type]
+    assert optimizer.bytes_to_come < whole or options == {"moments": "bfloat16"}
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with_gradients(model, 0)  # what a frozen parameter has for a gradient must not matter either
+    optimizer.step(1e-3)
+    assert {n for n, p in model.named_parameters() if not torch.equal(p, before[n])} == trained
+    for name, p in model.named_parameters():
+        p.requires_grad_(name == "embed_tokens.weight")
+    with_gradients(model, 1)
+    Optimizer(OptimConfig(**options), model).step(1e-3)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="every parameter is frozen"):
+        Optimizer(OptimConfig(**options), model.requires_grad_(False))  # type: ignore[arg-type]

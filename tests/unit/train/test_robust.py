@@ -6,6 +6,7 @@ import json
 import math
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,6 +96,23 @@ def test_the_guard_tells_a_jump_from_noise() -> None:
     assert Guard(GuardConfig(policy="off")).objection(float("nan"), 1.0) is None
 
 
+def test_rounded_weights_are_judged_among_themselves(run_file, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """What the loss gains where training for int4 begins is no jump, also for a run resumed after it."""
+    cfg = load_toml(RunConfig, run_file(steps=40, checkpoint_every=5, keep_checkpoints=9), ["quantise.to='int4'"])
+    run = tmp_path / "run"
+    poison(monkeypatch, cfg, set(range(30, 40)), 3.0)
+    pretrain(cfg)
+    whole = metrics(run)
+    assert not any(line.get("skipped") for line in read_metrics(run / "metrics.jsonl"))
+    shutil.rmtree(checkpoints.directory(run, 40))
+    pretrain(cfg)
+    assert metrics(run) == whole
+    plain = load_toml(RunConfig, run_file("plain", steps=40), ["guard.in_a_row=30"])
+    pretrain(plain)
+    skipped = [line["step"] for line in read_metrics(tmp_path / "plain" / "metrics.jsonl") if line.get("skipped")]
+    assert skipped == list(range(31, 41))
+
+
 @contextmanager
 def small_disk(most: int) -> Iterator[None]:
     """No file grows beyond `most` bytes in here: writing more fails as on a full disk."""
@@ -173,8 +191,6 @@ def test_an_error_that_is_not_about_memory_stays_itself(run_file, monkeypatch) -
 
 
 def test_a_flipped_bit_in_a_shard_is_found_before_training(run_file, corpus: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    import shutil
-
     shards = tmp_path / "shards"
     shutil.copytree(corpus / "shards" / "train", shards)
     victim = shards / "shard-00000.tokens"

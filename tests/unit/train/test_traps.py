@@ -59,6 +59,15 @@ def test_every_bias_moves_by_gamma_also_in_the_mtp_module_and_in_mixed_networks(
         assert load.sum() == 4 * 24 * t.model.cfg.num_experts_per_tok  # of the whole step, not of a micro-batch
 
 
+def test_a_frozen_gate_keeps_its_bias() -> None:
+    """The bias steers what the gate's weights chose: with the weights frozen, moving it would change a frozen network."""
+    t = trainer(freeze=("layers.*",))
+    before = {n: v.clone() for n, v in t.model.state_dict().items()}
+    t.step(0, lambda start, count: rows())
+    moved = {n for n, v in t.model.state_dict().items() if not torch.equal(v, before[n])}
+    assert moved == {n for n in before if not n.startswith("layers.")}
+
+
 def test_alpha_does_not_come_from_a_model_config_that_lacks_it() -> None:
     """Megatron-Bridge #5165: the released config.json has no aux_loss_alpha, and a default of 0 crept in."""
     cfg = resolve(RunConfig(out="", data=DataConfig(train=(Source("s"),)), steps=1000, batch=1, model="deepseek-v3"),
