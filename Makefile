@@ -16,7 +16,7 @@ serve: setup page
 
 test: check page
 	$(PYTEST) -n 2 tests/unit $(ARGS)
-	$(PYTEST) tests/net $(ARGS)
+	$(PYTEST) -n 2 tests/net $(ARGS)
 	./scripts/page.sh test
 	./scripts/browser.sh
 	$(PYTEST) tests/web $(ARGS)
