@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.web.scripted import NotBuiltError, ScriptedApi, serve_script
 
@@ -66,7 +66,8 @@ def page(browser: Browser, page_server: str) -> Iterator[Page]:
     """The page, opened by someone who was never here before. A script error or a request to any other
     host fails the test."""
     context = browser.new_context(base_url=page_server, viewport={"width": 1280, "height": 800})
-    context.set_default_timeout(8000)
+    context.set_default_timeout(20_000)
+    expect.set_options(timeout=20_000)
     page = context.new_page()
     faults: list[str] = []
     page.on("pageerror", lambda error: faults.append(f"script error: {error}"))
