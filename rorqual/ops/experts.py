@@ -1,6 +1,8 @@
 """The routed experts of one layer as one grouped op: out[n] = sum_k gate[n,k] * SwiGLU_{expert[n,k]}(x[n]).
 
-`loop` is the definition: expert by expert, only those that were chosen. `grouped` sorts the (token, slot) pairs by
+`loop` is the definition: expert by expert, only those that were chosen. `dense` computes every expert for every token
+and multiplies by a gate of zero where it was not chosen: where a token takes half of a few small experts, that is faster
+than gathering rows for them. `grouped` sorts the (token, slot) pairs by
 expert and runs two grouped matrix products, with no loop and no wait for the device, so that a step can be compiled
 or captured. `triton` is for decoding: few tokens, where all that counts is how fast the chosen experts' weights are
 read. All add a token's experts in fp32 in slot order, never by atomics, so a row does not depend on the other rows of
@@ -82,6 +84,23 @@ def experts_grouped(
         return combine(y_MD, place_M, gates_NK.contiguous())
     y_MD = F.grouped_mm(F.silu(gate) * up, down_EDF.to(x_ND.dtype).mT, offs=ends_E)
     return _combine(y_MD, order_M, gates_NK)
+
+
+@experts_backends.register("dense")
+def experts_dense(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, gates_NK: Tensor, chosen_NK: Tensor) -> Tensor:
+    """The same as one wide SwiGLU with gates between: no row is moved, and what was not chosen adds zero."""
+    E, D, _ = down_EDF.shape
+    gates_NE = gates_NK.new_zeros(len(x_ND), E).scatter(1, chosen_NK, gates_NK)
+    gate, up = F.linear(x_ND, gate_up_E2FD.to(x_ND.dtype).flatten(0, 1)).unflatten(-1, (E, -1)).chunk(2, -1)
+    inner_NEF = F.silu(gate) * up * gates_NE[..., None].to(x_ND.dtype)
+    return F.linear(inner_NEF.flatten(1), down_EDF.to(x_ND.dtype).transpose(0, 1).reshape(D, -1))
+
+
+def experts_for_training(experts: int, top_k: int, device: torch.device) -> str:
+    """Which of them a training step should use."""
+    if device.type != "cuda":
+        return "loop"
+    return "dense" if experts <= 2 * top_k and experts <= 32 else "grouped"
 
 
 @experts_backends.register("triton", triton_missing)

@@ -1,9 +1,8 @@
 """The optimiser of a run: AdamW, with moments in fp32 or bf16, or Muon for the matrices and AdamW for the rest.
 
-AdamW with fp32 moments is torch's fused one; with bf16 moments `ops.adamw`. Muon is torch's own, which takes plain
-matrices: a stack of experts goes to it as one parameter for each expert's gate, up and down, sharing the stack's memory,
-because orthogonalising two matrices as one is another update. Its step is scaled to AdamW's size ("match_rms_adamw",
-arXiv 2502.16982), so that one learning rate serves both. Embedding, head, and norms are AdamW's in either case.
+AdamW with fp32 moments is torch's fused one; with bf16 moments `ops.adamw`. Muon (`ops.muon`) sees each expert's gate, up
+and down as a matrix of its own, because orthogonalising two as one is another update; its step is scaled to AdamW's
+size, so that one learning rate serves both. Embedding, head, and norms are AdamW's in either case.
 """
 
 from __future__ import annotations
@@ -13,11 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from rorqual.errors import BackendUnavailable, ConfigError
+from rorqual.errors import ConfigError
 from rorqual.model.layers import Embedding
 from rorqual.model.moe import RoutedExperts
 from rorqual.model.transformer import Transformer
 from rorqual.ops.adamw import adamw_backends
+from rorqual.ops.muon import Muon
 from rorqual.train.config import OptimConfig
 
 Group = tuple[list[nn.Parameter], float]
@@ -56,14 +56,13 @@ class Optimizer:
     numbers by optimiser."""
 
     def __init__(self, cfg: OptimConfig, model: Transformer) -> None:
-        """Raises ConfigError where nothing is left to train, BackendUnavailable where this torch has no Muon."""
+        """Raises ConfigError where nothing is left to train."""
         self._model = model
         trained = [p for p in model.parameters() if p.requires_grad]
         if not trained:
             raise ConfigError("every parameter is frozen", remedy="name fewer in freeze")
-        self._proxies: list[tuple[nn.Parameter, tuple[int, slice], nn.Parameter]] = []
         matrices = [p for p in trained if p.ndim >= 2]
-        self._muon: torch.optim.Optimizer | None = None
+        self._muon: Muon | None = None
         if cfg.name == "muon":
             matrices = self._give_to_muon(cfg, matrices)
         groups: list[Group] = [
@@ -78,58 +77,44 @@ class Optimizer:
 
     def _give_to_muon(self, cfg: OptimConfig, matrices: list[nn.Parameter]) -> list[nn.Parameter]:
         """Builds Muon over the hidden matrices; returns those that stay with AdamW."""
-        if not hasattr(torch.optim, "Muon"):
-            raise BackendUnavailable(
-                f"torch {torch.__version__} has no Muon", remedy="upgrade torch, or optim.name = adamw"
-            )
         tables = [m.weight for m in self._model.modules() if isinstance(m, Embedding)]
         if not self._model.cfg.tie_word_embeddings:
             tables.append(self._model.lm_head.weight)
         kept = {id(p) for p in tables}
         halves = {id(m.gate_up_proj) for m in self._model.modules() if isinstance(m, RoutedExperts)}
-        mine: list[nn.Parameter] = []
+        whole = slice(None)
+        mine: list[tuple[nn.Parameter, tuple[slice, ...]]] = []
         for p in matrices:
-            if id(p) in kept:
-                continue
-            if p.ndim == 2:
-                mine.append(p)
-                continue
-            for expert in range(len(p)):
-                for rows in _halves(p.shape[1]) if id(p) in halves else [slice(None)]:
-                    index = (expert, rows)
-                    proxy = nn.Parameter(p.data[index])
-                    self._proxies.append((p, index, proxy))
-                    mine.append(proxy)
+            if id(p) in halves:
+                mine += [(p, (whole, rows)) for rows in _halves(p.shape[1])]
+            elif id(p) not in kept:
+                mine.append((p, (whole,)))
         if mine:  # all may be frozen
-            self._muon = torch.optim.Muon(
-                mine, lr=cfg.lr, weight_decay=cfg.weight_decay, momentum=cfg.momentum, adjust_lr_fn="match_rms_adamw"
-            )
+            self._muon = Muon(mine, cfg.momentum, cfg.weight_decay)
         return [p for p in matrices if id(p) in kept]
 
     def step(self, lr: float) -> None:
         """Update the weights by their gradients, in place."""
-        for whole, index, proxy in self._proxies:
-            proxy.grad = None if whole.grad is None else whole.grad[index]
-        for optimizer in (self._plain, self._muon):
-            if optimizer is not None:
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                optimizer.step()
+        if self._plain is not None:
+            for group in self._plain.param_groups:
+                group["lr"] = lr
+            self._plain.step()
+        if self._muon is not None:
+            self._muon.step(lr)
         if self._narrow is not None:
             self._narrow.step(lr)
 
     def zero_grad(self) -> None:
-        for _, _, proxy in self._proxies:
-            proxy.grad = None
         for p in self._model.parameters():
             p.grad = None
 
     @property
     def bytes_to_come(self) -> int:
         """What the first step will allocate for moments."""
-        lazy = [o for o in (self._plain, self._muon) if o is not None and not o.state]
-        moments = {id(self._plain): 2, id(self._muon): 1}
-        return sum(4 * moments[id(o)] * p.numel() for o in lazy for group in o.param_groups for p in group["params"])
+        plain = self._plain
+        lazy = [] if plain is None or plain.state else [p for group in plain.param_groups for p in group["params"]]
+        coming = 0 if self._muon is None else self._muon.numel_to_come
+        return 4 * (2 * sum(p.numel() for p in lazy) + coming)
 
     def _parts(self) -> dict[str, Any]:
         parts = {"adamw": self._plain, "narrow": self._narrow, "muon": self._muon}

@@ -28,6 +28,7 @@ from rorqual.data.shards import Reader, write_atomic
 from rorqual.errors import ConfigError, DataError, TrainingError
 from rorqual.model.precision import train_in_fp8
 from rorqual.model.transformer import Transformer
+from rorqual.ops.experts import experts_for_training
 from rorqual.plan.count import totals
 from rorqual.train import checkpoints, report
 from rorqual.train.config import Kind, RunConfig, Source, resolve
@@ -177,16 +178,18 @@ def build_model(cfg: RunConfig, model_cfg: ModelConfig, device: torch.device) ->
 
 def _weights(cfg: RunConfig, model_cfg: ModelConfig, device: torch.device) -> Transformer:
     compute = None if cfg.dtype == "float32" else DTYPES[cfg.dtype]
+    experts = experts_for_training(model_cfg.n_routed_experts, model_cfg.num_experts_per_tok, device)
     if cfg.init_from:
         # Quantised weights are no parameters, and a view of a file is no place for an optimiser's updates.
-        return load_model(cfg.init_from, torch.float32, device, compute, dequantize=True, memory_map=False).train()
+        how = {"dequantize": True, "memory_map": False, "experts": experts}
+        return load_model(cfg.init_from, torch.float32, device, compute, **how).train()
     # Drawn on the CPU, so that a seed means the same weights on every machine.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
         drawn = Transformer(model_cfg)
     if device.type == "cpu" and compute is None:
         return drawn
-    model = Transformer(model_cfg, device=device, compute_dtype=compute, init=False)
+    model = Transformer(model_cfg, device=device, compute_dtype=compute, experts=experts, init=False)
     model.load_state_dict(drawn.state_dict())
     return model
 

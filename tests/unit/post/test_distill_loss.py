@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rorqual.model.batch import Batch
-from rorqual.post.distill_loss import divergence, either, spoken, taught
+from rorqual.post.distill_loss import divergence, either, taught
 from rorqual.post.expand import Expansion
 from tests.unit.post.conftest import make_llama
 
@@ -37,16 +37,16 @@ def plain(x: dict[str, torch.Tensor], h: torch.Tensor, head: torch.Tensor) -> to
     return (each * x["weights"]).sum()
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 45, 1000])
+@pytest.mark.parametrize(("chunk", "compiled"), [(1, False), (7, False), (45, False), (1000, False), (20, True)])
 @pytest.mark.parametrize("teacher_vocab", [V, 80])
-def test_value_and_gradients_equal_the_plain_computation(chunk: int, teacher_vocab: int) -> None:
+def test_value_and_gradients_equal_the_plain_computation(chunk: int, compiled: bool, teacher_vocab: int) -> None:
     x = inputs(teacher_vocab)
     results = []
     for chunked in (True, False):
         h, head = x["h"].clone().requires_grad_(), x["head"].clone().requires_grad_()
         if chunked:
             target = taught(x["teacher_h"], lambda t: t @ x["teacher_head"].T)
-            loss = divergence(h, head, x["weights"], target, chunk)
+            loss = divergence(h, head, x["weights"], target, chunk, compiled)
         else:
             loss = plain(x, h, head)
         (3 * loss).backward()
@@ -58,16 +58,17 @@ def test_value_and_gradients_equal_the_plain_computation(chunk: int, teacher_voc
 def test_a_word_as_target_is_its_cross_entropy() -> None:
     x = inputs()
     h, g = x["h"].clone().requires_grad_(), x["h"].clone().requires_grad_()
-    loss = divergence(h, x["head"], x["weights"], spoken(x["words"], V), 16)
+    teacher = taught(x["teacher_h"], lambda t: t @ x["teacher_head"].T)
+    spoken = either(x["words"], torch.ones(N, dtype=torch.bool), V, teacher)
+    loss = divergence(h, x["head"], x["weights"], spoken, 16)
     wanted = (F.cross_entropy(g @ x["head"].T, x["words"], reduction="none") * x["weights"]).sum()
     loss.backward()
     wanted.backward()
     assert torch.allclose(loss, wanted) and torch.allclose(h.grad, g.grad, atol=1e-5)
     mixed = torch.arange(N) % 3 == 0
-    teacher = taught(x["teacher_h"], lambda t: t @ x["teacher_head"].T)
-    both = divergence(x["h"], x["head"], x["weights"], either(spoken(x["words"], V), teacher, mixed), 16)
+    both = divergence(x["h"], x["head"], x["weights"], either(x["words"], mixed, V, teacher), 16)
     parts = [
-        divergence(x["h"], x["head"], x["weights"] * mixed, spoken(x["words"], V), 16),
+        divergence(x["h"], x["head"], x["weights"] * mixed, spoken, 16),
         divergence(x["h"], x["head"], x["weights"] * ~mixed, teacher, 16),
     ]
     assert torch.allclose(both, sum(parts))
@@ -98,7 +99,7 @@ def test_no_tensor_of_all_positions_by_all_words_is_ever_made() -> None:
 def test_only_wanted_gradients_are_formed() -> None:
     x = inputs()
     h = x["h"].requires_grad_()
-    divergence(h, x["head"], x["weights"], spoken(x["words"], V), 8).backward()
+    divergence(h, x["head"], x["weights"], taught(x["teacher_h"], lambda t: t @ x["teacher_head"].T), 8).backward()
     assert h.grad is not None and x["head"].grad is None
 
 
