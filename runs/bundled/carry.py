@@ -1,0 +1,130 @@
+"""Shipped weights through a narrow door: packed into small pieces on the GPU machine, and whole again here.
+
+    python runs/bundled/carry.py pack out/bundled/shipped BACK --part trunk
+    python runs/bundled/carry.py join BACK --gguf smollm2.gguf --out models/NAME
+
+The embedding is left behind: healing does not touch it, so its integers follow from the source. Pieces are compressed:
+four-bit codes hardly, their scales well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import lzma
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+from safetensors.torch import load, load_file, save, save_file
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "nano"))
+
+from rorqual.ops.packed import PackedIntegers  # noqa: E402
+
+PIECE = 12_000_000
+SHARD = 14_000_000
+EMBEDDING = "model.embed_tokens."
+
+
+def read(folder: Path) -> dict[str, Tensor]:
+    return {k: v for f in sorted(folder.glob("*.safetensors")) for k, v in load_file(f).items()}
+
+
+def groups(tensors: dict[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
+    """In order of names, each at most `limit` bytes (or one tensor)."""
+    out: list[dict[str, Tensor]] = []
+    size = limit
+    for name in sorted(tensors):
+        if size + tensors[name].nbytes > limit:
+            out.append({})
+            size = 0
+        out[-1][name] = tensors[name]
+        size += tensors[name].nbytes
+    return out
+
+
+def write_piece(path: Path, tensors: dict[str, Tensor]) -> int:
+    planes = {}
+    for name, t in tensors.items():  # high bytes of the scales are nearly all the same: apart they take no room
+        raw = t.contiguous().view(torch.uint8).reshape(-1)
+        planes[name] = raw.view(-1, t.element_size()).T.contiguous() if name.endswith("_scale") else t.contiguous()
+    path.write_bytes(lzma.compress(save(planes), preset=1))
+    return path.stat().st_size
+
+
+def read_piece(path: Path) -> dict[str, Tensor]:
+    out = {}
+    for name, t in load(lzma.decompress(path.read_bytes())).items():
+        out[name] = t.T.contiguous().view(torch.bfloat16).squeeze(-1) if name.endswith("_scale") else t
+    return out
+
+
+def pack(shipped: Path, target: Path, part: str) -> None:
+    """Scales come back flat; `join` gives them their shape again from the codes."""
+    target.mkdir(parents=True, exist_ok=True)
+    last = f"model.layers.{json.loads((shipped / 'config.json').read_text())['num_hidden_layers']}."
+    chosen = {k: v for k, v in read(shipped).items() if k.startswith(last) == (part == "mtp") and ".embed_tokens." not in k}
+    pieces = groups(chosen, PIECE)
+    with ProcessPoolExecutor(8) as pool:
+        paths = [target / f"{part}-{i}.xz" for i in range(len(pieces))]
+        sizes = list(pool.map(write_piece, paths, pieces))
+    with lzma.open(target / "side.json.xz", "wt") as file:
+        json.dump({f.name: f.read_text() for f in shipped.glob("*.json") if not f.name.endswith("index.json")}, file)
+    print(f"{target}: {len(sizes)} pieces, {sum(sizes) / 2**20:.1f} MiB of {sum(t.nbytes for t in chosen.values()) / 2**20:.1f}")
+
+
+def join(back: Path, gguf: Path, out: Path) -> None:
+    from teacher import GGUFReader
+
+    tensors = {k: v for f in sorted(back.glob("*-[0-9]*.xz")) for k, v in read_piece(f).items()}
+    embedding = GGUFReader(gguf).tensor("token_embd.weight")
+    tensors |= {f"{EMBEDDING}{k}": v for k, v in PackedIntegers(4).pack(embedding).items()}
+    tensors[EMBEDDING + "weight_shape"] = torch.tensor(embedding.shape, dtype=tensors_shape_dtype(tensors))
+    for name in [n for n in tensors if n.endswith("_scale")]:
+        tensors[name] = tensors[name].view(tensors[name.replace("_scale", "_packed")].shape[0], -1)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in json.loads(lzma.open(back / "side.json.xz", "rt").read()).items():
+        (out / name).write_text(text)
+    shards = groups(tensors, SHARD)
+    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    for name, shard in zip(names, shards, strict=True):
+        save_file(shard, out / name, metadata={"format": "pt"})
+    where = {k: name for name, shard in zip(names, shards, strict=True) for k in shard}
+    total = sum(t.nbytes for t in tensors.values())
+    (out / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}, indent=1) + "\n"
+    )
+    (out / "convert.json").unlink(missing_ok=True)
+    sums = [f"{hashlib.sha256((out / n).read_bytes()).hexdigest()}  {n}" for n in names]
+    (out / "SHA256SUMS").write_text("\n".join(sums) + "\n")
+    print(f"{out}: {len(names)} shards, {sum(f.stat().st_size for f in out.iterdir()) / 1e6:.1f} MB")
+
+
+def tensors_shape_dtype(tensors: dict[str, Tensor]) -> torch.dtype:
+    return next(t.dtype for n, t in tensors.items() if n.endswith("weight_shape"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ways = parser.add_subparsers(dest="way", required=True)
+    one = ways.add_parser("pack")
+    one.add_argument("shipped", type=Path)
+    one.add_argument("target", type=Path)
+    one.add_argument("--part", choices=["trunk", "mtp"], required=True)
+    other = ways.add_parser("join")
+    other.add_argument("back", type=Path)
+    other.add_argument("--gguf", type=Path, required=True)
+    other.add_argument("--out", type=Path, required=True)
+    o = parser.parse_args()
+    if o.way == "pack":
+        pack(o.shipped, o.target, o.part)
+    else:
+        join(o.back, o.gguf, o.out)
+
+
+if __name__ == "__main__":
+    main()
