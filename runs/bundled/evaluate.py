@@ -82,7 +82,7 @@ def main() -> None:
     data = {name: PackedStream([Reader(path)], o.seq_len, seed=0) for name, path in pairs(o.shards).items()}
     result: dict[str, Any] = {"dtype": o.dtype, "rows": o.rows, "seq_len": o.seq_len, "models": {}}
     for name, path in {"teacher": None, **models}.items():
-        model = None if path is None else load_model(path, dtype, device)
+        model = None if path is None else load_model(path, dtype, device, dequantize=True)
         result["models"][name] = {
             s: compare(model, teacher, expansion, d, min(o.rows, d.rows_per_epoch)) for s, d in data.items()
         }

@@ -8,7 +8,8 @@ one CUDA graph replayed `length` times, with nothing to refill and no prompt to 
 like spoken ones. A row whose script is used up goes on with questions that the teacher asks itself. Texts are cut into
 conversations in other processes while the next wave runs.
 
-What is kept: whole turns, up to the first answer that repeats itself. Plain text starts from a few words of real text.
+What is kept: whole turns, up to the first answer that repeats itself. Plain text starts from a few words of real text, or
+from first words of many kinds (`openings.py`).
 Compiled attention and the network are `runs/nano/teacher.py`'s.
 """
 
@@ -35,6 +36,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "nano")]
 
 from asks import passage, read_texts  # noqa: E402
+from openings import opening  # noqa: E402
 from teacher import GGUFReader, Teacher, read_tokenizer, say  # noqa: E402
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
@@ -50,9 +52,10 @@ SPECIALS = 17
 
 def script(rng: random.Random, asks: Iterator[dict[str, Any]], texts: list[str]) -> tuple[str, list[str]]:
     """(kind, pieces between which the teacher speaks)."""
-    if rng.random() < 0.25:
-        openings = [" ".join(passage(rng, texts, 60).split(" ")[: rng.randint(3, 40)]) for _ in range(3)]
-        return "text", ["<|endoftext|>" + openings[0], *openings[1:]]
+    if rng.random() < 0.3:
+        real = rng.random() < 0.4
+        starts = [" ".join(passage(rng, texts, 60).split(" ")[: rng.randint(3, 40)]) if real else opening(rng) for _ in range(3)]
+        return "text", ["<|endoftext|>" + starts[0], *starts[1:]]
     pieces = [f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"]
     if rng.random() < 0.2:  # the teacher asks
         pieces[0] += "<|im_start|>user\n" + rng.choice(STARTS)
@@ -238,11 +241,34 @@ def generate(waves: Waves, tok: Tokenizer, make: Callable[[], tuple[str, list[st
     }  # fmt: skip
 
 
+def answer(waves: Waves, tok: Tokenizer, files: list[Path], out: Path) -> None:
+    """The teacher's answer to every "prompt" (sampled) or "question" (greedy) in the files, one wave for all."""
+    asked = [json.loads(line) for f in files for line in f.read_text(encoding="utf-8").splitlines()]
+    head = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
+    scripts = [("chat", [f"{head}{x.get('prompt') or x['question']}<|im_end|>\n<|im_start|>assistant\n"]) for x in asked]
+    spare = waves.teacher.rows - len(scripts)
+    if spare < 0:
+        raise SystemExit(f"{len(scripts)} prompts need --rows {len(scripts)} or more")
+    coming = iter(scripts + scripts[:1] * spare)
+    _, queue = wave_of(lambda: next(coming), tok, waves.teacher.rows, waves.length)
+    greedy = torch.tensor(["prompt" not in x for x in asked] + [True] * spare, device=waves.temperature.device)
+    waves.temperature = torch.where(greedy[:, None], 1e-3, waves.temperature)
+    rows = tok.decode_batch(waves.run(queue)[: len(asked)].tolist(), skip_special_tokens=False)
+    lines = []
+    for x, row in zip(asked, rows, strict=True):
+        said = row.split("<|im_start|>assistant\n", 1)[-1]
+        text, end, _ = said.partition("<|im_end|>")
+        lines.append(json.dumps({**x, "answer": text.split("<|endoftext|>")[0], "ended": bool(end)}))
+    out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    say(f"{out}: {len(lines)} answers")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gguf", type=Path, required=True)
-    parser.add_argument("--asks", type=Path, required=True)
-    parser.add_argument("--text", type=Path, required=True, help="folder of .jsonl with real text")
+    parser.add_argument("--asks", type=Path)
+    parser.add_argument("--text", type=Path, help="folder of .jsonl with real text")
+    parser.add_argument("--answer", type=Path, nargs="+", help="only answer what these files ask, into the file --out")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=150)
     parser.add_argument("--waves", type=int, default=0, help="at most so many; 0: until the time is up")
@@ -260,6 +286,8 @@ def main() -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     tok = read_tokenizer(gguf.meta)
     rng = random.Random(o.seed)
+    if o.answer:
+        return answer(Waves(Teacher(gguf, o.rows, 0, o.length, device, dtype), o.length, [0.8], 0.0), tok, o.answer, o.out)
     asks, texts = read_asks(o.asks, rng), read_texts(o.text)
     waves = Waves(Teacher(gguf, o.rows, 0, o.length, device, dtype), o.length, o.temperatures, o.min_p)
     record = generate(waves, tok, lambda: script(rng, asks, texts), o)

@@ -42,7 +42,10 @@ case $step in
     prepare written "$out/written/text" --val-fraction 0.01
     [ ! -f "$data/books.txt" ] || prepare books "$data/books.txt" ;;
   heal) rorqual distill runs/bundled/heal.toml "$@" ;;
-  mtp) rorqual distill runs/bundled/mtp.toml "$@" ;;
+  mtp) rorqual distill runs/bundled/mtp.toml --set init_from="$(newest heal)" "$@" ;;
+  answer)
+    "$python" runs/bundled/generate.py --gguf "$source" --answer runs/bundled/{held-out,fixed,exam}.jsonl --rows 640 --length 768 \
+      --out "$out/teacher-answers.jsonl" "$@" ;;
   ship) # NAME: heal or mtp
     name=$1; shift
     rm -rf "$out/shipped"
@@ -78,9 +81,11 @@ case $step in
     left=$((total - SECONDS - ${RESERVE:-55}))
     steps=$((left * ${MTP_RATE:-250000} / 65536)); [ $steps -ge 20 ] || steps=20
     say "MTP: $steps steps in $left s"
+    "$0" answer > "$out/answer.log" 2>&1 & answering=$!
     timeout -s TERM $((left + 15)) "$0" mtp --set steps=$steps "$@" 2>&1 | tail -n 20 || true
     "$0" ship mtp; "$0" pack "${OUT:-$out}" --part mtp
     cp "$out/mtp/metrics.jsonl" "${OUT:-$out}/mtp-metrics.jsonl"; say "shipped"
+    wait $answering && cp "$out/teacher-answers.jsonl" "${OUT:-$out}/" || cat "$out/answer.log"
     "$0" evaluate --rows 40 --dtype bfloat16; cp "$out/evaluation.json" "${OUT:-$out}/"; say "done" ;;
   rehearse) # every step with a stand-in source and a few updates; leaves out/rate and the compiler's cache
     xz -dk "$data/source/part-a.xz" "$data/source/part-b.xz"
