@@ -32,7 +32,7 @@ case $step in
   generate)
     "$python" runs/bundled/generate.py --gguf "$source" --asks "$data/asks.jsonl.xz" --text "$data/text" --out "$out/written" "$@" ;;
   convert)
-    rorqual upcycle "$source" "$out/converted" --text "$data/calibration.txt" --tokens 49152 --mtp --dtype float32 \
+    rorqual upcycle "$source" "$out/converted" --text "$data/calibration.txt" --tokens 24576 --mtp --dtype float32 \
       --shared 12 --routed 12 --width 64 --top-k 8 "$@" ;;
   lessons) "$python" runs/bundled/lessons.py --text "$data/text" --out "$out/lessons.jsonl" "$@" ;;
   prepare)
