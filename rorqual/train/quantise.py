@@ -17,9 +17,12 @@ from rorqual.checkpoint.convert import FORMATS, is_quantised
 from rorqual.checkpoint.names import released_places
 from rorqual.model.transformer import Transformer
 from rorqual.ops.formats import WeightFormat
-from rorqual.ops.packed import GROUP, PackedIntegers
+from rorqual.ops.packed import GROUP, PackedIntegers, quantize_groups
 from rorqual.train.config import QuantiseConfig
 from rorqual.train.schedule import Timeline
+
+AT_ONCE = 1 << 26
+"""Elements rounded together: bounds the memory of a step, not its result."""
 
 
 class ShippedWeights:
@@ -43,13 +46,40 @@ class ShippedWeights:
         exact = [weight.detach().clone() for weight in self.weights]
         try:
             with torch.no_grad():
-                for weight in self.weights:
-                    weight.copy_(self.form.dense(self.form.pack(weight), weight.dtype))
+                self._round(self.form)
             yield
         finally:
             with torch.no_grad():
                 for weight, value in zip(self.weights, exact, strict=True):
                     weight.copy_(value)
+
+    def _round(self, form: WeightFormat) -> None:
+        if not isinstance(form, PackedIntegers):
+            for weight in self.weights:
+                weight.copy_(form.dense(form.pack(weight), weight.dtype))
+            return
+        # Groups of inputs lie next to one another, so many weights round as one: a model of small experts has thousands of
+        # them, and on a GPU launching their kernels one by one would take longer than the arithmetic.
+        for weights in _batches(self.weights):
+            groups = torch.cat([w.reshape(-1, GROUP) for w in weights])
+            codes, scale = quantize_groups(groups, form.bits)
+            rounded = (codes.float() * scale.float()).split([w.numel() // GROUP for w in weights])
+            for weight, part in zip(weights, rounded, strict=True):
+                weight.copy_(part.view(weight.shape))
+
+
+def _batches(weights: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Of at most AT_ONCE elements each, or one weight."""
+    batch: list[Tensor] = []
+    size = 0
+    for weight in weights:
+        if batch and size + weight.numel() > AT_ONCE:
+            yield batch
+            batch, size = [], 0
+        batch.append(weight)
+        size += weight.numel()
+    if batch:
+        yield batch
 
 
 def _weights(model: Transformer, form: WeightFormat, embeddings: bool) -> list[Tensor]:
