@@ -22,6 +22,7 @@ def upcycle(
     width: Annotated[int, typer.Option(help="Neurons an expert; 0: so that half are routed.", min=0)] = 0,
     shared: Annotated[int, typer.Option(help="Shared experts; 0: what is left.", min=0)] = 0,
     top_k: Annotated[int, typer.Option(help="Routed experts a token; 0: half of them.", min=0)] = 0,
+    drop: Annotated[int, typer.Option(help="Neurons a layer with experts loses, the weakest.", min=0)] = 0,
     dense_layers: Annotated[int, typer.Option(help="First layers that stay dense.", min=0)] = 1,
     mtp: Annotated[bool, typer.Option("--mtp/--no-mtp", help="Add a multi-token-prediction module.")] = False,
     chat: Annotated[
@@ -55,7 +56,7 @@ def upcycle(
         raise ConfigError(f"--dtype {dtype!r} is unknown", remedy=f"choose {', '.join(DTYPES)}")
     cfg = UpcycleConfig(
         rank=rank, fold=fold, key_weight=key_weight, shared=shared, routed=routed, width=width, top_k=top_k,
-        dense_layers=dense_layers, mtp=mtp, chat=chat, tokens=tokens, length=length, seed=seed,
+        drop=drop, dense_layers=dense_layers, mtp=mtp, chat=chat, tokens=tokens, length=length, seed=seed,
     )  # fmt: skip
     with counter("converting", "layers") as advance_to:
         run(src, dst, text or [], cfg, DTYPES[dtype], say=typer.echo, progress=lambda done, _: advance_to(done))

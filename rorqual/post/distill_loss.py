@@ -55,7 +55,11 @@ class _ChunkedDivergence(torch.autograd.Function):
             n, p = rows.stop - rows.start, target(rows)
             h, weights = h_ND[rows], weights_N[rows]
             if compiled and n < chunk:
-                h, p, weights = F.pad(h, (0, 0, 0, chunk - n)), F.pad(p, (0, 0, 0, chunk - n)), F.pad(weights, (0, chunk - n))
+                h, p, weights = (
+                    F.pad(h, (0, 0, 0, chunk - n)),
+                    F.pad(p, (0, 0, 0, chunk - n)),
+                    F.pad(weights, (0, chunk - n)),
+                )
             divergence, slope = slope_of(F.linear(h, head), p, weights)
             total += divergence
             if grad_h is not None:

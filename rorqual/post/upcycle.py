@@ -50,7 +50,8 @@ Say = Callable[[str], None]
 class UpcycleConfig:
     """rank: kv_lora_rank (0: a third of the hidden size, in steps of 32). fold: neighbouring rotary speeds mixed as one.
     key_weight: an error of keys against one of values. shared, routed, width, top_k: experts; 0 divides half the neurons
-    into about twelve experts, half of them chosen, and leaves as many shared. dense_layers: how many stay dense. chat:
+    into about twelve experts, half of them chosen, and leaves as many shared. drop: so many neurons of a layer with
+    experts, the weakest, are left out. dense_layers: how many stay dense. chat:
     DeepSeek's chat markers in place of spare special tokens. tokens: of calibration, in sequences of `length`, a sixth of
     which is held back for measuring."""
 
@@ -61,6 +62,7 @@ class UpcycleConfig:
     routed: int = 0
     width: int = 0
     top_k: int = 0
+    drop: int = 0
     dense_layers: int = 1
     mtp: bool = False
     chat: bool = True
@@ -160,14 +162,14 @@ def convert(
 
 def expert_shape(source: LlamaConfig, cfg: UpcycleConfig) -> ExpertShape:
     """Raises ConfigError where the experts do not add up to the feed-forward's neurons."""
-    neurons = source.intermediate_size
+    neurons = source.intermediate_size - cfg.drop
     width = cfg.width or _usual_width(neurons, 2 * (cfg.routed or 12))
     routed = cfg.routed or max(2, neurons // width // 2)
     shared = cfg.shared or neurons // width - routed
     if shared < 1 or (shared + routed) * width != neurons:
         raise ConfigError(
             f"{shared} shared and {routed} routed experts of width {width} are not the {neurons} neurons",
-            remedy="choose routed, width and shared with (shared + routed) * width = intermediate_size",
+            remedy="choose routed, width, shared and drop with (shared + routed) * width + drop = intermediate_size",
         )
     top_k = cfg.top_k or max(1, routed // 2)
     if not 1 <= top_k <= routed:

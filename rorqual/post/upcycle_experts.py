@@ -27,7 +27,7 @@ STRONG = 0.25
 
 @dataclass(frozen=True)
 class ExpertShape:
-    """How `intermediate_size` neurons are divided: shared * width + routed * width of them."""
+    """How the neurons are divided: shared * width + routed * width of them; where the layer has more, its weakest go."""
 
     shared: int
     routed: int
@@ -55,7 +55,7 @@ def convert_experts(mlp: MLP, x_ND: Tensor, shape: ExpertShape, seed: int) -> Ex
     energy_NF = (F.silu(x_ND @ gate.T) * (x_ND @ up.T)).square() * down.square().sum(0)
     shared_size = shape.shared * shape.width
     order = energy_NF.mean(0).argsort(descending=True, stable=True)
-    shared, rest = order[:shared_size].sort().values, order[shared_size:].sort().values
+    shared, rest = order[:shared_size].sort().values, order[shared_size:][: shape.routed * shape.width].sort().values
     groups_EF = rest[balanced_groups(energy_NF[:, rest], shape.routed, seed)]
     energy_NE = energy_NF[:, groups_EF.flatten()].unflatten(-1, groups_EF.shape).sum(-1)
     router = torch.zeros(shape.routed, x_ND.shape[1])

@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import lzma
+import re
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -25,9 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "nano"))
 
 from rorqual.ops.packed import PackedIntegers  # noqa: E402
 
-PIECE = 12_000_000
+PIECE = 15_500_000
 SHARD = 14_000_000
 EMBEDDING = "model.embed_tokens."
+COPY = re.compile(r"\.embed_tokens\.|\.shared_head\.head\.")
+"""The embedding, and the copies of it and of the head that an MTP module's released layout carries along."""
 
 
 def read(folder: Path) -> dict[str, Tensor]:
@@ -67,14 +70,16 @@ def pack(shipped: Path, target: Path, part: str) -> None:
     """Scales come back flat; `join` gives them their shape again from the codes."""
     target.mkdir(parents=True, exist_ok=True)
     last = f"model.layers.{json.loads((shipped / 'config.json').read_text())['num_hidden_layers']}."
-    chosen = {k: v for k, v in read(shipped).items() if k.startswith(last) == (part == "mtp") and ".embed_tokens." not in k}
+    chosen = {k: v for k, v in read(shipped).items() if k.startswith(last) == (part == "mtp") and not COPY.search(k)}
     pieces = groups(chosen, PIECE)
     with ProcessPoolExecutor(8) as pool:
         paths = [target / f"{part}-{i}.xz" for i in range(len(pieces))]
         sizes = list(pool.map(write_piece, paths, pieces))
     with lzma.open(target / "side.json.xz", "wt") as file:
         json.dump({f.name: f.read_text() for f in shipped.glob("*.json") if not f.name.endswith("index.json")}, file)
-    print(f"{target}: {len(sizes)} pieces, {sum(sizes) / 2**20:.1f} MiB of {sum(t.nbytes for t in chosen.values()) / 2**20:.1f}")
+    print(
+        f"{target}: {len(sizes)} pieces, {sum(sizes) / 2**20:.1f} MiB of {sum(t.nbytes for t in chosen.values()) / 2**20:.1f}"
+    )
 
 
 def join(back: Path, gguf: Path, out: Path) -> None:
@@ -88,7 +93,13 @@ def join(back: Path, gguf: Path, out: Path) -> None:
         tensors[name] = tensors[name].view(tensors[name.replace("_scale", "_packed")].shape[0], -1)
     out.mkdir(parents=True, exist_ok=True)
     for name, text in json.loads(lzma.open(back / "side.json.xz", "rt").read()).items():
-        (out / name).write_text(text)
+        # One line: the tokenizer is a third smaller so, and counts among the bundled bytes.
+        small = (
+            json.dumps(json.loads(text), ensure_ascii=False, separators=(",", ":"))
+            if name == "tokenizer.json"
+            else text
+        )
+        (out / name).write_text(small.rstrip() + "\n")
     shards = groups(tensors, SHARD)
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
@@ -96,7 +107,7 @@ def join(back: Path, gguf: Path, out: Path) -> None:
     where = {k: name for name, shard in zip(names, shards, strict=True) for k in shard}
     total = sum(t.nbytes for t in tensors.values())
     (out / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}, indent=1) + "\n"
+        json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}, indent=0) + "\n"
     )
     (out / "convert.json").unlink(missing_ok=True)
     sums = [f"{hashlib.sha256((out / n).read_bytes()).hexdigest()}  {n}" for n in names]

@@ -12,7 +12,22 @@ from exact_numbers import FRUIT, NAMES
 ASK = "{|}{What is|What's|How much is|Calculate|Work out|Compute|Solve|Please calculate}"
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 PLACES = ["ones", "tens", "hundreds", "thousands"]
-THINGS = ["bloops", "wugs", "tals", "zibs", "morks", "feps", "daxes", "norps", "blickets", "gribs", "cats", "birds", "roses", "poets"]
+THINGS = [
+    "bloops",
+    "wugs",
+    "tals",
+    "zibs",
+    "morks",
+    "feps",
+    "daxes",
+    "norps",
+    "blickets",
+    "gribs",
+    "cats",
+    "birds",
+    "roses",
+    "poets",
+]
 WORDS = """the a small red old quick happy quiet dog cat bird girl boy man river house tree garden runs sleeps sings likes sees
 finds makes near under with and then today again always never seldom bread water light stone""".split()
 
@@ -28,7 +43,10 @@ def add_columns(a: int, b: int) -> str:
         x, y = a // 10**i % 10, b // 10**i % 10
         s = x + y + carry
         more = f" + {carry}" if carry else ""
-        steps.append(f"{PLACES[i].capitalize()}: {x} + {y}{more} = {s}, write {s % 10}" + (f", carry {s // 10}." if s > 9 else "."))
+        steps.append(
+            f"{PLACES[i].capitalize()}: {x} + {y}{more} = {s}, write {s % 10}"
+            + (f", carry {s // 10}." if s > 9 else ".")
+        )
         carry, written = s // 10, f"{s % 10}{written}"
     if carry:
         written = f"{carry}{written}"
@@ -66,7 +84,9 @@ def times(a: int, b: int) -> str:
 @kind("long sum", 5)
 def long_sum(rng: random.Random, again: bool) -> Exchange:
     a, b = rng.randint(100, 9999 if rng.random() < 0.3 else 999), rng.randint(20, 999)
-    thought = f"{a} + {b}. {add_columns(a, b)} Check: {a + b} - {b}: {take_away(a + b, b)} That is {a}, as it should be."
+    thought = (
+        f"{a} + {b}. {add_columns(a, b)} Check: {a + b} - {b}: {take_away(a + b, b)} That is {a}, as it should be."
+    )
     return Exchange(grow(rng, ASK + " [a] {+|plus} [b]?", a=a, b=b), result(rng, f"{a} + {b} = {a + b}", a + b), thought,
                     key=f"long sum {a} {b}", expect=str(a + b))  # fmt: skip
 
@@ -157,7 +177,9 @@ def shopping(rng: random.Random, again: bool) -> Exchange:
 @kind("who is tallest", 6)
 def ordering(rng: random.Random, again: bool) -> Exchange:
     names = rng.sample(NAMES, rng.choice([3, 3, 4, 5]))
-    more, most, least = rng.choice([("taller", "tallest", "shortest"), ("older", "oldest", "youngest"), ("faster", "fastest", "slowest")])
+    more, most, least = rng.choice(
+        [("taller", "tallest", "shortest"), ("older", "oldest", "youngest"), ("faster", "fastest", "slowest")]
+    )
     facts = [f"{a} is {more} than {b}." for a, b in zip(names, names[1:], strict=False)]
     rng.shuffle(facts)
     top = rng.random() < 0.5
@@ -198,7 +220,9 @@ def boolean(rng: random.Random, again: bool) -> Exchange:
     left = vx != nx
     value = (left and vy) if word == "and" else (left or vy)
     text = f"{'not ' if nx else ''}{x} {word} {y}"
-    steps = (f"{x} is {said[vx]}, so not {x} is {said[not vx]}. " if nx else f"{x} is {said[vx]}. ") + f"{y} is {said[vy]}. "
+    steps = (
+        f"{x} is {said[vx]}, so not {x} is {said[not vx]}. " if nx else f"{x} is {said[vx]}. "
+    ) + f"{y} is {said[vy]}. "
     rule = "And needs both to be true." if word == "and" else "Or needs at least one to be true."
     return Exchange(f"{x} is {said[vx]} and {y} is {said[vy]}. Is ({text}) true or false?",
                     grow(rng, "{[v].|It is [v].}", v=said[value]).capitalize(),
@@ -213,7 +237,9 @@ def weekday(rng: random.Random, again: bool) -> Exchange:
     walk = ", ".join(DAYS[(i + k) % 7] for k in range(1, rest + 1))
     day = DAYS[(i + n) % 7]
     steps = f"After 7 days it is {DAYS[i]} again. {n} = {weeks} x 7 + {rest}. "
-    steps += f"So count {rest} days on from {DAYS[i]}: {walk}. It is {day}." if rest else f"Nothing is left, so it is {day}."
+    steps += (
+        f"So count {rest} days on from {DAYS[i]}: {walk}. It is {day}." if rest else f"Nothing is left, so it is {day}."
+    )
     return Exchange(grow(rng, "Today is [d]. {What day is it in [n] days?|Which day will it be in [n] days?}", d=DAYS[i], n=n),
                     grow(rng, "{[x].|It will be [x].}", x=day), steps, key=f"weekday {i} {n}", expect=day)  # fmt: skip
 
@@ -244,7 +270,10 @@ def shift(rng: random.Random, again: bool) -> Exchange:
 def unknown(rng: random.Random, again: bool) -> Exchange:
     x, a, b = rng.randint(2, 30), rng.randint(2, 9), rng.randint(1, 40)
     if rng.random() < 0.5:
-        text, why = f"x + {b} = {x + b}", f"Take {b} from both sides: x = {x + b} - {b} = {x}. Check: {x} + {b} = {x + b}."
+        text, why = (
+            f"x + {b} = {x + b}",
+            f"Take {b} from both sides: x = {x + b} - {b} = {x}. Check: {x} + {b} = {x + b}.",
+        )
     else:
         text = f"{a}x + {b} = {a * x + b}"
         why = f"Take {b} from both sides: {a}x = {a * x + b} - {b} = {a * x}. Divide by {a}: x = {x}. Check: {a} x {x} = {a * x}, "

@@ -54,7 +54,10 @@ def script(rng: random.Random, asks: Iterator[dict[str, Any]], texts: list[str])
     """(kind, pieces between which the teacher speaks)."""
     if rng.random() < 0.3:
         real = rng.random() < 0.4
-        starts = [" ".join(passage(rng, texts, 60).split(" ")[: rng.randint(3, 40)]) if real else opening(rng) for _ in range(3)]
+        starts = [
+            " ".join(passage(rng, texts, 60).split(" ")[: rng.randint(3, 40)]) if real else opening(rng)
+            for _ in range(3)
+        ]
         return "text", ["<|endoftext|>" + starts[0], *starts[1:]]
     pieces = [f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"]
     if rng.random() < 0.2:  # the teacher asks
@@ -77,7 +80,9 @@ def read_asks(path: Path, rng: random.Random) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, lines)
 
 
-def wave_of(make: Callable[[], tuple[str, list[str]]], tok: Tokenizer, rows: int, length: int) -> tuple[list[str], torch.Tensor]:
+def wave_of(
+    make: Callable[[], tuple[str, list[str]]], tok: Tokenizer, rows: int, length: int
+) -> tuple[list[str], torch.Tensor]:
     """Scripts of one wave as ids [rows, Q]; each piece is followed by SPEAK, the last by END."""
     scripts = [make() for _ in range(rows)]
     flat = iter(tok.encode_batch_fast([p for _, pieces in scripts for p in pieces], add_special_tokens=False))
@@ -208,7 +213,9 @@ def keep(tok_json: str, kinds: list[str], tokens: np.ndarray, folder: str, wave:
 # ---- the run -----------------------------------------------------------------------------------------------------
 
 
-def generate(waves: Waves, tok: Tokenizer, make: Callable[[], tuple[str, list[str]]], o: argparse.Namespace) -> dict[str, Any]:
+def generate(
+    waves: Waves, tok: Tokenizer, make: Callable[[], tuple[str, list[str]]], o: argparse.Namespace
+) -> dict[str, Any]:
     """Waves until the time is up (never a new one that would end after it). Returns what is worth recording."""
     for name in ("chat", "text"):
         (o.out / name).mkdir(parents=True, exist_ok=True)
@@ -245,7 +252,9 @@ def answer(waves: Waves, tok: Tokenizer, files: list[Path], out: Path) -> None:
     """The teacher's answer to every "prompt" (sampled) or "question" (greedy) in the files, one wave for all."""
     asked = [json.loads(line) for f in files for line in f.read_text(encoding="utf-8").splitlines()]
     head = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
-    scripts = [("chat", [f"{head}{x.get('prompt') or x['question']}<|im_end|>\n<|im_start|>assistant\n"]) for x in asked]
+    scripts = [
+        ("chat", [f"{head}{x.get('prompt') or x['question']}<|im_end|>\n<|im_start|>assistant\n"]) for x in asked
+    ]
     spare = waves.teacher.rows - len(scripts)
     if spare < 0:
         raise SystemExit(f"{len(scripts)} prompts need --rows {len(scripts)} or more")
@@ -287,7 +296,9 @@ def main() -> None:
     tok = read_tokenizer(gguf.meta)
     rng = random.Random(o.seed)
     if o.answer:
-        return answer(Waves(Teacher(gguf, o.rows, 0, o.length, device, dtype), o.length, [0.8], 0.0), tok, o.answer, o.out)
+        return answer(
+            Waves(Teacher(gguf, o.rows, 0, o.length, device, dtype), o.length, [0.8], 0.0), tok, o.answer, o.out
+        )
     asks, texts = read_asks(o.asks, rng), read_texts(o.text)
     waves = Waves(Teacher(gguf, o.rows, 0, o.length, device, dtype), o.length, o.temperatures, o.min_p)
     record = generate(waves, tok, lambda: script(rng, asks, texts), o)

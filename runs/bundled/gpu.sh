@@ -21,6 +21,16 @@ rate() { # median tokens/s of a run's last steps
   "$python" -c "import json,statistics,sys; x=[json.loads(l) for l in open(sys.argv[1])]
 print(int(statistics.median(r['tokens_per_s'] for r in x[-min(8, max(1, len(x) // 2)):])))" "$1"
 }
+show() { # what matters of a run's metrics
+  "$python" -c "import json,sys
+for r in map(json.loads, open(sys.argv[1])): print({k: r[k] for k in ('step','lm_loss','mtp_loss','tokens_per_s','elapsed_s','memory_bytes')})" \
+    "$out/$1/metrics.jsonl"
+}
+notes() { # small files as one archive beside the weights
+  local back=${OUT:-$out/back}
+  mv "$back/side.json.xz" "$out/"
+  tar -C "$out" -cJf "$back/notes.tar.xz" --ignore-failed-read side.json.xz "$@"
+}
 
 case $step in
   source) # joins the four parts
@@ -32,8 +42,8 @@ case $step in
   generate)
     "$python" runs/bundled/generate.py --gguf "$source" --asks "$data/asks.jsonl.xz" --text "$data/text" --out "$out/written" "$@" ;;
   convert)
-    rorqual upcycle "$source" "$out/converted" --text "$data/calibration.txt" --tokens 24576 --mtp --dtype float32 \
-      --shared 12 --routed 12 --width 64 --top-k 8 "$@" ;;
+    rorqual upcycle "$source" "$out/converted" --text "$data/calibration.txt" --tokens 12288 --mtp --dtype float32 \
+      --shared 13 --routed 8 --width 64 --top-k 6 --drop 192 "$@" ;;
   lessons) "$python" runs/bundled/lessons.py --text "$data/text" --out "$out/lessons.jsonl" "$@" ;;
   prepare)
     prepare text "$data/text" --val-fraction "${VAL:-0.005}"
@@ -56,56 +66,57 @@ case $step in
     "$python" runs/bundled/evaluate.py --teacher "$source" --model converted="$out/converted" healed="$(newest "${HEALED:-mtp}")" \
       shipped="$out/shipped" --shards "${sets[@]}" --run runs/bundled/heal.toml --out "$out/evaluation.json" "$@" ;;
   pack) "$python" runs/bundled/carry.py pack "$out/shipped" "$@" ;; # TARGET --part trunk|mtp
-  first) # SECONDS GENERATE: source to healed int4 weights, in that time; logs and weights to $OUT
+  first) # SECONDS GENERATE [options of heal]: from the source to healed int4 weights in that time; results to $OUT
     total=$1 writing=$2; shift 2
     "$0" source; "$0" text; say "source and text are there"
-    ("$0" convert > "$out/convert.log" 2>&1; "$0" lessons > "$out/lessons.log" 2>&1
+    ("$0" lessons > "$out/lessons.log" 2>&1 & lessons=$!
+     "$0" convert > "$out/convert.log" 2>&1; wait $lessons
      prepare text "$data/text" --val-fraction "${VAL:-0.005}"; prepare lessons "$out/lessons.jsonl" --val-fraction 0.01
-     [ ! -f "$data/books.txt" ] || prepare books "$data/books.txt") > "$out/prepare.log" 2>&1 &
-    beside=$!
+     [ ! -f "$data/books.txt" ] || prepare books "$data/books.txt") > "$out/prepare.log" 2>&1 & beside=$!
     "$0" generate --seconds "$writing"
     say "written"; wait $beside || { cat "$out/convert.log" "$out/prepare.log"; exit 1; }
     say "converted, text and lessons prepared"
     prepare written "$out/written/text" --val-fraction 0.01 & other=$!
     prepare chat "$out/written/chat" --val-fraction 0.01; wait $other
     speed=${RATE:-150000}; [ ! -f out/rate ] || speed=$(cat out/rate)
-    left=$((total - SECONDS - ${RESERVE:-60}))
+    left=$((total - SECONDS - ${RESERVE:-65}))
     steps=$((left * speed / 65536))
     say "healing: $steps steps in $left s at $speed tokens/s"
     timeout -s TERM $((total - SECONDS - 35)) "$0" heal --set steps=$steps "$@" 2>&1 | tail -n 40 || true
-    say "healed"; "$0" ship heal
-    cp -r "$out"/heal/metrics.jsonl "$out"/heal/config.toml "$out"/convert.log "$out"/prepare.log "$out"/written/generate.json "${OUT:-$out}/"
-    "$0" pack "${OUT:-$out}" --part trunk; say "done" ;;
-  second) # SECONDS: the MTP module alone, then the table
+    say "healed"; "$0" ship heal | tail -n 1
+    "$0" pack "${OUT:-$out/back}" --part trunk; "$0" pack "${OUT:-$out/back}" --part mtp
+    notes heal/metrics.jsonl heal/config.toml convert.log prepare.log written/generate.json converted/config.json; say "done" ;;
+  second) # SECONDS: the MTP module alone, the teacher's answers, the table; results to $OUT
     total=$1; shift
+    "$0" answer > "$out/answer.log" 2>&1 & answering=$!
     left=$((total - SECONDS - ${RESERVE:-55}))
     steps=$((left * ${MTP_RATE:-250000} / 65536)); [ $steps -ge 20 ] || steps=20
     say "MTP: $steps steps in $left s"
-    "$0" answer > "$out/answer.log" 2>&1 & answering=$!
-    timeout -s TERM $((left + 15)) "$0" mtp --set steps=$steps "$@" 2>&1 | tail -n 20 || true
-    "$0" ship mtp; "$0" pack "${OUT:-$out}" --part mtp
-    cp "$out/mtp/metrics.jsonl" "${OUT:-$out}/mtp-metrics.jsonl"; say "shipped"
-    wait $answering && cp "$out/teacher-answers.jsonl" "${OUT:-$out}/" || cat "$out/answer.log"
-    "$0" evaluate --rows 40 --dtype bfloat16; cp "$out/evaluation.json" "${OUT:-$out}/"; say "done" ;;
+    timeout -s TERM $((left + 20)) "$0" mtp --set steps=$steps "$@" 2>&1 | tail -n 20 || true
+    say "trained"; "$0" ship mtp | tail -n 1; "$0" pack "${OUT:-$out/back}" --part mtp
+    wait $answering || cat "$out/answer.log"
+    notes mtp/metrics.jsonl mtp/config.toml teacher-answers.jsonl; say "shipped"
+    "$0" evaluate --rows 40 --dtype bfloat16; cp "$out/evaluation.json" "${OUT:-$out/back}/"; say "done" ;;
   rehearse) # every step with a stand-in source and a few updates; leaves out/rate and the compiler's cache
-    xz -dk "$data/source/part-a.xz" "$data/source/part-b.xz"
+    xz -dkf "$data/source/part-a.xz" "$data/source/part-b.xz"
     "$python" runs/bundled/rehearsal.py "$source" "$data/source/part-a" "$data/source/part-b"
     "$0" text; say "stand-in"
-    ("$0" convert --tokens 6144; "$0" lessons --count 20000) > "$out/convert.log" 2>&1 & beside=$!
+    "$0" lessons --count 20000 > "$out/lessons.log" 2>&1 & lessons=$!
+    (time "$0" convert --tokens 2048 --length 256) > "$out/convert.log" 2>&1 & beside=$!
     "$0" generate --waves 2
-    wait $beside || { cat "$out/convert.log"; exit 1; }
-    say "written, converted"; tail -n 6 "$out/convert.log"
-    mkdir -p "$out/some"; head -n 3000 "$data/text/python-django-doc.jsonl" > "$out/some/a.jsonl"
-    prepare text "$out/some" --val-fraction 0.02; prepare lessons "$out/lessons.jsonl" --val-fraction 0.01
-    prepare chat "$out/written/chat" --val-fraction 0.05; prepare written "$out/written/text" --val-fraction 0.05
+    wait $lessons; wait $beside || { cat "$out/convert.log"; exit 1; }
+    say "written, converted"; tail -n 9 "$out/convert.log"
+    mkdir -p "$out/some"; cp "$data"/text/python-django-doc.jsonl "$out/some/"
+    # The stand-in hardly ever ends a turn, so the lessons serve as its conversations.
+    (time prepare text "$out/some" --val-fraction 0.05); prepare written "$out/some" --val-fraction 0.05
+    prepare chat "$out/lessons.jsonl" --val-fraction 0.05; prepare lessons "$out/lessons.jsonl" --val-fraction 0.05
     say "prepared"
-    "$0" heal --set steps=24 --set optim.warmup_steps=4 --set eval_every=20 --set eval_rows=8 --set checkpoint_every=1000 \
-      --set quantise.fraction=0.5 2>&1 | tail -n 30
+    "$0" heal --set steps=24 --set optim.warmup_steps=4 --set eval_every=20 --set eval_rows=32 --set checkpoint_seconds=9999 \
+      --set quantise.fraction=0.5 --set report=false 2>&1 | tail -n 30
     rate "$out/heal/metrics.jsonl" > out/rate; say "healed at $(cat out/rate) tokens/s in the quantised half"
-    "$python" -c "import json; [print({k: r[k] for k in ('step','lm_loss','mtp_loss','tokens_per_s','elapsed_s','memory_bytes')}) for r in map(json.loads, open('$out/heal/metrics.jsonl'))]"
-    "$0" mtp --set steps=6 --set eval_rows=8 2>&1 | tail -n 8; say "MTP"
-    "$python" -c "import json; print([int(json.loads(l)['tokens_per_s']) for l in open('$out/mtp/metrics.jsonl')])"
-    "$0" ship mtp; "$0" pack "$out/back" --part trunk; ls -l "$out/back"; say "shipped"
+    show heal
+    "$0" mtp --set steps=6 --set eval_rows=32 --set report=false 2>&1 | tail -n 8; say "MTP"; show mtp
+    "$0" ship mtp | tail -n 1; "$0" pack "$out/back" --part trunk; ls -l "$out/back"; say "shipped"
     "$0" evaluate --rows 2 --dtype bfloat16; say "evaluated"
     rm -rf out/rehearsal; mv "$out" out/rehearsal ;;
   *) echo "unknown step $step; see runs/bundled/README.md" >&2; exit 2 ;;

@@ -89,14 +89,28 @@ def cited(rng: random.Random, known: list[tuple[str, str]]) -> list[dict[str, st
         for i, (word, meaning) in enumerate(chosen, 1)
     ]  # fmt: skip
     word, meaning = chosen[right]
-    question = rng.choice(["What is {w}?", "What does {w} mean?", "Define {w}.", "Explain the word {w}.", "What do the results say about {w}?"])
+    question = rng.choice(
+        [
+            "What is {w}?",
+            "What does {w} mean?",
+            "Define {w}.",
+            "Explain the word {w}.",
+            "What do the results say about {w}?",
+        ]
+    )
     if rng.random() < 0.1:
         word = rng.choice(known)[0]
         answer = f"None of the results says what {word} means."
         if word in {w for w, _ in chosen}:
             return cited(rng, known)
     else:
-        answer = rng.choice(["{W} means {m} [citation:{n}].", "{W}: {m} [citation:{n}].", "According to the results, {w} means {m} [citation:{n}]."])
+        answer = rng.choice(
+            [
+                "{W} means {m} [citation:{n}].",
+                "{W}: {m} [citation:{n}].",
+                "According to the results, {w} means {m} [citation:{n}].",
+            ]
+        )
         answer = answer.format(w=word, W=word.capitalize(), m=meaning, n=right + 1)
     today = f"20{rng.randint(24, 28)}-{rng.randint(1, 12):02}-{rng.randint(1, 28):02}"
     return [
@@ -115,7 +129,9 @@ def exam(count: int, seed: int) -> list[str]:
             key = exchange.key or normal(exchange.question)
             if exchange.expect and held_out(exchange) and key not in seen:
                 seen.add(key)
-                out.append(json.dumps({"question": exchange.question, "expect": exchange.expect, "kind": exchange.kind}))
+                out.append(
+                    json.dumps({"question": exchange.question, "expect": exchange.expect, "kind": exchange.kind})
+                )
             if len(out) >= wanted:
                 break
     return out

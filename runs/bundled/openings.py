@@ -24,7 +24,9 @@ She|They|We|There|But|For|On|At|After|My|What|How|Many|Some|People"""
 STARTS = [" ".join(x.split()).replace("\\n", "\n") for x in OPENINGS.split("|")]
 FAMILIES = """Harrow|Bellamy|Thornton|Ashby|Weller|Marsh|Holloway|Pembroke|Carter|Lindley|Grey|Whitaker|Fenn|Osborne|Lockhart|Vance|
 Merrill|Dale|Hargrave|Norwood""".replace("\n", "").split("|")
-TOWNS = """Millbrook|Eastport|Kingsford|Northfield|Ravenna|Salem|Lyon|Bergen|Oaxaca|Nairobi|Hobart|Leeds""".replace("\n", "").split("|")
+TOWNS = """Millbrook|Eastport|Kingsford|Northfield|Ravenna|Salem|Lyon|Bergen|Oaxaca|Nairobi|Hobart|Leeds""".replace(
+    "\n", ""
+).split("|")
 WEEK = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday"]
 
 

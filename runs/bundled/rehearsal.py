@@ -34,7 +34,11 @@ def main() -> None:
     missing = [n for n in file.infos if n not in present]
     for name in missing:
         _, layer, rest = (name.split(".", 2) + ["", ""])[:3]
-        alike = f"blk.{full[int(layer) % len(full)]}.{rest}" if rest and name.startswith("blk.") else "blk.0.attn_norm.weight"
+        alike = (
+            f"blk.{full[int(layer) % len(full)]}.{rest}"
+            if rest and name.startswith("blk.")
+            else "blk.0.attn_norm.weight"
+        )
         at, size = file.infos[name][2], sizes[name]
         data[at : at + size] = data[present[alike] : present[alike] + size]
     out.write_bytes(bytes(file.buf[: file.data_at]) + data)

@@ -23,7 +23,13 @@ RUNS = ROOT / "runs" / "bundled"
 
 
 def environment(folder: Path) -> dict[str, str]:
-    here = {"PYTHON": sys.executable, "DATA": str(folder / "data"), "OUT_DIR": str(folder / "out"), "OMP_NUM_THREADS": "1", "VAL": "0.2"}
+    here = {
+        "PYTHON": sys.executable,
+        "DATA": str(folder / "data"),
+        "OUT_DIR": str(folder / "out"),
+        "OMP_NUM_THREADS": "1",
+        "VAL": "0.2",
+    }
     return {**os.environ, **here, "PYTHONPATH": str(ROOT)}
 
 
