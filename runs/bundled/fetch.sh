@@ -24,10 +24,5 @@ if [ ! -f $out/asks.jsonl.xz ]; then
   "$python" runs/bundled/asks.py --wordnet $out/wordnet/usr/share/wordnet --text $out/text --out $out/asks.jsonl.xz \
     --held-out runs/bundled/held-out.jsonl
 fi
-if [ ! -f $out/calibration.txt ]; then # a few conversations, written on the CPU
-  "$python" runs/bundled/generate.py --gguf $out/source/whole --asks $out/asks.jsonl.xz --text $out/text --out $out/calibration \
-    --waves 1 --rows 72 --length 360 --workers 1 --seed 99
-  "$python" runs/bundled/calibration.py $out/text $out/calibration/chat --out $out/calibration.txt --characters 300000
-fi
 "$python" runs/bundled/lessons.py --text $out/text --exam runs/bundled/exam.jsonl
 du -sh $out/*

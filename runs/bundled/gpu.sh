@@ -6,6 +6,9 @@ step=$1; shift
 python=${PYTHON:-python3} data=${DATA:-data/bundled} out=${OUT_DIR:-out/bundled}
 export PYTHONPATH=.:$data/site OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 rorqual() { "$python" -m rorqual "$@"; }
+train() { # with the attention that the rehearsal found fastest
+  if [ -f out/attention ]; then "$python" runs/bundled/attention.py with "$(cat out/attention)" "$@"; else rorqual "$@"; fi
+}
 say() { printf '== %4d s  %s\n' "$SECONDS" "$*"; }
 mkdir -p "$out"
 source=$out/smollm2.gguf
@@ -41,8 +44,10 @@ case $step in
     for f in "$data"/text-a/*.jsonl; do cat "$data"/text-?/"$(basename "$f")" > "$data/text/$(basename "$f")"; done ;;
   generate)
     "$python" runs/bundled/generate.py --gguf "$source" --asks "$data/asks.jsonl.xz" --text "$data/text" --out "$out/written" "$@" ;;
-  convert)
-    rorqual upcycle "$source" "$out/converted" --text "$data/calibration.txt" --tokens 12288 --mtp --dtype float32 \
+  convert) # as soon as the first conversations are there: they are part of the calibration
+    for _ in $(seq 120); do [ "$(ls "$out"/written/chat/*.jsonl 2> /dev/null | wc -l)" -ge 1 ] && break; sleep 1; done
+    "$python" runs/bundled/calibration.py "$data/text" "$out/written/chat" --out "$out/calibration.txt" --characters 200000
+    rorqual upcycle "$source" "$out/converted" --text "$out/calibration.txt" --tokens 12288 --mtp --dtype float32 \
       --shared 13 --routed 8 --width 64 --top-k 6 --drop 192 "$@" ;;
   lessons) "$python" runs/bundled/lessons.py --text "$data/text" --out "$out/lessons.jsonl" "$@" ;;
   prepare)
@@ -51,8 +56,8 @@ case $step in
     prepare chat "$out/written/chat" --val-fraction 0.01
     prepare written "$out/written/text" --val-fraction 0.01
     [ ! -f "$data/books.txt" ] || prepare books "$data/books.txt" ;;
-  heal) rorqual distill runs/bundled/heal.toml "$@" ;;
-  mtp) rorqual distill runs/bundled/mtp.toml --set init_from="$(newest heal)" "$@" ;;
+  heal) train distill runs/bundled/heal.toml "$@" ;;
+  mtp) train distill runs/bundled/mtp.toml --set init_from="$(newest heal)" "$@" ;;
   answer)
     "$python" runs/bundled/generate.py --gguf "$source" --answer runs/bundled/{held-out,fixed,exam}.jsonl --rows 640 --length 768 \
       --out "$out/teacher-answers.jsonl" "$@" ;;
@@ -110,7 +115,8 @@ case $step in
     # The stand-in hardly ever ends a turn, so the lessons serve as its conversations.
     (time prepare text "$out/some" --val-fraction 0.05); prepare written "$out/some" --val-fraction 0.05
     prepare chat "$out/lessons.jsonl" --val-fraction 0.05; prepare lessons "$out/lessons.jsonl" --val-fraction 0.05
-    say "prepared"
+    "$python" runs/bundled/attention.py choose > out/attention || rm out/attention
+    say "prepared; attention: $(cat out/attention)"
     "$0" heal --set steps=24 --set optim.warmup_steps=4 --set eval_every=20 --set eval_rows=32 --set checkpoint_seconds=9999 \
       --set quantise.fraction=0.5 --set report=false 2>&1 | tail -n 30
     rate "$out/heal/metrics.jsonl" > out/rate; say "healed at $(cat out/rate) tokens/s in the quantised half"

@@ -59,7 +59,6 @@ def test_the_steps_lead_from_the_source_to_files_that_load(
     for i, file in enumerate(corpus_files[:40]):
         (data / "text" / f"{i}.txt").write_text(file.read_text())
         (out / "written" / "text" / f"{i}.txt").write_text(file.read_text())
-    (data / "calibration.txt").write_text("\n\n".join(f.read_text() for f in corpus_files[:40]))
     (out / "written" / "chat" / "wave-001.jsonl").write_text(chats("It is {}."))
     (out / "lessons.jsonl").write_text(chats("{}."))
 
