@@ -31,6 +31,10 @@ ANCHOR_ENERGIES = (0.01, 1.0, 3.0, 9.0, 27.0)
 """Energies of the anchor against all other latent dimensions together that are tried in each layer. At 9 their fluctuation
 moves the rms by a few per cent; where inputs have no common part, no function of them is constant, and less is better."""
 
+RIDGE = 1e-2
+"""Against the mean square of an input, what a square of the anchor's weights costs. Without it the anchor lives on inputs that
+hardly vary, with weights hundreds of times those of its neighbours, and rounding them to four bits leaves nothing of it."""
+
 
 @dataclass(frozen=True)
 class LatentAttention:
@@ -133,7 +137,7 @@ def _low_rank(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Down projection [rank, D], norm weight [rank], expansion [2 G d, rank]."""
     D = len(second_DD)
-    ridge = 1e-6 * second_DD.diagonal().mean() * torch.eye(D, dtype=second_DD.dtype)
+    ridge = RIDGE * second_DD.diagonal().mean() * torch.eye(D, dtype=second_DD.dtype)
     solve = torch.linalg.inv(second_DD + ridge)
     anchor_D = solve @ x_ND.mean(0)  # the linear function of x closest to 1
     along = second_DD @ anchor_D
@@ -153,7 +157,13 @@ def _low_rank(
         up, error = _expansion(x_ND @ down.T, goal_N, metric)
         tried.append((error, down, up))
     _, down, up = min(tried, key=lambda t: t[0])
-    return down, torch.ones(rank, dtype=down.dtype), up
+    # The anchor is many times as large as its neighbours, and its column of the expansion as much smaller: four-bit groups
+    # would round it away. The norm's weight, which nobody rounds, takes the difference over; the cache loses its outlier.
+    norm = torch.ones(rank, dtype=down.dtype)
+    sizes = up.norm(dim=0)
+    norm[0] = (sizes[0] / sizes[1:].median().clamp_min(1e-12)).clamp(1e-3, 1.0) if rank > 1 else 1.0
+    up[:, 0] /= norm[0]
+    return down, norm, up
 
 
 def _expansion(latents_NC: Tensor, goal_NY: Tensor, metric: Tensor) -> tuple[Tensor, float]:
