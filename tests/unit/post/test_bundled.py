@@ -63,7 +63,7 @@ def test_the_steps_lead_from_the_source_to_files_that_load(
     (out / "lessons.jsonl").write_text(chats("{}."))
 
     step(tmp_path, "source")
-    shape = ("--shared", "3", "--routed", "3", "--width", "16", "--top-k", "2")
+    shape = ("--drop", "0", "--shared", "3", "--routed", "3", "--width", "16", "--top-k", "2")
     assert "perplexity" in step(tmp_path, "convert", "--tokens", "1024", "--length", "64", "--rank", "32", *shape)
     step(tmp_path, "prepare")
     small = [
