@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "nano"))
 
-from prompts import Prompts, vary  # noqa: E402
+from prompts import Prompts, vary
 
 CODE_TASKS = """reverses a string|checks whether a number is prime|computes the factorial of a number|sorts a list of
 numbers|finds the largest number in a list|counts the vowels in a string|removes duplicates from a list|merges two

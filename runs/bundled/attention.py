@@ -27,7 +27,9 @@ def gradients(shape: tuple[int, int, int], dtype: torch.dtype, backend: SDPBacke
 
 
 def seconds(backend: SDPBackend) -> float:
-    small, plain = (gradients((2, 3, 256), t, b) for t, b in ((torch.bfloat16, backend), (torch.float32, SDPBackend.MATH)))
+    small, plain = (
+        gradients((2, 3, 256), t, b) for t, b in ((torch.bfloat16, backend), (torch.float32, SDPBackend.MATH))
+    )
     for ours, wanted in zip(small, plain, strict=True):
         if not (ours.float() - wanted).norm() < 0.03 * wanted.norm():
             raise RuntimeError("gradients differ from the plain attention's")

@@ -21,11 +21,22 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def table(models: dict[str, Any]) -> str:
-    named = {"teacher": "teacher", "converted": "converted", "healed": "healed, weights in fp32", "shipped": "shipped, int4"}
+    named = {
+        "teacher": "teacher",
+        "converted": "converted",
+        "healed": "healed, weights in fp32",
+        "shipped": "shipped, int4",
+    }
     sets = [s for s in SOURCES if s in models["teacher"]]
-    rows = ["| | " + " | ".join(f"{s}: perplexity / KL / same choice" for s in sets) + " |", "|---" * (len(sets) + 1) + "|"]
+    rows = [
+        "| | " + " | ".join(f"{s}: perplexity / KL / same choice" for s in sets) + " |",
+        "|---" * (len(sets) + 1) + "|",
+    ]
     for key, name in named.items():
-        cells = [f"{x['perplexity']:.2f} / {x['kl']:.3f} / {x['same_first_choice']:.1%}" for x in (models[key][s] for s in sets)]
+        cells = [
+            f"{x['perplexity']:.2f} / {x['kl']:.3f} / {x['same_first_choice']:.1%}"
+            for x in (models[key][s] for s in sets)
+        ]
         rows.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
@@ -36,7 +47,11 @@ def share(pair: list[float]) -> str:
 
 def verdicts(models: dict[str, Any], judged: dict[str, Any]) -> str:
     """The issue's limits beside what came out."""
-    over = {s: models["shipped"][s]["perplexity"] / models["teacher"][s]["perplexity"] - 1 for s in SOURCES if s in models["teacher"]}
+    over = {
+        s: models["shipped"][s]["perplexity"] / models["teacher"][s]["perplexity"] - 1
+        for s in SOURCES
+        if s in models["teacher"]
+    }
     exam, held = judged["exam"], judged["held_out"]
     low = exam["on_minus_off"][0] - exam["on_minus_off"][1]
     limits = [
@@ -70,7 +85,8 @@ def card(back: Path, model: Path) -> str:
     exam = judged["exam"]
     kinds = "\n".join(f"| {k} | {v['teacher']} | {v['off']} | {v['on']} |" for k, v in exam["by_kind"].items())
     samples = "\n\n".join(
-        f"**{x['prompt']}**\n\nteacher:\n\n{quoted(x['teacher'])}\n\n{model.name}:\n\n{quoted(x['answer'])}" for x in judged["fixed"]
+        f"**{x['prompt']}**\n\nteacher:\n\n{quoted(x['teacher'])}\n\n{model.name}:\n\n{quoted(x['answer'])}"
+        for x in judged["fixed"]
     )
     return f"""---
 license: apache-2.0

@@ -24,7 +24,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "nano"))
 
-from rorqual.ops.packed import PackedIntegers  # noqa: E402
+from rorqual.ops.packed import PackedIntegers
 
 PIECE = 15_500_000
 SHARD = 14_000_000

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "nano"))
 
-from teacher import GGML_F32, GGML_Q4_1, GGML_Q8_0, GGUFReader  # noqa: E402
+from teacher import GGML_F32, GGML_Q4_1, GGML_Q8_0, GGUFReader
 
 BYTES = {GGML_F32: (1, 4), GGML_Q4_1: (32, 20), GGML_Q8_0: (32, 34)}
 """Values of a block and its bytes."""
