@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rorqual.ops.fused import fuses
+from rorqual.ops import training
+from rorqual.ops.fused import fuses, trains
 from rorqual.ops.rms_norm import rms_norm
 
 
@@ -76,6 +77,8 @@ class RMSNorm(nn.Module):
 
             both = add_norm(x.flatten(0, -2), y.flatten(0, -2), self.weight, self.eps)
             return both[0].view_as(x), both[1].view_as(x)
+        if trains(x):
+            return training.add_norm(x, y, self.weight, self.eps)
         x = x + y
         return x, rms_norm(x, self.weight, self.eps)
 
@@ -105,4 +108,4 @@ class MLP(nn.Module):
             from rorqual.ops.triton.fused import swiglu
 
             return self.down_proj(swiglu(gate, up))
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(training.swiglu(gate, up) if trains(x) else F.silu(gate) * up)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rorqual.config import ModelConfig
 from rorqual.model.batch import LayerPages
 from rorqual.model.layers import Linear, RMSNorm
+from rorqual.ops import training
 from rorqual.ops.attention import (
     absorbed_is_cheaper,
     attend_backends,
@@ -21,7 +22,7 @@ from rorqual.ops.attention import (
     attend_latent,
     attend_pages,
 )
-from rorqual.ops.fused import fuses
+from rorqual.ops.fused import fuses, trains
 from rorqual.ops.rope import rotate
 
 LATENT_NORM_EPS = 1e-6
@@ -62,6 +63,8 @@ class MLA(nn.Module):
         of each row from it, S = pages * page_size; without, the keys are the T tokens themselves."""
         if cache is not None and cache.lengths_B is not None:
             return self.o_proj(self.decode(x_BTD[:, 0], (rope[0][:, 0], rope[1][:, 0]), cache).flatten(-2))[:, None]
+        if cache is None and trains(x_BTD):
+            return self.o_proj(self._train_fused(x_BTD, rope, visible_BTS).flatten(-2))
         if cache is not None and fuses(x_BTD):
             q_BTHX, latents_BSX = self._read_fused(x_BTD, rope, cache)
         else:
@@ -77,6 +80,17 @@ class MLA(nn.Module):
             chunk = None if fresh else CONTEXT_CHUNK
             out_BTHU = self.expanded(q_BTHX, latents_BSX, visible_BTS, chunk)
         return self.o_proj(out_BTHU.flatten(-2))
+
+    def _train_fused(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], visible_BTS: Tensor | None) -> Tensor:
+        """Expanded attention with gradients, what is between its products in a kernel each: [B, T, H, U]."""
+        B, T, _ = x_BTD.shape
+        cos, sin = (angles.reshape(-1, self.R // 2) for angles in rope)
+        q = training.rotate_queries(self.project(x_BTD), cos, sin, self.H).view(B, T, self.H, -1)
+        kv_NX = self.kv_a_proj_with_mqa(x_BTD).flatten(0, 1)
+        c_kv, k_rope = training.latent(kv_NX, self.kv_a_layernorm.weight, LATENT_NORM_EPS, cos, sin)
+        kv = self.kv_b_proj(c_kv).unflatten(-1, (self.H, -1))
+        k, v = (t.view(B, T, self.H, -1).transpose(1, 2) for t in training.keys_values(kv, k_rope, self.N))
+        return self.attend(q.transpose(1, 2), k, v, self.scale, visible_BTS).transpose(1, 2)
 
     def _read_fused(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], cache: LayerPages) -> tuple[Tensor, Tensor]:
         """Queries, and all keys' latents, the new ones written into their pages; few kernels."""

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from rorqual.config import ModelConfig
 from rorqual.model.batch import Routing
 from rorqual.model.layers import MLP
-from rorqual.ops.experts import experts_backends
-from rorqual.ops.fused import fuses
+from rorqual.ops import training
+from rorqual.ops.experts import experts_backends, experts_fused
+from rorqual.ops.fused import fuses, trains
 from rorqual.ops.router import route
 
 DECODING = 64
@@ -34,9 +35,12 @@ class Gate(nn.Module):
             from rorqual.ops.triton.decode import rows_dot
 
             (logits_NE,) = rows_dot(x_ND, self.weight, dtype=torch.float32)
+        elif trains(x_ND) and x_ND.dtype == torch.bfloat16:
+            logits_NE = training.gate_logits(x_ND, self.weight)
         else:
             logits_NE = F.linear(x_ND.float(), self.weight.float())
-        return route(
+        choose = training.route if trains(x_ND) else route
+        return choose(
             logits_NE,
             self.e_score_correction_bias,
             self.top_k,
@@ -57,6 +61,11 @@ class RoutedExperts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, D))
         self.down_proj = nn.Parameter(torch.empty(E, D, width))
         self.run = experts_backends.get(backend)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a backend of `ops.experts` multiplies, and not FP8 (`model.precision`)."""
+        return self.run in experts_backends.table.values()
 
     def forward(self, x_ND: Tensor, gates_NK: Tensor, chosen_NK: Tensor) -> Tensor:
         return self.run(x_ND, self.gate_up_proj, self.down_proj, gates_NK, chosen_NK)
@@ -82,6 +91,11 @@ class MoE(nn.Module):
                 None if add_BTD is None else add_BTD.flatten(0, 1),
                 (shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight),
             )  # fmt: skip
+            return out_ND.view_as(x_BTD), Routing(scores_NE, chosen_NK)
+        if trains(x_ND) and isinstance(experts, RoutedExperts) and experts.run is experts_fused:
+            add_ND, more_ND = None if add_BTD is None else add_BTD.flatten(0, 1), shared(x_ND)
+            weights = experts.gate_up_proj, experts.down_proj
+            out_ND = training.experts(x_ND, *weights, gates_NK, chosen_NK, add_ND, more_ND)
             return out_ND.view_as(x_BTD), Routing(scores_NE, chosen_NK)
         out_BTD = experts(x_ND, gates_NK, chosen_NK).view_as(x_BTD) + shared(x_BTD)
         return out_BTD if add_BTD is None else add_BTD + out_BTD, Routing(scores_NE, chosen_NK)

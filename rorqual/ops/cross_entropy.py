@@ -4,8 +4,8 @@ Logits of T tokens over V words in fp32, their softmax and its gradient are the 
 16,384 tokens and 129,280 words 8.5 GB each. `chunked` makes them a few rows at a time and takes the gradients of hidden
 states and head at once, in the forward; the backward only scales them. That costs no more products than the plain form, and
 the memory of one chunk. `triton` does the same with larger chunks of 16-bit logits, which one kernel turns into their own
-gradients where they lie (`ops.triton.cross_entropy`). Left out: caching the softmax statistics for a second pass, which would
-save nothing here.
+gradients where they lie (`ops.triton.cross_entropy`). Left out: caching the softmax statistics for a second pass, which
+would save nothing here.
 """
 
 from __future__ import annotations

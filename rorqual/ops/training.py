@@ -1,5 +1,5 @@
-"""The small operations of a training step with gradients, by `ops.triton.training` and `ops.triton.routing`: what eager PyTorch
-would spend a dozen passes over memory on. Each computes what its reference does, roundings of the forward included
+"""The small operations of a training step with gradients, by `ops.triton.training` and `ops.triton.routing`: what eager
+PyTorch would spend a dozen passes over memory on. Each computes what its reference does, roundings of the forward included
 (`ops.rms_norm`, `ops.rope`, `ops.router`, `ops.balance`, `model.mla.MLA.latent`); gradients are in fp32 until they are
 stored. `ops.fused.trains` says when they may stand in; under torch.compile they do not, because a compiler fuses by itself.
 """
@@ -113,7 +113,8 @@ class _Rotate(torch.autograd.Function):
         from rorqual.ops.triton.training import rotate_queries
 
         dq = grads[0].flatten(0, 1)
-        return rotate_queries(dq, *ctx.saved_tensors, ctx.heads, True, False).view(grads[0].shape), None, None, None
+        cos, sin = ctx.saved_tensors
+        return rotate_queries(dq, cos, sin, ctx.heads, True, False).view(grads[0].shape), None, None, None
 
 
 def rotate_queries(q_BTX: Tensor, cos_TR: Tensor, sin_TR: Tensor, heads: int) -> Tensor:
@@ -204,7 +205,14 @@ def gate_logits(x_ND: Tensor, weight_ED: Tensor) -> Tensor:
 class _Route(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits_NE: Tensor, bias_E: Tensor, top_k: int, n_group: int, topk_group: int, normalise: bool, scale: float
+        ctx: Any,
+        logits_NE: Tensor,
+        bias_E: Tensor,
+        top_k: int,
+        n_group: int,
+        topk_group: int,
+        normalise: bool,
+        scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         from rorqual.ops.triton.fused import route
 

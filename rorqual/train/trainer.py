@@ -7,6 +7,7 @@ function of the step, so a killed run goes on where its last checkpoint stands, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatch
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ from rorqual.train.loss import Losses, Targets, losses, token_loss
 from rorqual.train.optimizer import Optimizer
 from rorqual.train.quantise import ShippedWeights
 from rorqual.train.schedule import Timeline
+from rorqual.train.working import WorkingCopies
 
 Fetch = Callable[[int, int], Rows]
 LossFunction = Callable[..., Losses]
@@ -35,10 +37,12 @@ METRICS = ("loss", "lm_loss", "mtp_loss", "balance_loss", "grad_norm", "max_viol
 
 
 class StepResult(NamedTuple):
-    """values: fp32 [len(METRICS)] on the device, so that nobody waits for it; loads: tokens per expert, [gates, E]."""
+    """values: fp32 [len(METRICS)] on the device, so that nobody waits for it; loads: tokens per expert, [gates, E]; factor:
+    what gradients are clipped by."""
 
     values: Tensor
     loads: Tensor
+    factor: Tensor
 
 
 Judge = Callable[[StepResult], bool]
@@ -56,7 +60,9 @@ class Trainer:
         for name, parameter in model.named_parameters():
             if any(fnmatch(name, pattern) for pattern in cfg.freeze):
                 parameter.requires_grad_(False)
-        self.optimizer = Optimizer(cfg.optim, model)
+        narrow = cfg.dtype == "bfloat16" and cfg.precision != "fp8"
+        self.copies = WorkingCopies(model, torch.bfloat16) if narrow else None
+        self.optimizer = Optimizer(cfg.optim, model, self.copies)
         self.shipped = ShippedWeights(cfg.quantise, model, self.timeline)
         self.average = WeightAverage(cfg.ema, model) if cfg.ema.decay else None
         self.losses = losses if loss is None else loss
@@ -69,19 +75,20 @@ class Trainer:
         rows = self._to_device(fetch(self.timeline.first_row(step), self.timeline.batch(step)))
         result = self.gradients(step, rows)
         if judge is None or judge(result):
-            self.update(step, result.loads)
+            self.update(step, result)
         self.optimizer.zero_grad()
         return result
 
     def gradients(self, step: int, rows: Targets) -> StepResult:
-        """Gradients of the step's mean loss, added up over micro-batches and clipped, in the parameters' `grad`."""
+        """Gradients of the step's mean loss, added up over micro-batches, in the `grad` of the parameters or of their
+        copies; not clipped yet."""
         cfg, model, timeline = self.cfg, self.model, self.timeline
         assert isinstance(cfg.micro_batch, int)
         batch, counts = len(rows.tokens), self._target_counts(rows)
         weight, alpha = timeline.mtp_weight(step), cfg.balance.alpha
         sums = torch.zeros(3, device=model.device)
         loads = torch.zeros(len(self.gates), model.cfg.n_routed_experts, dtype=torch.int64, device=model.device)
-        with self.shipped.during(step):
+        with self.shipped.during(step), self._narrow():
             for start in range(0, batch, cfg.micro_batch):
                 part = Targets(*(t[start : start + cfg.micro_batch] for t in rows))
                 out = self.losses(
@@ -95,18 +102,32 @@ class Trainer:
                 sums += torch.stack((out.lm.detach(), out.mtp.detach(), out.balance.detach()))
                 if out.routings:
                     loads += torch.stack([load(r.chosen_NK, model.cfg.n_routed_experts) for r in out.routings])
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.optim.clip, foreach=True)
+                if self.copies is not None and batch > cfg.micro_batch:
+                    self.copies.fold()
+        norm = self._gradient_norm()
+        factor = (cfg.optim.clip / (norm + 1e-6)).clamp(max=1.0)
         lm, mtp, balance = sums.unbind()
         worst = torch.stack([max_violation(x) for x in loads]).max() if self.gates else torch.zeros_like(lm)
         total = lm + weight * mtp + alpha * balance
-        return StepResult(torch.stack((total, lm, mtp, balance, norm, worst)), loads)
+        return StepResult(torch.stack((total, lm, mtp, balance, norm, worst)), loads, factor)
 
-    def update(self, step: int, loads: Tensor) -> None:
+    def _narrow(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.copies is None else self.copies.in_place()
+
+    def _gradient_norm(self) -> Tensor:
+        """Of all gradients together, in fp32."""
+        parameters = list(self.model.parameters())
+        copies = [] if self.copies is None else [self.copies.of(p) for p in parameters]
+        grads = [p.grad for p in (*parameters, *copies) if p is not None and p.grad is not None]
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]
+        return torch.linalg.vector_norm(torch.stack(norms))
+
+    def update(self, step: int, result: StepResult) -> None:
         """Weights by their gradients, correction biases by the step's load, and the average of the weights."""
         if self.average is not None:
             self.average.before_update()
-        self.optimizer.step(self.timeline.learning_rate(step))
-        for gate, load_E in zip(self.gates, loads, strict=True):
+        self.optimizer.step(self.timeline.learning_rate(step), result.factor)
+        for gate, load_E in zip(self.gates, result.loads, strict=True):
             if gate.weight.requires_grad:
                 update_bias_(gate.e_score_correction_bias, load_E, self.timeline.gamma(step))
         if self.average is not None:
@@ -153,7 +174,7 @@ class Trainer:
         assert isinstance(cfg.micro_batch, int)
         total, agree = torch.zeros((), device=model.device), torch.zeros((), device=model.device)
         counted = torch.zeros((), device=model.device)
-        with self.shipped.during(step):
+        with self.shipped.during(step), self._narrow():
             for start in range(0, rows, cfg.micro_batch):
                 part = self._to_device(fetch(start, min(cfg.micro_batch, rows - start)))
                 lm, match, weights = evaluate_rows(model, part, bool(cfg.data.mask_documents))

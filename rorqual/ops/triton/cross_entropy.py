@@ -1,4 +1,4 @@
-"""A row's loss and the gradient of its logits, which replaces them where they lie: logits are written once by the product and
+"""A row's loss and the gradient of its logits, which replaces them where they lie: logits are written once by the product,
 read once more by the two products of the backward, and exist in no other form."""
 
 from __future__ import annotations

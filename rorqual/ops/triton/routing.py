@@ -111,9 +111,7 @@ def balance_backward(scores_NE: Tensor, dshare_BE: Tensor, T: int) -> Tensor:
     """Gradient of the affinities from that of each token's normalised affinity, which is the same for all of a sequence."""
     N, E = scores_NE.shape
     ds = torch.empty_like(scores_NE)
-    _balance_backward_kernel[(N,)](
-        scores_NE, dshare_BE, ds, T, E=E, BLOCK_E=triton.next_power_of_2(E), num_warps=1
-    )
+    _balance_backward_kernel[(N,)](scores_NE, dshare_BE, ds, T, E=E, BLOCK_E=triton.next_power_of_2(E), num_warps=1)
     return ds
 
 
@@ -142,17 +140,30 @@ def _place_kernel(chosen, counts, ends, place, slot, slots, blocks, E: tl.conste
     tl.store(slot + start + before, i.to(tl.int32), mask=mine)
 
 
+def _counts(flat_M: Tensor, experts: int) -> tuple[Tensor, int]:
+    """Of each expert in each block of slots, int32 [E, blocks], and a block's size."""
+    block = 256 if experts <= 64 else 128
+    blocks = triton.cdiv(len(flat_M), block)
+    counts = torch.empty(experts, blocks, dtype=torch.int32, device=flat_M.device)
+    if blocks:
+        _count_kernel[(blocks,)](
+            flat_M, counts, len(flat_M), blocks, E=experts, BLOCK=block, BLOCK_E=triton.next_power_of_2(experts),
+            num_warps=8,
+        )  # fmt: skip
+    return counts, block
+
+
+def count_by_expert(chosen_NK: Tensor, experts: int) -> Tensor:
+    """Slots of each expert, int64 [E]."""
+    return _counts(chosen_NK.reshape(-1), experts)[0].sum(1)
+
+
 def sort_by_expert(chosen_NK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """A stable counting sort of the N * K slots: (place of each slot, slot at each place, where each expert's places end),
     all int32. Nothing waits for the device."""
-    slots = chosen_NK.numel()
-    block = 256 if experts <= 64 else 128
-    blocks = triton.cdiv(slots, block)
-    counts = torch.empty(experts, blocks, dtype=torch.int32, device=chosen_NK.device)
     flat = chosen_NK.reshape(-1)
-    _count_kernel[(blocks,)](
-        flat, counts, slots, blocks, E=experts, BLOCK=block, BLOCK_E=triton.next_power_of_2(experts), num_warps=8
-    )
+    slots, (counts, block) = len(flat), _counts(flat, experts)
+    blocks = counts.shape[1]
     ends = counts.view(-1).cumsum(0, dtype=torch.int32)
     place, slot = torch.empty(2, slots, dtype=torch.int32, device=chosen_NK.device)
     _place_kernel[(blocks,)](flat, counts, ends, place, slot, slots, blocks, E=experts, BLOCK=block, num_warps=8)

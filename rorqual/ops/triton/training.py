@@ -52,7 +52,9 @@ def _norm_backward_kernel(
     tl.store(dw + tl.program_id(0) * width + at, acc, mask=inside)
 
 
-def norm_backward(x: Tensor, weight: Tensor, eps: float, dy: Tensor, add: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def norm_backward(
+    x: Tensor, weight: Tensor, eps: float, dy: Tensor, add: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Of `ops.rms_norm`, x and dy [M, D]: (dx in x's dtype, plus add [M, D] where given; dw fp32)."""
     rows, width = x.shape
     programs, per = _strips(rows)
@@ -165,7 +167,7 @@ def _latent_kernel(
 
 
 def latent(kv_NX: Tensor, weight_C: Tensor, eps: float, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor]:
-    """What `model.mla.MLA.latent` joins, apart: the normed latent [N, C] and the rotated shared key [N, R]; kv contiguous."""
+    """What `model.mla.MLA.latent` joins: the normed latent [N, C] and the rotated shared key [N, R]; kv contiguous."""
     C, half = len(weight_C), cos_TR.shape[-1]
     c_kv = torch.empty(len(kv_NX), C, dtype=kv_NX.dtype, device=kv_NX.device)
     k_rope = torch.empty(len(kv_NX), 2 * half, dtype=kv_NX.dtype, device=kv_NX.device)
@@ -242,8 +244,8 @@ def _keys_backward_kernel(
 
 
 def keys_backward(dk_SHX: Tensor, dv_SHU: Tensor, nope: int) -> tuple[Tensor, Tensor]:
-    """Of `ops.triton.fused.expanded_keys` and the values beside: gradients of kv [S, H, nope + U] and of the shared rotary key
-    [S, R], summed over heads in fp32."""
+    """Of `ops.triton.fused.expanded_keys` and the values beside: gradients of kv [S, H, nope + U] and of the shared rotary
+    key [S, R], summed over heads in fp32."""
     (S, H, X), U = dk_SHX.shape, dv_SHU.shape[2]
     assert dk_SHX.stride(2) == dv_SHU.stride(2) == 1
     dkv = torch.empty(S, H, nope + U, dtype=dk_SHX.dtype, device=dk_SHX.device)

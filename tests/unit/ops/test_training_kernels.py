@@ -55,7 +55,11 @@ def test_norms(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("shape", [(3, 40), (2, 3, 1100)])
 def test_swiglu(shape: tuple[int, ...]) -> None:
     compare(training.swiglu, lambda g, u: F.silu(g) * u, [draw(*shape), draw(*shape, seed=1)])
-    compare(lambda x: training.swiglu(*x.chunk(2, -1)), lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1], [draw(*shape)])
+    compare(
+        lambda x: training.swiglu(*x.chunk(2, -1)),
+        lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
+        [draw(*shape)],
+    )
 
 
 @pytest.mark.parametrize("heads", [2, 20])
