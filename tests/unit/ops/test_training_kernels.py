@@ -1,4 +1,4 @@
-"""The kernels of a training step, forward and gradients, against their plain references, in Triton's interpreter or on a GPU."""
+"""The kernels of a training step, forward and gradients, against their references, in Triton's interpreter or on a GPU."""
 
 from __future__ import annotations
 

@@ -37,14 +37,13 @@ def trainer(**options: object) -> Trainer:
 def test_copies_change_nothing(options: dict[str, object]) -> None:
     """Six steps with and without: what is multiplied is the same, so the losses are, to the bit; but for the last one of the
     gradient's norm, where the optimiser reads 16-bit gradients themselves."""
-    seen = []
+    seen, fixed = [], rows(4)
     for with_copies in (True, False):
         t = trainer(**options)
         assert t.copies is not None
         if not with_copies:
             t.copies = None
             t.optimizer = Optimizer(t.cfg.optim, t.model)
-        fixed = rows(4)
         values = [t.step(s, lambda start, count: fixed).values for s in range(6)]
         seen.append((torch.stack(values), [p.detach().clone() for p in t.model.parameters()]))
         assert all(p.dtype == torch.float32 and p.grad is None for p in t.model.parameters())
