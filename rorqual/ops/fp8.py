@@ -135,7 +135,8 @@ def dynamic_reference(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     return F.linear(dequantize_tiles(*quantize_tiles(x)), dequantize_blocks(codes, scale)).to(x.dtype)
 
 
-def _scaled_mm_missing() -> str | None:
+def scaled_mm_missing() -> str | None:
+    """Why PyTorch's block-wise product cannot run here, or None."""
     if not torch.cuda.is_available():
         return "it needs a CUDA device"
     if torch.cuda.get_device_capability() < (9, 0):
@@ -151,7 +152,7 @@ def _tiles_fast(x: Tensor) -> tuple[Tensor, Tensor]:
     return quantize_tiles(x)
 
 
-@dynamic_backends.register("scaled_mm", _scaled_mm_missing)
+@dynamic_backends.register("scaled_mm", scaled_mm_missing)
 def dynamic_scaled_mm(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """PyTorch's block-wise GEMM (1 x 128 times 128 x 128), bf16 out of the product.
 

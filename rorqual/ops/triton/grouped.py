@@ -13,12 +13,13 @@ from torch import Tensor
 def _gather_kernel(x, slot, out, stride_x, K, D, BLOCK: tl.constexpr):
     m = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    token = tl.load(slot + m).to(tl.int64) // K
-    tl.store(out + m * D + d, tl.load(x + token * stride_x + d, mask=d < D, other=0.0), mask=d < D)
+    at = tl.load(slot + m).to(tl.int64)
+    row = tl.load(x + tl.maximum(at, 0) // K * stride_x + d, mask=(d < D) & (at >= 0), other=0)
+    tl.store(out + m * D + d, row, mask=d < D)
 
 
 def gather_rows(x_ND: Tensor, slot_M: Tensor, top_k: int) -> Tensor:
-    """The row of each place's token: [M, D]."""
+    """The row of each place's token: [M, D]; zeros where a place has no slot (-1)."""
     M, D = len(slot_M), x_ND.shape[1]
     assert x_ND.stride(1) == 1
     out = torch.empty(M, D, dtype=x_ND.dtype, device=x_ND.device)
@@ -62,3 +63,31 @@ def gated_backward(gu_M2F: Tensor, dh_MF: Tensor, slot_M: Tensor, gates_NK: Tens
             gu_M2F, dh_MF, slot_M, gates_NK, dgu, hg, dgates, F=F, BLOCK=block, num_warps=4 if block <= 2048 else 8
         )
     return dgu, hg, dgates
+
+
+@triton.jit
+def _gate_rows_kernel(dout, y, slot, gates, dy, dgates, K, D, BLOCK: tl.constexpr):
+    m = tl.program_id(0).to(tl.int64)
+    at = tl.load(slot + m).to(tl.int64)
+    real = at >= 0
+    gate = tl.load(gates + at, mask=real, other=0.0)
+    dot = 0.0
+    for start in range(0, D, BLOCK):
+        d = start + tl.arange(0, BLOCK)
+        grad = tl.load(dout + tl.maximum(at, 0) // K * D + d, mask=(d < D) & real, other=0.0).to(tl.float32)
+        value = tl.load(y + m * D + d, mask=(d < D) & real, other=0.0).to(tl.float32)
+        dot += tl.sum(grad * value)
+        tl.store(dy + m * D + d, (gate * grad).to(dy.dtype.element_ty), mask=d < D)
+    tl.store(dgates + at, dot, mask=real)
+
+
+def gate_rows(dout_ND: Tensor, y_MD: Tensor, slot_M: Tensor, gates_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of each place's row, dout of its token times its gate [M, D] (zeros where there is no slot), and of the
+    gates [N, K]. dout and y contiguous."""
+    dy, dgates = torch.empty_like(y_MD), torch.empty_like(gates_NK)
+    M, D = y_MD.shape
+    _gate_rows_kernel[(M,)](
+        dout_ND, y_MD, slot_M, gates_NK, dy, dgates, gates_NK.shape[1], D, BLOCK=min(2048, triton.next_power_of_2(D)),
+        num_warps=4,
+    )  # fmt: skip
+    return dy, dgates
