@@ -1,9 +1,9 @@
 """The routed experts in FP8 as grouped products: `ops.fp8_train.fp8_train_experts` without its loop over experts.
 
-Rows are sorted by expert and every expert's rows are padded with zeros to whole tiles of 128, so that tiles along the tokens,
-which the gradient of a weight needs, belong to one expert each and are those of the loop. A token is quantised once and
-its codes are dispatched (section 3.3.3: in FP8, with power-of-two scales). FP8 codes of the tokens and of gate and up wait for
-the backward, and the experts' outputs in their own dtype, for the gates.
+Rows are sorted by expert and every expert's rows are padded with zeros to whole tiles of 128, so that tiles along the
+tokens, which the gradient of a weight needs, belong to one expert each and are those of the loop. A token is quantised
+once and its codes are dispatched (section 3.3.3: in FP8, with power-of-two scales). FP8 codes of the tokens and of gate
+and up wait for the backward, and the experts' outputs in their own dtype, for the gates.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Places(NamedTuple):
 
 
 def places(chosen_NK: Tensor, experts: int) -> Places:
-    """Rows by expert, each expert's padded to whole tiles; as many rows as could be needed at worst, so that nothing waits for
-    the device."""
+    """Rows by expert, each expert's padded to whole tiles; as many rows as could be needed at worst, so that nothing waits
+    for the device."""
     from rorqual.ops.triton.routing import sort_by_expert
 
     place, _, ends = sort_by_expert(chosen_NK, experts)
@@ -64,24 +64,24 @@ class _GroupedExperts(torch.autograd.Function):
     def forward(
         ctx: Any, x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, gates_NK: Tensor, chosen_NK: Tensor
     ) -> Tensor:
-        from rorqual.ops.fp8_train import TritonQuantiser as quantiser
+        from rorqual.ops.fp8_train import TritonQuantiser
         from rorqual.ops.triton.experts import combine
         from rorqual.ops.triton.fp8_products import product
         from rorqual.ops.triton.fused import swiglu
 
         where, dtype = places(chosen_NK, len(down_EDF)), x_ND.dtype
-        x = quantiser.tiles(x_ND, "ue8m0")
-        (up, up_turned), (down, down_turned) = quantiser.weight(gate_up_E2FD), quantiser.weight(down_EDF)
+        x = TritonQuantiser.tiles(x_ND, "ue8m0")
+        (up, up_turned), (down, down_turned) = TritonQuantiser.weight(gate_up_E2FD), TritonQuantiser.weight(down_EDF)
         gu = product(_dispatch(x, where.slot_P, chosen_NK.shape[1]), up, True, dtype, where.tile_expert)
-        h = quantiser.tiles(swiglu(*gu.chunk(2, -1)), None)
+        h = TritonQuantiser.tiles(swiglu(*gu.chunk(2, -1)), None)
         y = product(h, down, True, dtype, where.tile_expert)
-        ctx.save_for_backward(*x, *quantiser.tiles(gu, None), *up_turned, *down_turned, y, gates_NK, *where)
+        ctx.save_for_backward(*x, *TritonQuantiser.tiles(gu, None), *up_turned, *down_turned, y, gates_NK, *where)
         ctx.dtypes = gate_up_E2FD.dtype, down_EDF.dtype
         return combine(y, where.place_M, gates_NK)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        from rorqual.ops.fp8_train import TritonQuantiser as quantiser
+        from rorqual.ops.fp8_train import TritonQuantiser
         from rorqual.ops.triton.experts import combine
         from rorqual.ops.triton.fp8_products import product, weight_gradient
         from rorqual.ops.triton.fp8_train import swiglu_backward
@@ -92,12 +92,12 @@ class _GroupedExperts(torch.autograd.Function):
         y, gates, where = saved[8], saved[9], Places(*saved[10:])
         dtype, (up_dtype, down_dtype) = y.dtype, ctx.dtypes
         dy, dgates = gate_rows(grads[0].contiguous(), y, where.slot_P, gates)
-        along, across = quantiser.both(dy, "ue8m0")
+        along, across = TritonQuantiser.both(dy, "ue8m0")
         h, dgu = swiglu_backward(gu, product(along, down, True, dtype, where.tile_expert))
-        ddown = weight_gradient(across, quantiser.tokens(h, None), where.tile_ends_E, down_dtype)
-        along, across = quantiser.both(dgu, None)
+        ddown = weight_gradient(across, TritonQuantiser.tokens(h, None), where.tile_ends_E, down_dtype)
+        along, across = TritonQuantiser.both(dgu, None)
         rows = _dispatch(x, where.slot_P, gates.shape[1])
-        dup = weight_gradient(across, quantiser.tokens(rows, None), where.tile_ends_E, up_dtype)
+        dup = weight_gradient(across, TritonQuantiser.tokens(rows, None), where.tile_ends_E, up_dtype)
         dx = combine(product(along, up, True, dtype, where.tile_expert), where.place_M, torch.ones_like(gates))
         return dx, dup, ddown, dgates, None
 

@@ -1,5 +1,5 @@
-"""FP8 training on a GPU against its emulation, at sizes the interpreter has no time for (tests/unit/ops/test_fp8_kernels.py has
-the small ones, and runs on a GPU too)."""
+"""FP8 training on a GPU against its emulation, at sizes the interpreter has no time for (the small ones, in
+tests/unit/ops/test_fp8_kernels.py, run on a GPU too)."""
 
 from __future__ import annotations
 

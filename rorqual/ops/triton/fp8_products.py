@@ -68,8 +68,8 @@ def _product_kernel(
 
 
 def product(a: Quantised, b: Quantised, blocks: bool, dtype: torch.dtype, tile_expert: Tensor | None = None) -> Tensor:
-    """a [M, K] in tiles along K times b^T -> [M, N] in dtype. b [N, K] in blocks, or in tiles along K; with tile_expert (int32,
-    one for each 128 rows of a; E for none, whose rows are not written) b is a stack [E, N, K] in blocks."""
+    """a [M, K] in tiles along K times b^T -> [M, N] in dtype. b [N, K] in blocks, or in tiles along K; with tile_expert
+    (int32, one for each 128 rows of a; E for none, whose rows are not written) b is a stack [E, N, K] in blocks."""
     (a_codes, a_scale), (b_codes, b_scale) = a, b
     (M, K), N, grouped = a_codes.shape, b_codes.shape[-2], tile_expert is not None
     assert a_codes.stride(1) == b_codes.stride(-1) == 1 and a_scale.stride(0) == 1 and (blocks or not grouped)
