@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from rorqual.cli.bench_report import environment, finish, interleaved, print_rows, report
+from rorqual.cli.bench_train import train
 
 app = typer.Typer(help="Measure speed; every figure beside its peer and its physical bound.", no_args_is_help=True)
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the result as JSON.", metavar="FILE")]
@@ -35,50 +36,7 @@ def bench() -> None:
     """Measure speed; every figure beside its peer and its physical bound."""
 
 
-@app.command()
-def train(
-    model: Model = "bench-cpu",
-    device: Device = "cpu",
-    batch: Annotated[int, typer.Option(help="Sequences a step.")] = 8,
-    micro_batch: Annotated[int, typer.Option(help="Sequences a micro-batch; 0 means all.")] = 0,
-    seq_len: Annotated[int, typer.Option(help="Tokens a sequence.")] = 512,
-    compile: Annotated[bool, typer.Option(help="Compile the blocks.")] = False,
-    rounds: Rounds = 5,
-    peer: Peer = True,
-    json_file: JsonFile = None,
-) -> None:
-    """Training steps (forward, backward, AdamW) on random tokens.
-
-    Example:
-
-        rorqual bench train --model bench-gpu --device cuda --batch 8 --seq-len 2048 --compile
-    """
-    import torch
-
-    from rorqual.cli.benchmarks import PeerTraining, Training
-    from rorqual.config import ModelConfig
-    from rorqual.plan.count import training_flops_per_token
-    from rorqual.train.hardware import peak_flops
-
-    cfg = ModelConfig.load(model)
-    engines: dict[str, Callable[[], float | None]] = {
-        "rorqual": Training(cfg, device, batch, micro_batch or batch, seq_len, compile).step
-    }
-    if peer:
-        engines["transformers"] = PeerTraining(cfg, device, batch, seq_len).step
-    tokens = batch * seq_len
-    peak, source = peak_flops(torch.device(device))
-    bound = peak / training_flops_per_token(cfg, seq_len)
-    rates = {name: [tokens / s for s in seconds] for name, seconds in interleaved(engines, rounds, device).items()}
-    report(
-        "train",
-        {"model": model, "batch": batch, "seq_len": seq_len, "compile": compile},
-        rates,
-        bound,
-        source,
-        device,
-        json_file,
-    )
+app.command()(train)
 
 
 @app.command()

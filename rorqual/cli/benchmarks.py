@@ -20,62 +20,13 @@ import torch
 from rorqual.checkpoint import save_model
 from rorqual.cli.serving import Served
 from rorqual.config import ModelConfig
-from rorqual.data.packing import Rows
 from rorqual.engine.api import Request, SamplingParams
 from rorqual.engine.core import EngineCore
 from rorqual.engine.settings import EngineSettings
 from rorqual.errors import BackendUnavailable
 from rorqual.model.transformer import Transformer
 from rorqual.plan.count import forward_flops_per_token, parts, totals
-from rorqual.train.config import DataConfig, RunConfig, Source
 from rorqual.train.hardware import peak_flops
-from rorqual.train.pretrain import build_model
-from rorqual.train.trainer import Trainer
-
-
-class Training:
-    """Our training step on random rows."""
-
-    def __init__(
-        self, cfg: ModelConfig, device: str, batch: int, micro_batch: int, seq_len: int, compile: bool
-    ) -> None:
-        on_gpu = device.startswith("cuda")
-        run = RunConfig(
-            out="", data=DataConfig(train=(Source("random"),), seq_len=seq_len, mask_documents=False, packing="stream"),
-            steps=1_000_000, batch=batch, micro_batch=micro_batch, model="bench", device=device,
-            dtype="bfloat16" if on_gpu else "float32", compile=compile,
-        )  # fmt: skip
-        self.trainer = Trainer(run, _model(run, cfg, device))
-        shape = (batch, seq_len + 1 + cfg.num_nextn_predict_layers)
-        rng = np.random.default_rng(0)
-        tokens = rng.integers(0, cfg.vocab_size, shape, dtype=np.int64)
-        self.rows = Rows(tokens, np.ones(shape, np.int32), np.ones(shape, np.uint8))
-        self.n = 0
-
-    def step(self) -> None:
-        self.trainer.step(self.n, lambda start, count: self.rows)
-        self.n += 1
-
-
-def _model(run: RunConfig, cfg: ModelConfig, device: str) -> Transformer:
-    return build_model(run, cfg, torch.device(device))
-
-
-class PeerTraining:
-    """transformers' DeepseekV3ForCausalLM: the same configuration, its own loss, fused AdamW; on a GPU in bf16 with
-    grouped_mm experts, on a CPU in fp32. It trains no MTP module, so compare configurations without one."""
-
-    def __init__(self, cfg: ModelConfig, device: str, batch: int, seq_len: int) -> None:
-        on_gpu = device.startswith("cuda")
-        self.model = peer_model(cfg, torch.bfloat16 if on_gpu else torch.float32, device)
-        self.model.train()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
-        self.ids = torch.randint(0, cfg.vocab_size, (batch, seq_len), device=device)
-
-    def step(self) -> None:
-        self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
 
 
 def peer_model(cfg: ModelConfig, dtype: torch.dtype, device: str, source: str | None = None) -> Any:

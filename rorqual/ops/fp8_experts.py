@@ -93,7 +93,9 @@ class _GroupedExperts(torch.autograd.Function):
         dtype, (up_dtype, down_dtype) = y.dtype, ctx.dtypes
         dy, dgates = gate_rows(grads[0].contiguous(), y, where.slot_P, gates)
         along, across = TritonQuantiser.both(dy, "ue8m0")
-        h, dgu = swiglu_backward(gu, product(along, down, True, dtype, where.tile_expert))
+        F, G = gu[0].shape[1] // 2, gu[1].shape[1] // 2
+        gate_up = (gu[0][:, :F], gu[1][:, :G]), (gu[0][:, F:], gu[1][:, G:])
+        h, dgu = swiglu_backward(*gate_up, product(along, down, True, dtype, where.tile_expert))
         ddown = weight_gradient(across, TritonQuantiser.tokens(h, None), where.tile_ends_E, down_dtype)
         along, across = TritonQuantiser.both(dgu, None)
         rows = _dispatch(x, where.slot_P, gates.shape[1])

@@ -66,7 +66,7 @@ class Quantiser(Protocol):
         """In blocks of 128 x 128, and the transpose in the same codes."""
 
 
-fp8_quantisers: Backends[type[Quantiser]] = Backends("fp8 quantiser")  # type: ignore[type-var]
+fp8_quantisers: Backends[type[Quantiser]] = Backends("fp8 quantiser")
 
 BOUND = 1e-5
 """Largest relative error (Frobenius norms) of a backend's product against the reference, on the same codes. The FP8 units
@@ -229,7 +229,13 @@ def round_e5m6(x: Tensor) -> Tensor:
 
 
 def _keep(x_MK: Tensor, quantised: Quantised, recipe: Recipe) -> tuple[Tensor, ...]:
-    return (round_e5m6(x_MK),) if recipe.keep == "e5m6" else quantised
+    if recipe.keep == "e4m3":
+        return quantised
+    if _quantiser(recipe, x_MK) is TritonQuantiser:
+        from rorqual.ops.triton.fp8_train import round_e5m6 as fast
+
+        return (fast(_lying(x_MK)),)
+    return (round_e5m6(x_MK),)
 
 
 def _kept(saved: tuple[Tensor, ...]) -> Tensor | Quantised:
@@ -285,7 +291,7 @@ class _SwigluDown(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_MF: Tensor, up_MF: Tensor, weight_DF: Tensor, recipe: Recipe) -> Tensor:
         quantiser = _quantiser(recipe, gate_MF)
-        h = quantiser.tiles(F.silu(gate_MF) * up_MF, recipe.input_fmt)
+        h = quantiser.tiles(_swiglu(gate_MF, up_MF), recipe.input_fmt)
         weight, turned = quantiser.weight(weight_DF)
         ctx.recipe, ctx.dtypes = recipe, (gate_MF.dtype, weight_DF.dtype)
         ctx.save_for_backward(*turned, *quantiser.tiles(gate_MF, None), *quantiser.tiles(up_MF, None))
@@ -294,6 +300,8 @@ class _SwigluDown(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         codes, scale, *kept = ctx.saved_tensors
+        if _quantiser(ctx.recipe, grads[0]) is TritonQuantiser:
+            return _swiglu_down_backward(grads[0], (codes, scale), kept, ctx.recipe, ctx.dtypes)
         gate, up = dequantize_tiles(*kept[:2]), dequantize_tiles(*kept[2:])
         x_dtype, w_dtype = ctx.dtypes
         h = (F.silu(gate) * up).to(x_dtype)
@@ -305,6 +313,28 @@ class _SwigluDown(torch.autograd.Function):
             dgate = (dh * up * sigmoid * (1 + gate * (1 - sigmoid))).to(x_dtype)
             dup = (dh * gate * sigmoid).to(x_dtype)
         return dgate, dup, dw, None
+
+
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    if gate.is_cuda and triton_missing() is None:
+        from rorqual.ops.triton.fused import swiglu
+
+        return swiglu(gate, up)
+    return F.silu(gate) * up
+
+
+def _swiglu_down_backward(
+    dy_MD: Tensor, turned: Quantised, kept: list[Tensor], recipe: Recipe, dtypes: tuple[torch.dtype, torch.dtype]
+) -> tuple[Tensor, Tensor, Tensor, None]:
+    """The same by kernels, the gradient of the product in the middle in the activations' dtype."""
+    from rorqual.ops.triton.fp8_train import swiglu_backward
+
+    product = _product(recipe, dy_MD)
+    along, across = TritonQuantiser.both(dy_MD, recipe.grad_fmt)
+    gate, up = (kept[0], kept[1]), (kept[2], kept[3])
+    h, both = swiglu_backward(gate, up, product(along, turned, True, dtypes[0]))
+    dgate, dup = both.chunk(2, -1)
+    return dgate, dup, product(across, TritonQuantiser.tokens(h, None), False, dtypes[1]), None
 
 
 def swiglu_down(gate: Tensor, up: Tensor, weight_DF: Tensor, recipe: Recipe) -> Tensor:

@@ -145,33 +145,59 @@ def blocks(weight: Tensor) -> tuple[Quantised, Quantised]:
 
 @triton.jit
 def _swiglu_backward_kernel(
-    gu, gu_scale, dh, h, dgu, M, F: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    m, f = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gate, gate_scale, up, up_scale, dh, h, dgate, dup, M, F, stride_in, stride_out, ROWS: tl.constexpr
+):
+    m, f = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * 128 + tl.arange(0, 128)
     inside = (m < M)[:, None] & (f < F)[None, :]
-    row = m.to(tl.int64)[:, None]
-    gb = tl.program_id(1) * BLOCK // 128  # F and BLOCK: gate and up end with a tile
-    gate_scale = tl.load(gu_scale + gb * M + m, mask=m < M, other=0.0)[:, None]
-    up_scale = tl.load(gu_scale + (gb + F // 128) * M + m, mask=m < M, other=0.0)[:, None]
-    g = tl.load(gu + row * 2 * F + f[None, :], mask=inside, other=0.0).to(tl.float32) * gate_scale
-    u = tl.load(gu + row * 2 * F + F + f[None, :], mask=inside, other=0.0).to(tl.float32) * up_scale
-    d = tl.load(dh + row * F + f[None, :], mask=inside, other=0.0).to(tl.float32)
+    row, column = m.to(tl.int64)[:, None], f[None, :]
+    at = tl.program_id(1) * M + m
+    g = tl.load(gate + row * stride_in + column, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up + row * stride_in + column, mask=inside, other=0.0).to(tl.float32)
+    g *= tl.load(gate_scale + at, mask=m < M, other=0.0)[:, None]
+    u *= tl.load(up_scale + at, mask=m < M, other=0.0)[:, None]
+    d = tl.load(dh + row * F + column, mask=inside, other=0.0).to(tl.float32)
     s = 1.0 / (1.0 + tl.exp(-g))
-    tl.store(h + row * F + f[None, :], (g * s * u).to(h.dtype.element_ty), mask=inside)
-    to = dgu + row * 2 * F + f[None, :]
-    tl.store(to, (d * u * s * (1.0 + g * (1.0 - s))).to(dgu.dtype.element_ty), mask=inside)
-    tl.store(to + F, (d * g * s).to(dgu.dtype.element_ty), mask=inside)
+    tl.store(h + row * F + column, (g * s * u).to(h.dtype.element_ty), mask=inside)
+    tl.store(
+        dgate + row * stride_out + column, (d * u * s * (1.0 + g * (1.0 - s))).to(dgate.dtype.element_ty), mask=inside
+    )
+    tl.store(dup + row * stride_out + column, (d * g * s).to(dup.dtype.element_ty), mask=inside)
 
 
-def swiglu_backward(gu: Quantised, dh_MF: Tensor) -> tuple[Tensor, Tensor]:
-    """From gate and up in tiles ([M, 2F], F whole tiles) and the gradient of h = silu(gate) up: h again, and the gradient of
-    gate and up [M, 2F], both in dh's dtype."""
-    M, F = dh_MF.shape
-    assert F % TILE == 0 and dh_MF.is_contiguous() and gu[1].stride(0) == 1
-    h = torch.empty_like(dh_MF)
-    dgu = torch.empty(M, 2 * F, dtype=dh_MF.dtype, device=dh_MF.device)
+def swiglu_backward(gate: Quantised, up: Quantised, dh_MF: Tensor) -> tuple[Tensor, Tensor]:
+    """From gate and up in tiles [M, F] and the gradient of h = silu(gate) up: h again, and the gradient of gate and up side
+    by side [M, 2F], both in dh's dtype."""
+    (M, F), dtype = dh_MF.shape, dh_MF.dtype
+    assert dh_MF.is_contiguous() and gate[0].stride() == up[0].stride() and gate[1].stride(0) == up[1].stride(0) == 1
+    h, dgu = torch.empty_like(dh_MF), torch.empty(M, 2 * F, dtype=dtype, device=dh_MF.device)
     if M:
-        _swiglu_backward_kernel[(triton.cdiv(M, 16), F // TILE)](
-            *gu, dh_MF, h, dgu, M, F=F, ROWS=16, BLOCK=TILE, num_warps=4
+        _swiglu_backward_kernel[(triton.cdiv(M, 16), triton.cdiv(F, TILE))](
+            *gate, *up, dh_MF, h, dgu, dgu[:, F:], M, F, gate[0].stride(0), 2 * F, ROWS=16, num_warps=4
         )
     return h, dgu
+
+
+@triton.jit
+def _e5m6_kernel(x, out, M, K, stride_x, ROWS: tl.constexpr):
+    m, k = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * 128 + tl.arange(0, 128)
+    inside = (m < M)[:, None] & (k < K)[None, :]
+    row = m.to(tl.int64)[:, None]
+    value = tl.load(x + row * stride_x + k[None, :], mask=inside, other=0.0).to(tl.float32)
+    # Biased exponents of 2^e <= |x| < 2^(e + 1); the smallest normal number's for what lies below it.
+    top = tl.maximum((tl.max(tl.abs(value), 1).to(tl.int32, bitcast=True) >> 23) & 255, 37)[:, None]
+    mine = (value.to(tl.int32, bitcast=True) >> 23) & 255
+    step = ((tl.maximum(mine, top - 29) - 6) << 23).to(tl.float32, bitcast=True)
+    largest = (127 * ((top - 6) << 23).to(tl.float32, bitcast=True)).to(tl.float32)
+    rounded = (tl.div_rn(value, step) + 12582912.0 - 12582912.0) * step
+    rounded = tl.minimum(tl.maximum(rounded, -largest), largest)
+    tl.store(out + row * K + k[None, :], rounded.to(out.dtype.element_ty), mask=inside)
+
+
+def round_e5m6(x: Tensor) -> Tensor:
+    """`ops.fp8_train.round_e5m6` of a matrix [M, K] in one pass; the same to the bit where a tile's largest magnitude is
+    above 2^-90."""
+    M, K = x.shape
+    out = torch.empty(M, K, dtype=torch.bfloat16, device=x.device)
+    if M:
+        _e5m6_kernel[(triton.cdiv(M, 16), triton.cdiv(K, TILE))](x, out, M, K, x.stride(0), ROWS=16, num_warps=4)
+    return out

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from rorqual.ops.fp8 import dequantize_blocks, dequantize_tiles
-from rorqual.ops.fp8_train import Recipe, ReferenceQuantiser, TritonQuantiser, fp8_train_experts, product_reference
+from rorqual.ops.fp8_train import (
+    Recipe,
+    ReferenceQuantiser,
+    TritonQuantiser,
+    fp8_train_experts,
+    product_reference,
+    round_e5m6,
+)
 
 pytest.importorskip("rorqual.ops.triton.fp8_train", reason="triton is not installed")
 from rorqual.ops import fp8_experts
 from rorqual.ops.triton import fp8_products
+from rorqual.ops.triton import fp8_train as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(1, 128), (5, 200), (260, 130), (128, 384)]
@@ -48,6 +57,25 @@ def test_powers_of_two_stay_themselves() -> None:
     for largest, scale in ((448.0, 1.0), (449.0, 2.0), (224.0, 0.5), (448 * 2.0**-20, 2.0**-20)):
         x[0, 5] = largest
         assert TritonQuantiser.tiles(x, "ue8m0")[1].item() == scale
+
+
+def test_e5m6() -> None:
+    x = draw(20, 300) * torch.logspace(-9, 9, 300, device=DEVICE)
+    x[3] = 0
+    x[5, 7], x[6, :128] = 127.4, 2.0**-80
+    assert torch.equal(kernels.round_e5m6(x), round_e5m6(x))
+
+
+def test_swiglus_gradient() -> None:
+    """From gate and up in tiles of a width that is no whole tiles."""
+    gate, up = (TritonQuantiser.tiles(draw(20, 200, seed=i), None) for i in (1, 2))
+    wide = [dequantize_tiles(*t).requires_grad_() for t in (gate, up)]
+    h, dh = F.silu(wide[0]) * wide[1], draw(20, 200)
+    h.backward(dh)
+    ours, dgu = kernels.swiglu_backward(gate, up, dh)
+    assert relative(ours, h.detach()) < 1e-6
+    for mine, exact in zip(dgu.chunk(2, -1), wide, strict=True):
+        assert exact.grad is not None and relative(mine, exact.grad) < 1e-6
 
 
 @pytest.mark.parametrize("shape", [(128, 128), (130, 260), (64, 72)])
@@ -92,12 +120,12 @@ def test_rows_are_padded_to_tiles_of_one_expert() -> None:
 @pytest.mark.parametrize("skew", [False, True])
 def test_grouped_experts_are_the_loop(skew: bool) -> None:
     """Output and gradients. skew: one expert gets no token, another most."""
-    N, D, F, E, K = 150, 128, 128, 4, 2
+    N, D, W, E, K = 150, 128, 128, 4, 2
     chosen = draw(N, E - skew).topk(K).indices
     if skew:
         chosen[:140] = torch.tensor([0, 2], device=DEVICE)
     gates = torch.rand(N, K, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    inputs = [draw(N, D), draw(E, 2 * F, D) / 11, draw(E, D, F) / 11, gates]
+    inputs = [draw(N, D), draw(E, 2 * W, D) / 11, draw(E, D, W) / 11, gates]
     results = []
     for run in (fp8_experts.fp8_grouped_experts, fp8_train_experts):
         leaves = [t.clone().requires_grad_() for t in inputs]
