@@ -27,7 +27,8 @@ class Block(nn.Module):
         cache: LayerPages | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """Returns the new residual stream, and the routing decisions of a routed layer (None of a dense one)."""
-        attended = self.self_attn(self.input_layernorm(x_BTD), rope, visible_BTS, cache)
+        x_BTD, normed = self.input_layernorm.beside(x_BTD)
+        attended = self.self_attn(normed, rope, visible_BTS, cache)
         x_BTD, normed = self.post_attention_layernorm.after(x_BTD, attended)
         if isinstance(self.mlp, MoE):
             return self.mlp(normed, x_BTD)

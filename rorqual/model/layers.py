@@ -44,6 +44,11 @@ class Linear(nn.Module):
         return self.weight.to(dtype)
 
 
+def plain(*modules: nn.Module) -> bool:
+    """Whether all are linear layers that multiply plainly."""
+    return all(isinstance(m, Linear) and m.is_plain for m in modules)
+
+
 class Embedding(nn.Module):
     """weight [V, D]: looked up on the way in, and multiplied by on the way out where the head is tied."""
 
@@ -69,6 +74,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+    def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x, and its norm."""
+        return training.norm_beside(x, self.weight, self.eps) if trains(x) else (x, self(x))
 
     def after(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """x + y, and its norm: one kernel where that can be."""
@@ -97,11 +106,13 @@ class MLP(nn.Module):
     @property
     def is_plain(self) -> bool:
         """Whether its products are plain ones."""
-        parts = (self.gate_proj, self.up_proj, self.down_proj)
-        return self.down is None and all(isinstance(part, Linear) and part.is_plain for part in parts)
+        return self.down is None and plain(self.gate_proj, self.up_proj, self.down_proj)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        if trains(x) and self.is_plain:
+            gate, up = training.products(x, self.gate_proj.weight, self.up_proj.weight)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
         if self.down is not None:
             return self.down(gate, up, self.down_proj.weight)
         if fuses(x):

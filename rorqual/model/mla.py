@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rorqual.config import ModelConfig
 from rorqual.model.batch import LayerPages
-from rorqual.model.layers import Linear, RMSNorm
+from rorqual.model.layers import Linear, RMSNorm, plain
 from rorqual.ops import training
 from rorqual.ops.attention import (
     absorbed_is_cheaper,
@@ -85,12 +85,18 @@ class MLA(nn.Module):
         """Expanded attention with gradients, what is between its products in a kernel each: [B, T, H, U]."""
         B, T, _ = x_BTD.shape
         cos, sin = (angles.reshape(-1, self.R // 2) for angles in rope)
-        q = training.rotate_queries(self.project(x_BTD), cos, sin, self.H).view(B, T, self.H, -1)
-        kv_NX = self.kv_a_proj_with_mqa(x_BTD).flatten(0, 1)
+        first, kv_a = self.q_proj if hasattr(self, "q_proj") else self.q_a_proj, self.kv_a_proj_with_mqa
+        if plain(first, kv_a):
+            q, kv = training.products(x_BTD, first.weight, kv_a.weight)
+        else:
+            q, kv = first(x_BTD), kv_a(x_BTD)
+        if not hasattr(self, "q_proj"):
+            q = self.q_b_proj(self.q_a_layernorm(q))
+        kv_NX = kv.flatten(0, 1)
         c_kv, k_rope = training.latent(kv_NX, self.kv_a_layernorm.weight, LATENT_NORM_EPS, cos, sin)
         kv = self.kv_b_proj(c_kv).unflatten(-1, (self.H, -1))
-        k, v = (t.view(B, T, self.H, -1).transpose(1, 2) for t in training.keys_values(kv, k_rope, self.N))
-        return self.attend(q.transpose(1, 2), k, v, self.scale, visible_BTS).transpose(1, 2)
+        k, v = (t.unflatten(0, (B, T)) for t in training.keys_values(kv, k_rope, self.N))
+        return training.attend(q, k, v, cos, sin, lambda q, k, v: self.attend(q, k, v, self.scale, visible_BTS))
 
     def _read_fused(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], cache: LayerPages) -> tuple[Tensor, Tensor]:
         """Queries, and all keys' latents, the new ones written into their pages; few kernels."""
@@ -126,7 +132,7 @@ class MLA(nn.Module):
         assert cache.lengths_B is not None
         kv_a = self.kv_a_proj_with_mqa
         first = self.q_proj if hasattr(self, "q_proj") else self.q_a_proj
-        if len(x_BD) <= TOKENS and all(isinstance(m, Linear) and m.is_plain for m in (first, kv_a)):
+        if len(x_BD) <= TOKENS and plain(first, kv_a):
             q, kv_BX = rows_dot(x_BD, first.weight, kv_a.weight)
         else:
             q, kv_BX = first(x_BD), kv_a(x_BD)

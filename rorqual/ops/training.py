@@ -6,6 +6,7 @@ stored. `ops.fused.trains` says when they may stand in; under torch.compile they
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,6 +47,35 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _Norm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
 
 
+class _NormBeside(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        from rorqual.ops.triton.fused import rms_norm
+
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return x.view_as(x), rms_norm(x, weight, eps)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Grads:
+        from rorqual.ops.triton.training import norm_backward
+
+        x, weight = ctx.saved_tensors
+        beside, dout = grads
+        if dout is None:
+            return beside, None, None
+        rows = x.flatten(0, -2)
+        add = None if beside is None else beside.reshape(rows.shape).contiguous()
+        dx, dw = norm_backward(rows, weight, ctx.eps, dout.reshape(rows.shape), add)
+        return dx.view(x.shape), dw.to(weight.dtype), None
+
+
+def norm_beside(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x itself, and its norm: the gradient that comes for x directly is added in the norm's own backward."""
+    return _NormBeside.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+
+
 class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -76,6 +106,28 @@ def add_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, 
     return _AddNorm.apply(x, y, weight, eps)  # type: ignore[no-untyped-call]
 
 
+class _Products(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, *weights)
+        return tuple(F.linear(x, w) for w in weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Grads:
+        x, *weights = ctx.saved_tensors
+        rows, dys = x.flatten(0, -2), [g.reshape(-1, g.shape[-1]) for g in grads]
+        dx = dys[0] @ weights[0]
+        for dy, w in zip(dys[1:], weights[1:], strict=True):
+            dx.addmm_(dy, w)
+        needed = ctx.needs_input_grad[1:]
+        return dx.view(x.shape), *(dy.T @ rows if n else None for dy, n in zip(dys, needed, strict=True))
+
+
+def products(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """x W^T for several weights, cast to x's dtype; the gradients of x are added by the products that make them."""
+    return _Products.apply(x, *(w.to(x.dtype) for w in weights))  # type: ignore[no-untyped-call]
+
+
 class _Swiglu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -99,27 +151,42 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return _Swiglu.apply(gate, up)  # type: ignore[no-untyped-call]
 
 
-class _Rotate(torch.autograd.Function):
+class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q_BTX: Tensor, cos_TR: Tensor, sin_TR: Tensor, heads: int) -> Tensor:
-        from rorqual.ops.triton.training import rotate_queries
+    def forward(
+        ctx: Any, q_BTX: Tensor, k_BTHX: Tensor, v_BTHU: Tensor, cos_TR: Tensor, sin_TR: Tensor,
+        attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    ) -> Tensor:  # fmt: skip
+        from rorqual.ops.triton.training import rotate_queries_
 
-        ctx.save_for_backward(cos_TR, sin_TR)
-        ctx.heads = heads
-        return rotate_queries(q_BTX.flatten(0, 1), cos_TR, sin_TR, heads, False, False).view(q_BTX.shape)
+        heads = k_BTHX.shape[2]
+        rotate_queries_(q_BTX.flatten(0, 1), cos_TR, sin_TR, heads, False)
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() for t in (q_BTX, k_BTHX, v_BTHU)]
+            q = leaves[0].unflatten(-1, (heads, -1))
+            out = attend(*(t.transpose(1, 2) for t in (q, *leaves[1:]))).transpose(1, 2)
+        ctx.inner, ctx.angles = (out, leaves), (cos_TR, sin_TR)
+        return out.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Grads:
-        from rorqual.ops.triton.training import rotate_queries
+        from rorqual.ops.triton.training import rotate_queries_
 
-        dq = grads[0].flatten(0, 1)
-        cos, sin = ctx.saved_tensors
-        return rotate_queries(dq, cos, sin, ctx.heads, True, False).view(grads[0].shape), None, None, None
+        (out, leaves), ctx.inner = ctx.inner, None  # nothing waits for the end of the backward
+        dq, dk, dv = torch.autograd.grad(out, leaves, grads[0])
+        dq = dq.contiguous()
+        rotate_queries_(dq.flatten(0, 1), *ctx.angles, dk.shape[2], True)
+        return dq, dk, dv, None, None, None
 
 
-def rotate_queries(q_BTX: Tensor, cos_TR: Tensor, sin_TR: Tensor, heads: int) -> Tensor:
-    """The rotary part of each head of q [B, T, H * (N + R)] turned by the angle of its place in the row."""
-    return _Rotate.apply(q_BTX, cos_TR, sin_TR, heads)  # type: ignore[no-untyped-call]
+def attend(
+    q_BTX: Tensor, k_BTHX: Tensor, v_BTHU: Tensor, cos_TR: Tensor, sin_TR: Tensor,
+    how: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:  # fmt: skip
+    """how(q, k, v) [B, H, T, ...] of queries turned by the angles of their places: [B, T, H, U]. q [B, T, H * (N + R)],
+    contiguous, as projected, is turned in place: nobody else may need it (nothing does: a product's backward needs what it
+    multiplied, not what came out). Its gradient, which `how` has just made, is turned back in place too."""
+    return _Attend.apply(q_BTX, k_BTHX, v_BTHU, cos_TR, sin_TR, how)  # type: ignore[no-untyped-call]
 
 
 class _Latent(torch.autograd.Function):

@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 @triton.jit
-def _gather_kernel(x, slot, out, stride_x, K, D, BLOCK: tl.constexpr):
-    m = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    at = tl.load(slot + m).to(tl.int64)
-    row = tl.load(x + tl.maximum(at, 0) // K * stride_x + d, mask=(d < D) & (at >= 0), other=0)
-    tl.store(out + m * D + d, row, mask=d < D)
+def _gather_kernel(x, slot, out, stride_x, M, K, D, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    at = tl.load(slot + m, mask=m < M, other=-1).to(tl.int64)[:, None]
+    rows = tl.load(x + tl.maximum(at, 0) // K * stride_x + d, mask=(d < D) & (at >= 0), other=0)
+    tl.store(out + m[:, None] * D + d, rows, mask=(d < D) & (m < M)[:, None])
 
 
 def gather_rows(x_ND: Tensor, slot_M: Tensor, top_k: int) -> Tensor:
@@ -24,9 +24,9 @@ def gather_rows(x_ND: Tensor, slot_M: Tensor, top_k: int) -> Tensor:
     assert x_ND.stride(1) == 1
     out = torch.empty(M, D, dtype=x_ND.dtype, device=x_ND.device)
     if M:
-        block = min(2048, triton.next_power_of_2(D))
-        _gather_kernel[(M, triton.cdiv(D, block))](
-            x_ND, slot_M, out, x_ND.stride(0), top_k, D, BLOCK=block, num_warps=4
+        block = min(1024, triton.next_power_of_2(D))
+        _gather_kernel[(triton.cdiv(M, 4), triton.cdiv(D, block))](
+            x_ND, slot_M, out, x_ND.stride(0), M, top_k, D, ROWS=4, BLOCK=block, num_warps=4
         )
     return out
 

@@ -104,43 +104,39 @@ def _turn(even, odd, a, b, BACK: tl.constexpr):
 
 @triton.jit
 def _rotate_kernel(
-    q, out, cos, sin, T, H, stride_q, N: tl.constexpr, R: tl.constexpr, BACK: tl.constexpr, COPY: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
+    q,
+    cos,
+    sin,
+    T,
+    H,
+    N: tl.constexpr,
+    R: tl.constexpr,
+    BACK: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
     n = tl.program_id(0).to(tl.int64)
-    t = n % T
-    h, pair = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_R)
-    head = (h * (N + R))[:, None]
-    inside = (h < H)[:, None] & (pair < R // 2)[None, :]
-    at = head + N + 2 * pair[None, :]
-    even = tl.load(q + n * stride_q + at, mask=inside, other=0.0).to(tl.float32)
-    odd = tl.load(q + n * stride_q + at + 1, mask=inside, other=0.0).to(tl.float32)
-    a = tl.load(cos + t * (R // 2) + pair, mask=pair < R // 2, other=0.0)[None, :]
-    b = tl.load(sin + t * (R // 2) + pair, mask=pair < R // 2, other=0.0)[None, :]
+    h, r, pair = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H), tl.arange(0, 2 * BLOCK_R), tl.arange(0, BLOCK_R)
+    inside = (h < H)[:, None] & (r < R)[None, :]
+    at = q + (n * H + h)[:, None] * (N + R) + N + r[None, :]
+    even, odd = tl.split(tl.load(at, mask=inside, other=0.0).to(tl.float32).reshape(BLOCK_H, BLOCK_R, 2))
+    a = tl.load(cos + n % T * (R // 2) + pair, mask=pair < R // 2, other=0.0)[None, :]
+    b = tl.load(sin + n % T * (R // 2) + pair, mask=pair < R // 2, other=0.0)[None, :]
     first, second = _turn(even, odd, a, b, BACK)
-    to = out + n * H * (N + R)
-    tl.store(to + at, first.to(out.dtype.element_ty), mask=inside)
-    tl.store(to + at + 1, second.to(out.dtype.element_ty), mask=inside)
-    if COPY:
-        nope = tl.arange(0, BLOCK_N)
-        plain = (h < H)[:, None] & (nope < N)[None, :]
-        at_n = head + nope[None, :]
-        tl.store(to + at_n, tl.load(q + n * stride_q + at_n, mask=plain, other=0.0), mask=plain)
+    turned = tl.join(first, second).reshape(BLOCK_H, 2 * BLOCK_R)
+    tl.store(at, turned.to(q.dtype.element_ty), mask=inside)
 
 
-def rotate_queries(q_NX: Tensor, cos_TR: Tensor, sin_TR: Tensor, heads: int, back: bool, in_place: bool) -> Tensor:
-    """The rotary part of each head of q [N, H * (nope + R)] turned by its token's angles (`ops.rope.rotate`), or back. Row n
-    is token n % T; cos and sin [T, R/2] fp32, contiguous. in_place: q itself is written and returned."""
+def rotate_queries_(q_NX: Tensor, cos_TR: Tensor, sin_TR: Tensor, heads: int, back: bool) -> None:
+    """The rotary part of each head of q [N, H * (nope + R)], contiguous, turned in place by its token's angles
+    (`ops.rope.rotate`), or back. Row n is token n % T; cos and sin [T, R/2] fp32, contiguous."""
     R = 2 * cos_TR.shape[-1]
-    nope = q_NX.shape[1] // heads - R
-    assert q_NX.is_contiguous() or not in_place
-    out = q_NX if in_place else torch.empty(q_NX.shape, dtype=q_NX.dtype, device=q_NX.device)
+    assert q_NX.is_contiguous()
     block = min(16, triton.next_power_of_2(heads))
     _rotate_kernel[(len(q_NX), triton.cdiv(heads, block))](
-        q_NX, out, cos_TR, sin_TR, len(cos_TR), heads, q_NX.stride(0), N=nope, R=R, BACK=back, COPY=not in_place,
-        BLOCK_H=block, BLOCK_N=triton.next_power_of_2(nope), BLOCK_R=triton.next_power_of_2(R // 2), num_warps=4,
+        q_NX, cos_TR, sin_TR, len(cos_TR), heads, N=q_NX.shape[1] // heads - R, R=R, BACK=back, BLOCK_H=block,
+        BLOCK_R=triton.next_power_of_2(R // 2), num_warps=2,
     )  # fmt: skip
-    return out
 
 
 @triton.jit

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from rorqual.ops import attention as ops_attention
 from rorqual.ops import balance, rms_norm, rope, router
 from rorqual.ops.experts import experts_loop
 
@@ -50,6 +51,12 @@ def test_norms(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
 
     compare(lambda x, y, w: training.add_norm(x, y, w, 1e-6), plain, [x, y, w])
     compare(lambda x, y, w: training.add_norm(x, y, w, 1e-6)[1], lambda *a: plain(*a)[1], [x, y, w])
+    compare(lambda x, w: training.norm_beside(x, w, 1e-6), lambda x, w: (x * 1, rms_norm.reference(x, w, 1e-6)), [x, w])
+
+
+def test_products_of_one_input() -> None:
+    inputs = [draw(2, 7, 12), draw(5, 12), draw(6, 12), draw(3, 12)]
+    compare(training.products, lambda x, *ws: tuple(F.linear(x, w) for w in ws), inputs)
 
 
 @pytest.mark.parametrize("shape", [(3, 40), (2, 3, 1100)])
@@ -68,11 +75,16 @@ def test_attentions_inputs(heads: int) -> None:
     B, T, N, R, U, C = 2, 5, 12, 8, 10, 24
     cos, sin = rope.cos_sin(torch.arange(T, device=DEVICE), torch.rand(R // 2, device=DEVICE), 1.2)
 
-    def queries(q):  # type: ignore[no-untyped-def]
-        nope, turned = q.unflatten(-1, (heads, -1)).split((N, R), -1)
-        return torch.cat((nope, rope.rotate(turned, cos[:, None], sin[:, None])), -1).flatten(2)
+    def dots(q, k, v):  # type: ignore[no-untyped-def]
+        return ops_attention.attend_reference(q, k, v, 0.3, None)
 
-    compare(lambda q: training.rotate_queries(q, cos, sin, heads), queries, [draw(B, T, heads * (N + R))])
+    def attended(q, k, v):  # type: ignore[no-untyped-def]
+        nope, turned = q.unflatten(-1, (heads, -1)).split((N, R), -1)
+        q = torch.cat((nope, rope.rotate(turned, cos[:, None], sin[:, None])), -1)
+        return dots(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+
+    inputs = [draw(B, T, heads * (N + R)), draw(B, T, heads, N + R, seed=1), draw(B, T, heads, U)]
+    compare(lambda q, k, v: training.attend(q * 1, k, v, cos, sin, dots), attended, inputs)
 
     def latent(kv, w):  # type: ignore[no-untyped-def]
         c, k = kv.view(B, T, -1).split((C, R), -1)
