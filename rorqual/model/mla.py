@@ -8,8 +8,12 @@ is applied after the attention. Both forms stand below and are tested against ea
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from rorqual.config import ModelConfig
 from rorqual.model.batch import LayerPages
@@ -32,6 +36,12 @@ CONTEXT_CHUNK = 4096
 """Cached tokens expanded at once while a prompt is read: bounds the memory, whatever the context's length."""
 
 
+def _keep_attention(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Fused attention is kept, everything before it computed again from the layer's input."""
+    attention = "scaled_dot_product" in str(op)
+    return CheckpointPolicy.MUST_SAVE if attention else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 class MLA(nn.Module):
     """Names are the released ones. q_lora_rank null: one q_proj instead of q_a_proj, q_a_layernorm, q_b_proj."""
 
@@ -51,6 +61,7 @@ class MLA(nn.Module):
         self.kv_a_layernorm = RMSNorm(self.C, LATENT_NORM_EPS)
         self.kv_b_proj = Linear(self.C, self.H * (self.N + self.U))
         self.o_proj = Linear(self.H * self.U, cfg.hidden_size)
+        self.recompute = False
 
     def forward(
         self,
@@ -63,8 +74,14 @@ class MLA(nn.Module):
         of each row from it, S = pages * page_size; without, the keys are the T tokens themselves."""
         if cache is not None and cache.lengths_B is not None:
             return self.o_proj(self.decode(x_BTD[:, 0], (rope[0][:, 0], rope[1][:, 0]), cache).flatten(-2))[:, None]
-        if cache is None and trains(x_BTD):
-            return self.o_proj(self._train_fused(x_BTD, rope, visible_BTS).flatten(-2))
+        if cache is None and torch.is_grad_enabled():
+            attended = self._train_fused if trains(x_BTD) else self._train
+            if self.recompute:
+                policy = partial(create_selective_checkpoint_contexts, _keep_attention)
+                out = checkpoint(attended, x_BTD, rope, visible_BTS, use_reentrant=False, context_fn=policy)
+            else:
+                out = attended(x_BTD, rope, visible_BTS)
+            return self.o_proj(out.flatten(-2))
         if cache is not None and fuses(x_BTD):
             q_BTHX, latents_BSX = self._read_fused(x_BTD, rope, cache)
         else:
@@ -81,8 +98,12 @@ class MLA(nn.Module):
             out_BTHU = self.expanded(q_BTHX, latents_BSX, visible_BTS, chunk)
         return self.o_proj(out_BTHU.flatten(-2))
 
+    def _train(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], visible_BTS: Tensor | None) -> Tensor:
+        """Expanded attention over the tokens themselves: [B, T, H, U]."""
+        return self.expanded(self.queries(x_BTD, rope), self.latents(x_BTD, rope), visible_BTS)
+
     def _train_fused(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], visible_BTS: Tensor | None) -> Tensor:
-        """Expanded attention with gradients, what is between its products in a kernel each: [B, T, H, U]."""
+        """The same, what is between the products in a kernel each."""
         B, T, _ = x_BTD.shape
         cos, sin = (angles.reshape(-1, self.R // 2) for angles in rope)
         first, kv_a = self.q_proj if hasattr(self, "q_proj") else self.q_a_proj, self.kv_a_proj_with_mqa
@@ -95,8 +116,9 @@ class MLA(nn.Module):
         kv_NX = kv.flatten(0, 1)
         c_kv, k_rope = training.latent(kv_NX, self.kv_a_layernorm.weight, LATENT_NORM_EPS, cos, sin)
         kv = self.kv_b_proj(c_kv).unflatten(-1, (self.H, -1))
-        k, v = (t.unflatten(0, (B, T)) for t in training.keys_values(kv, k_rope, self.N))
-        return training.attend(q, k, v, cos, sin, lambda q, k, v: self.attend(q, k, v, self.scale, visible_BTS))
+        k, v = (t.unflatten(0, (B, T)).transpose(1, 2) for t in training.keys_values(kv, k_rope, self.N))
+        q = training.rotate_queries_(q, cos, sin, self.H).unflatten(-1, (self.H, -1)).transpose(1, 2)
+        return self.attend(q, k, v, self.scale, visible_BTS).transpose(1, 2)
 
     def _read_fused(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], cache: LayerPages) -> tuple[Tensor, Tensor]:
         """Queries, and all keys' latents, the new ones written into their pages; few kernels."""

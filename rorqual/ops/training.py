@@ -6,7 +6,6 @@ stored. `ops.fused.trains` says when they may stand in; under torch.compile they
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -151,42 +150,31 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return _Swiglu.apply(gate, up)  # type: ignore[no-untyped-call]
 
 
-class _Attend(torch.autograd.Function):
+class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, q_BTX: Tensor, k_BTHX: Tensor, v_BTHU: Tensor, cos_TR: Tensor, sin_TR: Tensor,
-        attend: Callable[[Tensor, Tensor, Tensor], Tensor],
-    ) -> Tensor:  # fmt: skip
+    def forward(ctx: Any, q_BTX: Tensor, cos_TR: Tensor, sin_TR: Tensor, heads: int) -> Tensor:
         from rorqual.ops.triton.training import rotate_queries_
 
-        heads = k_BTHX.shape[2]
         rotate_queries_(q_BTX.flatten(0, 1), cos_TR, sin_TR, heads, False)
-        with torch.enable_grad():
-            leaves = [t.detach().requires_grad_() for t in (q_BTX, k_BTHX, v_BTHU)]
-            q = leaves[0].unflatten(-1, (heads, -1))
-            out = attend(*(t.transpose(1, 2) for t in (q, *leaves[1:]))).transpose(1, 2)
-        ctx.inner, ctx.angles = (out, leaves), (cos_TR, sin_TR)
-        return out.detach()
+        ctx.save_for_backward(cos_TR, sin_TR)
+        ctx.heads = heads
+        return q_BTX.view_as(q_BTX)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Grads:
         from rorqual.ops.triton.training import rotate_queries_
 
-        (out, leaves), ctx.inner = ctx.inner, None  # nothing waits for the end of the backward
-        dq, dk, dv = torch.autograd.grad(out, leaves, grads[0])
-        dq = dq.contiguous()
-        rotate_queries_(dq.flatten(0, 1), *ctx.angles, dk.shape[2], True)
-        return dq, dk, dv, None, None, None
+        cos, sin = ctx.saved_tensors
+        dq = grads[0].contiguous()
+        rotate_queries_(dq.flatten(0, 1), cos, sin, ctx.heads, True)
+        return dq, None, None, None
 
 
-def attend(
-    q_BTX: Tensor, k_BTHX: Tensor, v_BTHU: Tensor, cos_TR: Tensor, sin_TR: Tensor,
-    how: Callable[[Tensor, Tensor, Tensor], Tensor],
-) -> Tensor:  # fmt: skip
-    """how(q, k, v) [B, H, T, ...] of queries turned by the angles of their places: [B, T, H, U]. q [B, T, H * (N + R)],
-    contiguous, as projected, is turned in place: nobody else may need it (nothing does: a product's backward needs what it
-    multiplied, not what came out). Its gradient, which `how` has just made, is turned back in place too."""
-    return _Attend.apply(q_BTX, k_BTHX, v_BTHU, cos_TR, sin_TR, how)  # type: ignore[no-untyped-call]
+def rotate_queries_(q_BTX: Tensor, cos_TR: Tensor, sin_TR: Tensor, heads: int) -> Tensor:
+    """The rotary part of each head of q [B, T, H * (N + R)], contiguous, turned by the angle of its place in the row, in
+    place: nobody else may need q (a product's backward needs what it multiplied, not what came out), nor its gradient,
+    which attention alone makes and which is turned back in place too. A third of the bytes of a turned copy."""
+    return _Rotate.apply(q_BTX, cos_TR, sin_TR, heads)  # type: ignore[no-untyped-call]
 
 
 class _Latent(torch.autograd.Function):

@@ -161,6 +161,8 @@ class RunConfig:
     (where it grows, at the end), in micro-batches. dtype: of the activations; precision "fp32" and "bf16" say the
     same by another name, "fp8" multiplies all linear layers in FP8 (`ops/fp8_train.py`) between activations in bf16 (or in
     fp32, where dtype says so).
+    compile: the blocks, in place of our own kernels; recompute: what the backward computes again for less memory: what comes
+    before the attention ("selective"), or whole layers ("block"); the SwiGLU of experts is computed again in any case.
     freeze: patterns of parameters that stay as they are ("layers.*", "embed_tokens.*").
     report: write report.html when the run ends or stops."""
 
@@ -177,6 +179,7 @@ class RunConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     compile: bool | Literal["auto"] = "auto"
+    recompute: Literal["none", "selective", "block"] = "none"
     threads: int | Literal["auto"] = "auto"
     eval_every: int = 500
     eval_rows: int = 64

@@ -66,6 +66,8 @@ class Trainer:
         self.shipped = ShippedWeights(cfg.quantise, model, self.timeline)
         self.average = WeightAverage(cfg.ema, model) if cfg.ema.decay else None
         self.losses = losses if loss is None else loss
+        for block in [*model.layers, *(m.block for m in model.mtp)]:
+            block.recompute(cfg.recompute)
         if cfg.compile:
             for block in [*model.layers, *model.mtp]:
                 block.compile()

@@ -74,9 +74,11 @@ def test_an_update_equals_the_reference() -> None:
     assert (a - b).abs().max() <= 1e-4 and torch.equal(b16, b.bfloat16()) and torch.equal(a16, a.bfloat16())
 
 
-@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
-@pytest.mark.parametrize("micro", [8, 4])
-def test_a_step_of_kernels_follows_plain_fp32(moments: str, micro: int) -> None:
+@pytest.mark.parametrize(
+    ("moments", "micro", "recompute"),
+    [("float32", 8, "none"), ("bfloat16", 4, "none"), ("bfloat16", 8, "selective"), ("bfloat16", 8, "block")],
+)
+def test_a_step_of_kernels_follows_plain_fp32(moments: str, micro: int, recompute: str) -> None:
     cfg = ModelConfig.load("test")
     shape = (8, 128 + 1 + cfg.num_nextn_predict_layers)
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, shape)
@@ -86,7 +88,7 @@ def test_a_step_of_kernels_follows_plain_fp32(moments: str, micro: int) -> None:
     for device, dtype in (("cpu", "float32"), ("cuda", "bfloat16")):
         run = RunConfig(
             out="", data=data, steps=1000, batch=8, micro_batch=micro, model="x", device=device, dtype=dtype,
-            compile=False, optim=OptimConfig(moments=moments),
+            compile=False, recompute=recompute, optim=OptimConfig(moments=moments),
         )  # fmt: skip
         t = Trainer(run, build_model(run, cfg, torch.device(device)))
         runs.append([t.step(s, lambda start, count: fixed).values[1].item() for s in range(12)])

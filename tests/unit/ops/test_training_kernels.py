@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rorqual.ops import attention as ops_attention
 from rorqual.ops import balance, rms_norm, rope, router
 from rorqual.ops.experts import experts_loop
 
@@ -75,16 +74,11 @@ def test_attentions_inputs(heads: int) -> None:
     B, T, N, R, U, C = 2, 5, 12, 8, 10, 24
     cos, sin = rope.cos_sin(torch.arange(T, device=DEVICE), torch.rand(R // 2, device=DEVICE), 1.2)
 
-    def dots(q, k, v):  # type: ignore[no-untyped-def]
-        return ops_attention.attend_reference(q, k, v, 0.3, None)
-
-    def attended(q, k, v):  # type: ignore[no-untyped-def]
+    def queries(q):  # type: ignore[no-untyped-def]
         nope, turned = q.unflatten(-1, (heads, -1)).split((N, R), -1)
-        q = torch.cat((nope, rope.rotate(turned, cos[:, None], sin[:, None])), -1)
-        return dots(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+        return torch.cat((nope, rope.rotate(turned, cos[:, None], sin[:, None])), -1).flatten(2) * 1
 
-    inputs = [draw(B, T, heads * (N + R)), draw(B, T, heads, N + R, seed=1), draw(B, T, heads, U)]
-    compare(lambda q, k, v: training.attend(q * 1, k, v, cos, sin, dots), attended, inputs)
+    compare(lambda q: training.rotate_queries_(q * 1, cos, sin, heads) * 1, queries, [draw(B, T, heads * (N + R))])
 
     def latent(kv, w):  # type: ignore[no-untyped-def]
         c, k = kv.view(B, T, -1).split((C, R), -1)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rorqual.config import ModelConfig
 from rorqual.data.packing import Rows
@@ -91,3 +94,43 @@ def test_a_step_of_kernels_is_the_plain_step(q_lora_rank: int | None, monkeypatc
     assert torch.allclose(ours, exact, rtol=1e-5)
     for name, grad in wanted.items():
         assert (grads[name] - grad).norm() <= 2e-4 * grad.norm() + 1e-8, name
+
+
+class Attentions(TorchDispatchMode):
+    """Counts fused attention's forwards and all products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = str(func)
+        if "scaled_dot_product" in name and "backward" not in name:
+            self.seen["attention"] += 1
+        elif name.split(".")[1] in ("mm", "addmm", "bmm"):
+            self.seen["products"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_is_recomputed_changes_nothing() -> None:
+    """Losses and gradients to the bit; attention itself is computed again for whole blocks only."""
+    fixed, seen = Targets(*(torch.from_numpy(np.ascontiguousarray(t)) for t in rows(2))), {}
+    counts = torch.full((1 + CFG.num_nextn_predict_layers,), 48.0)
+    layers = CFG.num_hidden_layers + CFG.num_nextn_predict_layers
+    cfg = CFG.replace(v_head_dim=CFG.qk_nope_head_dim + CFG.qk_rope_head_dim)  # what a CPU's fused attention takes
+    for what in ("none", "selective", "block"):
+        model = build(cfg, 0)
+        for block in [*model.layers, *(m.block for m in model.mtp)]:
+            block.recompute(what)  # type: ignore[arg-type]
+        with Attentions() as counted:
+            out = losses(model, fixed, counts, mask_documents=False, balance_share=1.0)
+            (out.lm + 0.3 * out.mtp + 0.1 * out.balance).backward()
+        seen[what] = counted.seen
+        grads = [p.grad for p in model.parameters()]
+        if what == "none":
+            exact, wanted = out, grads
+        assert torch.equal(out.lm, exact.lm) and torch.equal(out.balance, exact.balance)
+        assert all(torch.equal(a, b) for a, b in zip(grads, wanted, strict=True) if a is not None and b is not None)
+    attentions = {what: counted["attention"] for what, counted in seen.items()}
+    assert attentions == {"none": layers, "selective": layers, "block": 2 * layers}
+    assert seen["none"]["products"] < seen["selective"]["products"] < seen["block"]["products"]
