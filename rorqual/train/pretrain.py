@@ -88,9 +88,11 @@ def pretrain(
         if cfg.report and loop.step > done and (page := report.write(run)) is not None:
             say(f"curves and expert loads: {page}")
     if loop.step < loop.steps:
-        say(f"stopped after step {loop.step}; the same command goes on from there")
+        again = "the same command goes on from there" if cfg.checkpoint_every else "nothing is saved, as told"
+        say(f"stopped after step {loop.step}; {again}")
         return RunRecord(run, None, loop.step, loop.last)
-    return RunRecord(run, _export(trainer, run, done, loop.step), loop.step, loop.last)
+    model = _export(trainer, run, done, loop.step) if cfg.checkpoint_every else None
+    return RunRecord(run, model, loop.step, loop.last)
 
 
 def _trainer(cfg: RunConfig, model_cfg: ModelConfig, device: torch.device, make_loss: MakeLoss | None) -> Trainer:
@@ -250,7 +252,7 @@ def _claim(run: Path, cfg: RunConfig, model_cfg: ModelConfig) -> None:
     """Write the resolved configuration, or refuse a directory that holds another run."""
     file = run / "config.toml"
     # The machine is not part of what a run *is*: one may resume elsewhere.
-    machine = {"device", "threads", "compile", "recompute", "micro_batch", "dtype", "precision", "report"}
+    machine = {"device", "threads", "compile", "recompute", "micro_batch", "dtype", "precision", "report", "dashboard"}
     mine = to_dict(cfg)
     if file.is_file():
         import tomllib

@@ -107,7 +107,7 @@ def test_auto_is_resolved_by_kind_and_machine() -> None:
         True,
         "cuda",
         "bfloat16",
-        True,
+        False,
     )
     assert fine.micro_batch == 8
     assert (pre.precision, fine.precision) == ("fp32", "bf16")
