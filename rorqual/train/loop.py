@@ -89,7 +89,7 @@ class Loop:
             # Reading a metric waits for the device; on a GPU that is done for ten steps at once.
             if evaluate or not cuda or len(self.pending) == 10 or self._due():
                 self._flush(val if evaluate else None)
-            if self._due() or (self.stop and cfg.checkpoint_every):
+            if self._due(stopped=self.stop):
                 self.save()
         self._flush()
 
@@ -133,10 +133,12 @@ class Loop:
         self._open_records()
         self.say(f"back to step {back}, with the rows after step {bad}")
 
-    def _due(self) -> bool:
+    def _due(self, stopped: bool = False) -> bool:
         cfg = self.cfg
         if not cfg.checkpoint_every:
             return False
+        if stopped:
+            return True
         at_step = self.step % cfg.checkpoint_every == 0 or self.step == self.steps
         return at_step or time.monotonic() - self.saved_at > cfg.checkpoint_seconds
 

@@ -108,8 +108,8 @@ class Events:
 
 
 class Dashboard:
-    """Curves of all runs side by side while they go, by trackio: a database on this machine (`trackio show --project rorqual`
-    serves the page), nothing is sent anywhere. Steps that a resumed run makes again appear twice."""
+    """Curves of all runs side by side while they go, by trackio: a database on this machine (`trackio show --project
+    rorqual` serves the page), nothing is sent anywhere. Steps that a resumed run makes again appear twice."""
 
     def __init__(self, kind: str, run: Path, config: dict[str, Any]) -> None:
         """kind: "none" or "trackio". Raises BackendUnavailable where that is not installed."""
