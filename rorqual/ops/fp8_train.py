@@ -131,10 +131,8 @@ def product_scaled_mm(a: Quantised, b: Quantised, blocks: bool, dtype: torch.dty
         return product_triton(a, b, blocks, dtype)
     kind, scale = ScalingType.BlockWise1x128, _rows_together(b[1])
     if blocks:
-        kind, scale = ScalingType.BlockWise128x128, b[1].contiguous()
-    return scaled_mm(
-        a[0], b[0].t(), _rows_together(a[1]), ScalingType.BlockWise1x128, scale.t(), kind, output_dtype=dtype
-    )
+        kind, scale = ScalingType.BlockWise128x128, b[1].contiguous().t()
+    return scaled_mm(a[0], b[0].t(), _rows_together(a[1]), ScalingType.BlockWise1x128, scale, kind, output_dtype=dtype)
 
 
 @fp8_quantisers.register("reference")

@@ -105,15 +105,21 @@ def _block_kernel(w, codes, codes_t, scales, N, K, stride_we, GN, GK, TURNED: tl
     inside = (n < N)[:, None] & (k < K)[None, :]
     n64, k64 = n.to(tl.int64), k.to(tl.int64)
     value = tl.load(w + e * stride_we + n64[:, None] * K + k[None, :], mask=inside, other=0.0).to(tl.float32)
-    scale = _scale(tl.max(tl.max(tl.abs(value), 1), 0), False)
-    code = _codes(value, scale, ROUND)
+    # The largest of the block once for each row and once for each column, and codes from either: reduced to one number and
+    # used twice, they came out wrong on an H200 (Triton 3.6) where rows are vectors of 16 bytes.
+    rows = tl.max(tl.abs(value), 1)
+    scale = _scale(tl.max(tl.broadcast_to(rows[None, :], (128, 128)), 1), False)
+    code = _codes(value, scale[:, None], ROUND)
     tl.store(codes + e * N * K + n64[:, None] * K + k[None, :], code.to(codes.dtype.element_ty), mask=inside)
     if TURNED:
+        columns = _scale(tl.max(tl.broadcast_to(rows[:, None], (128, 128)), 0), False)
+        turned = tl.trans(_codes(value, columns[None, :], ROUND))
         tl.store(
-            codes_t + e * N * K + k64[:, None] * N + n[None, :], tl.trans(code).to(codes.dtype.element_ty),
+            codes_t + e * N * K + k64[:, None] * N + n[None, :], turned.to(codes.dtype.element_ty),
             mask=(k < K)[:, None] & (n < N)[None, :],
         )  # fmt: skip
-    tl.store(scales + (e * GN + nb) * GK + kb, scale)
+    one = tl.arange(0, 128)
+    tl.store(scales + (e * GN + nb) * GK + kb + one, scale, mask=one == 0)
 
 
 def blocks(weight: Tensor) -> tuple[Quantised, Quantised]:
