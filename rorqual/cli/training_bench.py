@@ -70,6 +70,7 @@ class Training:
         run = RunConfig(
             out="", data=DataConfig(train=(Source("random"),), seq_len=seq_len, mask_documents=False, packing="stream"),
             steps=1_000_000, batch=batch, micro_batch=micro_batch, model="bench", device=str(device), compile=compile,
+            graph=device.type == "cuda" and not compile,
             dtype="bfloat16" if narrow else "float32", precision=precision,  # type: ignore[arg-type]
             optim=OptimConfig(moments=moments),  # type: ignore[arg-type]
         )  # fmt: skip

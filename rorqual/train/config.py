@@ -161,8 +161,9 @@ class RunConfig:
     (where it grows, at the end), in micro-batches. dtype: of the activations; precision "fp32" and "bf16" say the
     same by another name, "fp8" multiplies all linear layers in FP8 (`ops/fp8_train.py`) between activations in bf16 (or in
     fp32, where dtype says so).
-    compile: the blocks, in place of our own kernels; recompute: what the backward computes again for less memory: what comes
-    before the attention ("selective"), or whole layers ("block"); the SwiGLU of experts is computed again in any case.
+    compile: the blocks, in place of our own kernels; graph: a GPU runs forward and backward as one captured CUDA graph;
+    recompute: what the backward computes again for less memory: what comes before the attention ("selective"), or whole
+    layers ("block"); the SwiGLU of experts is computed again in any case.
     checkpoint_every: steps; 0 for an experiment whose curves alone are wanted: no checkpoint and no model is written, also
     not where it is stopped.
     freeze: patterns of parameters that stay as they are ("layers.*", "embed_tokens.*").
@@ -181,6 +182,7 @@ class RunConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     compile: bool | Literal["auto"] = "auto"
+    graph: bool | Literal["auto"] = "auto"
     recompute: Literal["none", "selective", "block"] = "none"
     threads: int | Literal["auto"] = "auto"
     eval_every: int = 500
@@ -292,5 +294,9 @@ def resolve(cfg: RunConfig, *, kind: Kind, cuda: bool, cores: int) -> RunConfig:
         dtype=dtype,
         precision=precision,
         compile=False if cfg.compile == "auto" else cfg.compile,  # our kernels are as fast, and start at once
+        # What fine-tuning and a teacher compute is not known to be the same kernels at every step.
+        graph=on_gpu and kind == "pretrain" and cfg.compile is not True and cfg.recompute == "none"
+        if cfg.graph == "auto"
+        else cfg.graph,
         threads=cores if cfg.threads == "auto" else cfg.threads,
     )

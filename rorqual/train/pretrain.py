@@ -252,7 +252,18 @@ def _claim(run: Path, cfg: RunConfig, model_cfg: ModelConfig) -> None:
     """Write the resolved configuration, or refuse a directory that holds another run."""
     file = run / "config.toml"
     # The machine is not part of what a run *is*: one may resume elsewhere.
-    machine = {"device", "threads", "compile", "recompute", "micro_batch", "dtype", "precision", "report", "dashboard"}
+    machine = {
+        "device",
+        "threads",
+        "compile",
+        "graph",
+        "recompute",
+        "micro_batch",
+        "dtype",
+        "precision",
+        "report",
+        "dashboard",
+    }
     mine = to_dict(cfg)
     if file.is_file():
         import tomllib
