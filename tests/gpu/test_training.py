@@ -76,7 +76,7 @@ def test_an_update_equals_the_reference() -> None:
 
 @pytest.mark.parametrize(("precision", "micro"), [("bf16", 8), ("bf16", 4), ("fp8", 8)])
 def test_a_captured_step_is_the_plain_one(precision: str, micro: int) -> None:
-    """Over rows that change, factors that change, and an MTP module. Not to the bit: the GPU's attention adds the gradient of
+    """Over changing rows and factors, with an MTP module. Not to the bit: the GPU's attention adds the gradient of
     its queries in any order."""
     cfg = ModelConfig.load("test").replace(moe_intermediate_size=128)
     shape = (8, 128 + 1 + cfg.num_nextn_predict_layers)
