@@ -42,11 +42,8 @@ def by_expert(
     order_M = chosen_NK.flatten().argsort(stable=True)
     counts = torch.bincount(chosen_NK.flatten(), minlength=experts).tolist()
     x_MD = x_ND[order_M // chosen_NK.shape[1]]
-    out, start = [], 0
-    for expert, count in enumerate(counts):
-        if count:
-            out.append(run(expert, x_MD[start : start + count]))
-            start += count
+    # Split at once: the gradient of a slice is as large as the whole.
+    out = [run(expert, rows) for expert, rows in enumerate(x_MD.split(counts)) if len(rows)]
     return _combine(torch.cat(out) if out else x_MD, order_M, gates_NK)
 
 
@@ -55,9 +52,11 @@ def experts_loop(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, gates_NK:
     """x [N, D], gate and up projections [E, 2F, D] (gate first), down projections [E, D, F], gates [N, K] fp32,
     chosen [N, K] int64 -> [N, D] in x's dtype. Waits for the device once, to learn the load."""
 
+    gate_up, down = gate_up_E2FD.unbind(), down_EDF.unbind()
+
     def run(expert: int, rows: Tensor) -> Tensor:
-        gate, up = F.linear(rows, gate_up_E2FD[expert].to(rows.dtype)).chunk(2, -1)
-        return F.linear(F.silu(gate) * up, down_EDF[expert].to(rows.dtype))
+        gate, up = F.linear(rows, gate_up[expert].to(rows.dtype)).chunk(2, -1)
+        return F.linear(F.silu(gate) * up, down[expert].to(rows.dtype))
 
     return by_expert(x_ND, gates_NK, chosen_NK, down_EDF.shape[0], run)
 

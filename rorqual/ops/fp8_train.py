@@ -358,8 +358,10 @@ def fp8_train_experts(
     dispatched = Recipe(input_fmt="ue8m0", backend=recipe.backend)
     combined = Recipe(grad_fmt="ue8m0", backend=recipe.backend)
 
+    gate_up, down_proj = gate_up_E2FD.unbind(), down_EDF.unbind()
+
     def run(expert: int, rows: Tensor) -> Tensor:
-        gate, up = fp8_train_linear(rows, gate_up_E2FD[expert], dispatched).chunk(2, -1)
-        return swiglu_down(gate, up, down_EDF[expert], combined)
+        gate, up = fp8_train_linear(rows, gate_up[expert], dispatched).chunk(2, -1)
+        return swiglu_down(gate, up, down_proj[expert], combined)
 
     return by_expert(x_ND, gates_NK, chosen_NK, down_EDF.shape[0], run)
