@@ -130,8 +130,7 @@ class Trainer:
         if self.cfg.graph is not True or len(part.tokens) != self.cfg.micro_batch:
             return None
         if self.graph is None:
-            copies = [] if self.copies is None else [self.copies.of(p) for p in self.model.parameters()]
-            leaves = [p for p in (*self.model.parameters(), *copies) if p is not None and p.requires_grad]
+            leaves = self._leaves()
             before = [p.grad for p in leaves]
             for p in leaves:
                 p.grad = None
@@ -143,11 +142,15 @@ class Trainer:
     def _narrow(self) -> AbstractContextManager[None]:
         return nullcontext() if self.copies is None else self.copies.in_place()
 
+    def _leaves(self) -> list[torch.nn.Parameter]:
+        """Whatever may get a gradient: each parameter, then its copy."""
+        copies = self.copies
+        both = [(p, None if copies is None else copies.of(p)) for p in self.model.parameters() if p.requires_grad]
+        return [leaf for pair in both for leaf in pair if leaf is not None]
+
     def _gradient_norm(self) -> Tensor:
         """Of all gradients together, in fp32."""
-        parameters = list(self.model.parameters())
-        copies = [] if self.copies is None else [self.copies.of(p) for p in parameters]
-        grads = [p.grad for p in (*parameters, *copies) if p is not None and p.grad is not None]
+        grads = [p.grad for p in self._leaves() if p.grad is not None]
         norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]
         return torch.linalg.vector_norm(torch.stack(norms))
 
