@@ -23,6 +23,7 @@ def train(
     ] = None,
     num_layers: Annotated[int, typer.Option(help="So many layers of the model only, as many as fit; 0: all.")] = 0,
     compile: Annotated[bool, typer.Option(help="Compile the blocks in place of our kernels.")] = False,
+    graph: Annotated[bool, typer.Option(help="On a GPU, run forward and backward as one captured CUDA graph.")] = True,
     moments: Annotated[str, typer.Option(help="Of our AdamW: bfloat16, as published, or float32.")] = "bfloat16",
     layers: Annotated[
         str, typer.Option(help="In place of steps: forward and backward of single layers of this preset, bf16 and FP8.")
@@ -61,7 +62,7 @@ def train(
         raise typer.BadParameter(f"{unknown.pop()!r} is not one of fp32, bf16, fp8", param_hint="--precision")
     shape = batch, micro_batch or batch, seq_len
     facts = {"model": model, "layers": cfg.num_hidden_layers, "batch": batch, "seq_len": seq_len, "compile": compile}
-    _steps(cfg, torch.device(device), shape, kinds, (compile, moments), rounds, peer, facts, json_file)
+    _steps(cfg, torch.device(device), shape, kinds, (compile, graph, moments), rounds, peer, facts, json_file)
 
 
 def _steps(cfg, device, shape, kinds, how, rounds, peer, facts, json_file) -> None:  # type: ignore[no-untyped-def]
@@ -86,7 +87,7 @@ def _steps(cfg, device, shape, kinds, how, rounds, peer, facts, json_file) -> No
             typer.echo(f"{name}: out of memory, left out")
     seconds = interleaved(engines, rounds, device.type)
     rates = {name: [batch * seq_len / s for s in each] for name, each in seconds.items()}
-    facts |= {"moments": how[1], "flops_per_token": flops}
+    facts |= {"graph": how[1], "moments": how[2], "flops_per_token": flops}
     report("train", facts, rates, peak / flops, source, device.type, json_file, more)
 
 

@@ -64,13 +64,13 @@ class Training:
 
     def __init__(
         self, cfg: ModelConfig, device: torch.device, batch: int, micro_batch: int, seq_len: int, precision: str,
-        compile: bool, moments: str,
+        compile: bool, graph: bool, moments: str,
     ) -> None:  # fmt: skip
         narrow = precision != "fp32"
         run = RunConfig(
             out="", data=DataConfig(train=(Source("random"),), seq_len=seq_len, mask_documents=False, packing="stream"),
             steps=1_000_000, batch=batch, micro_batch=micro_batch, model="bench", device=str(device), compile=compile,
-            graph=device.type == "cuda" and not compile,
+            graph=graph and device.type == "cuda" and not compile,
             dtype="bfloat16" if narrow else "float32", precision=precision,  # type: ignore[arg-type]
             optim=OptimConfig(moments=moments),  # type: ignore[arg-type]
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""`rorqual bench load` on a tiny model: what it reports, not how fast anything is."""
+"""`rorqual bench load` and `train` on a tiny model: what they report, not how fast anything is."""
 
 from __future__ import annotations
 
@@ -37,3 +37,32 @@ def test_loading_is_compared_with_reading(
     assert rows["load_model"]["warm_ratio"] == 1
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("warm_ratio", "load_model", result["environment"]["commit"]))
+
+
+def test_training_in_two_precisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    file = tmp_path / "train.json"
+    few = ["--model", "test", "--num-layers", "1", "--batch", "2", "--seq-len", "8", "--rounds", "1", "--no-peer"]
+    with pytest.raises(SystemExit) as end:
+        main(["bench", "train", *few, "--precision", "fp32", "--precision", "fp8", "--json", str(file)])
+    assert not end.value.code
+    result = json.loads(file.read_text())
+    assert result["kind"] == "train" and result["layers"] == 1 and result["bound_tokens_per_s"] > 0
+    engines = result["engines"]
+    assert list(engines) == ["rorqual fp32", "rorqual fp8"] and engines["rorqual fp32"]["ratio"] == 1
+    assert all(e["tokens_per_s"] > 0 and e["of_bound"] > 0 and len(e["runs"]) == 1 for e in engines.values())
+    with pytest.raises(SystemExit) as end:
+        main(["bench", "train", *few, "--precision", "int3"])
+    assert end.value.code
+
+
+def test_single_layers_in_bf16_and_fp8(tmp_path: Path) -> None:
+    file = tmp_path / "layers.json"
+    with pytest.raises(SystemExit) as end:
+        main(["bench", "train", "--layers", "test", "--batch", "1", "--seq-len", "8", "--json", str(file)])
+    assert not end.value.code
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["layer"], row["precision"]) for row in rows] == [
+        (layer, precision) for layer in ("dense", "moe") for precision in ("bf16", "fp8")
+    ]
+    assert all(row["microseconds"] > 0 and row["bf16 / this"] > 0 for row in rows)
