@@ -105,15 +105,17 @@ class MLA(nn.Module):
 
     def _decode_fused(self, x_BD: Tensor, rope: tuple[Tensor, Tensor], cache: LayerPages) -> Tensor:
         """The same in few launches: five for few rows of plain weights."""
-        from rorqual.ops.triton.decode import TOKENS, absorbed_queries, merged_values, rows_dot
+        from rorqual.ops.triton.decode import absorbed_queries, merged_values
         from rorqual.ops.triton.fused import write_latents
         from rorqual.ops.triton.mla import busy_split, parts
+        from rorqual.ops.triton.stream import TOKENS, rows_dot
 
         assert cache.lengths_B is not None
         kv_a = self.kv_a_proj_with_mqa
         first = self.q_proj if hasattr(self, "q_proj") else self.q_a_proj
-        if len(x_BD) <= TOKENS and all(isinstance(m, Linear) and m.is_plain for m in (first, kv_a)):
-            q, kv_BX = rows_dot(x_BD, first.weight, kv_a.weight)
+        one, two = first.kernel_weight, kv_a.kernel_weight
+        if len(x_BD) <= TOKENS and one and two and one.kind == two.kind and not (one.dynamic or two.dynamic):
+            q, kv_BX = rows_dot(x_BD, one, two)
         else:
             q, kv_BX = first(x_BD), kv_a(x_BD)
         if not hasattr(self, "q_proj"):

@@ -10,6 +10,7 @@ from rorqual.config import ModelConfig
 from rorqual.model.batch import Routing
 from rorqual.model.layers import MLP
 from rorqual.ops.experts import experts_backends
+from rorqual.ops.formats import Weight
 from rorqual.ops.fused import fuses
 from rorqual.ops.router import route
 
@@ -31,9 +32,9 @@ class Gate(nn.Module):
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gates [N, K] fp32, chosen experts [N, K], affinities [N, E] fp32."""
         if fuses(x_ND) and len(x_ND) <= DECODING:
-            from rorqual.ops.triton.decode import rows_dot
+            from rorqual.ops.triton.stream import rows_dot
 
-            (logits_NE,) = rows_dot(x_ND, self.weight, dtype=torch.float32)
+            (logits_NE,) = rows_dot(x_ND, Weight.plain(self.weight), dtype=torch.float32)
         else:
             logits_NE = F.linear(x_ND.float(), self.weight.float())
         return route(
@@ -58,6 +59,10 @@ class RoutedExperts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(E, D, width))
         self.run = experts_backends.get(backend)
 
+    @property
+    def kernel_weights(self) -> tuple[Weight, Weight]:
+        return Weight.plain(self.gate_up_proj.unflatten(1, (2, -1))), Weight.plain(self.down_proj)
+
     def forward(self, x_ND: Tensor, gates_NK: Tensor, chosen_NK: Tensor) -> Tensor:
         return self.run(x_ND, self.gate_up_proj, self.down_proj, gates_NK, chosen_NK)
 
@@ -74,14 +79,14 @@ class MoE(nn.Module):
         x_ND = x_BTD.flatten(0, 1)
         gates_NK, chosen_NK, scores_NE = self.gate(x_ND)
         experts, shared = self.experts, self.shared_experts
-        if fuses(x_ND) and len(x_ND) <= DECODING and isinstance(experts, RoutedExperts) and shared.is_plain:
+        weights = experts.kernel_weights if fuses(x_ND) and len(x_ND) <= DECODING else None
+        if weights is not None:
             from rorqual.ops.triton.experts import routed_experts
 
-            out_ND = routed_experts(
-                x_ND, experts.gate_up_proj, experts.down_proj, gates_NK, chosen_NK,
-                None if add_BTD is None else add_BTD.flatten(0, 1),
-                (shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight),
-            )  # fmt: skip
+            add_ND, own = None if add_BTD is None else add_BTD.flatten(0, 1), shared.kernel_weights
+            if own is None or own[0].kind != weights[0].kind:
+                add_ND, own = shared(x_ND) if add_ND is None else add_ND + shared(x_ND), None
+            out_ND = routed_experts(x_ND, *weights, gates_NK, chosen_NK, add_ND, own)
             return out_ND.view_as(x_BTD), Routing(scores_NE, chosen_NK)
         out_BTD = experts(x_ND, gates_NK, chosen_NK).view_as(x_BTD) + shared(x_BTD)
         return out_BTD if add_BTD is None else add_BTD + out_BTD, Routing(scores_NE, chosen_NK)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from rorqual.model.layers import Embedding, Linear
 from rorqual.model.moe import RoutedExperts
-from rorqual.ops.formats import Plain, WeightFormat, experts_by_linear
-from rorqual.ops.fp8 import Fp8Blocks
+from rorqual.ops.formats import Plain, Weight, WeightFormat, experts_by_linear
+from rorqual.ops.fused import fuses
 
 Choose = Callable[[str], WeightFormat | None]
 """Module path in our model ("layers.0.self_attn.o_proj", "layers.3.mlp.experts.down") -> its format, None for plain."""
@@ -35,6 +35,10 @@ class Stored(nn.Module):
     def parts(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in self.names}
 
+    @property
+    def kernel_weight(self) -> Weight | None:
+        return self.form.weight(self.parts)
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         return self.form.dense(self.parts, dtype)
 
@@ -48,6 +52,10 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.stored.form.linear(x, self.stored.parts)
+
+    @property
+    def kernel_weight(self) -> Weight | None:
+        return self.stored.kernel_weight
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         return self.stored.dense(dtype)
@@ -80,13 +88,18 @@ class QuantizedExperts(nn.Module):
         self.gate_up = Stored(gate_up, (E, 2, width, D), device)
         self.down = Stored(down, (E, D, width), device)
 
-    def forward(self, x_ND: Tensor, gates_NK: Tensor, chosen_NK: Tensor) -> Tensor:
-        form = self.gate_up.form
-        if form == self.down.form and isinstance(form, Fp8Blocks) and form.groups_experts(x_ND):
-            from rorqual.ops.triton.fp8 import fp8_experts
+    @property
+    def kernel_weights(self) -> tuple[Weight, Weight] | None:
+        """Both stacks for the kernels of `ops.triton`, which expand weights as they read them."""
+        gate_up, down = self.gate_up.kernel_weight, self.down.kernel_weight
+        return None if gate_up is None or down is None else (gate_up, down)
 
-            dynamic = form.activation_scheme == "dynamic"
-            return fp8_experts(x_ND, self.gate_up.parts, self.down.parts, gates_NK, chosen_NK, dynamic)
+    def forward(self, x_ND: Tensor, gates_NK: Tensor, chosen_NK: Tensor) -> Tensor:
+        weights = self.kernel_weights
+        if weights is not None and fuses(x_ND) and x_ND.dtype != torch.float32:
+            from rorqual.ops.triton.fp8 import tile_experts
+
+            return tile_experts(x_ND, *weights, gates_NK, chosen_NK)
         gate_up, down = ((stored.form, stored.parts) for stored in (self.gate_up, self.down))
         return experts_by_linear(x_ND, gates_NK, chosen_NK, gate_up, down)
 
