@@ -26,6 +26,7 @@ from rorqual.engine.runner import ModelRunner
 from rorqual.engine.scheduler import Scheduler
 from rorqual.engine.settings import Auto, EngineSettings
 from rorqual.errors import BackendUnavailable, CheckpointError, ConfigError
+from rorqual.model.quantised import expand_absorbed
 from rorqual.model.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -93,6 +94,8 @@ def build_core(
             remedy="leave cache_dir out",
         )
     dtype = model.compute_dtype or model.dtype
+    if device.type == "cuda":
+        expand_absorbed(model, dtype)
     page_bytes = cfg.num_hidden_layers * cfg.cache_dim * dtype.itemsize * PAGE_SIZE
     pages, max_model_len = cache_size(cfg, page_bytes, device, settings)
     facts = EngineInfo(

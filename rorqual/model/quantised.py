@@ -122,3 +122,32 @@ def use_formats(model: nn.Module, choose: Choose) -> None:
             )
         if new is not None:
             model.set_submodule(path, new)
+
+
+@torch.no_grad()
+def quantise(model: nn.Module, form: WeightFormat, wanted: Callable[[str], bool]) -> None:
+    """Pack the matrices whose paths `wanted` names (as `Choose` has them) into `form`, in place. Raises ValueError for
+    values that are not finite."""
+    values: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, RoutedExperts):
+            values[f"{path}.gate_up"] = module.gate_up_proj.unflatten(1, (2, -1))
+            values[f"{path}.down"] = module.down_proj
+        elif isinstance(module, Linear | Embedding):
+            values[f"{path}.stored"] = module.weight
+    use_formats(model, lambda path: form if wanted(path) else None)
+    for path, module in model.named_modules():
+        if isinstance(module, Stored):
+            for name, part in module.form.pack(values.pop(path)).items():
+                getattr(module, name).copy_(part)
+
+
+def expand_absorbed(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give every attention layer its kv_b_proj plainly, in place: decoding multiplies by it in another order, and would
+    expand it at each step. It is one weight in fifty."""
+    for path, module in list(model.named_modules()):
+        if path.endswith("kv_b_proj") and isinstance(module, QuantizedLinear):
+            with torch.device("meta"):
+                plain = Linear(*reversed(module.stored.shape))
+            plain.weight = nn.Parameter(module.dense(dtype), requires_grad=False)
+            model.set_submodule(path, plain)
