@@ -310,7 +310,9 @@ def generation_bound(cfg: ModelConfig, kind: str, device: str, work: Work, dtype
     embedding = 0 if cfg.tie_word_embeddings else cfg.vocab_size * cfg.hidden_size
     head = cfg.vocab_size * cfg.hidden_size
     multiplied = total - routed.total - embedding - head + routed.total * distinct
-    weights = multiplied * BYTES[dtype] + head * (2.0 if dtype == "fp8" else BYTES[dtype])  # FP8 leaves the head in bf16
+    weights = multiplied * BYTES[dtype] + head * (
+        2.0 if dtype == "fp8" else BYTES[dtype]
+    )  # FP8 leaves the head in bf16
     cached = work.batch * (work.prompt + work.new / 2) * cfg.num_hidden_layers * cfg.cache_dim
     cache = cached * (4 if where.type == "cpu" else 2)
     rate = read_bandwidth(where, int(weights))

@@ -54,6 +54,10 @@ class Embedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.weight)
 
+    @property
+    def kernel_weight(self) -> Weight:
+        return Weight.plain(self.weight)
+
     def project(self, h: Tensor) -> Tensor:
         """The tied head: h [..., D] -> logits [..., V]."""
         return F.linear(h, self.weight.to(h.dtype))

@@ -28,10 +28,11 @@ class Gate(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.empty(cfg.n_routed_experts, dtype=torch.float32))
         self.top_k, self.scale, self.normalise = cfg.num_experts_per_tok, cfg.routed_scaling_factor, cfg.norm_topk_prob
         self.n_group, self.topk_group = cfg.n_group, cfg.topk_group
+        self.fixed = False  # `model.fixed`
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gates [N, K] fp32, chosen experts [N, K], affinities [N, E] fp32."""
-        if fuses(x_ND) and len(x_ND) <= DECODING:
+        if self.fixed or (fuses(x_ND) and len(x_ND) <= DECODING):
             from rorqual.ops.triton.stream import rows_dot
 
             (logits_NE,) = rows_dot(x_ND, Weight.plain(self.weight), dtype=torch.float32)
@@ -58,12 +59,17 @@ class RoutedExperts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, D))
         self.down_proj = nn.Parameter(torch.empty(E, D, width))
         self.run = experts_backends.get(backend)
+        self.fixed = False
 
     @property
     def kernel_weights(self) -> tuple[Weight, Weight]:
         return Weight.plain(self.gate_up_proj.unflatten(1, (2, -1))), Weight.plain(self.down_proj)
 
     def forward(self, x_ND: Tensor, gates_NK: Tensor, chosen_NK: Tensor) -> Tensor:
+        if self.fixed:
+            from rorqual.ops.triton.fp8 import tile_experts
+
+            return tile_experts(x_ND, *self.kernel_weights, gates_NK, chosen_NK, fixed=True)
         return self.run(x_ND, self.gate_up_proj, self.down_proj, gates_NK, chosen_NK)
 
 
@@ -73,13 +79,15 @@ class MoE(nn.Module):
         self.gate = Gate(cfg)
         self.experts = RoutedExperts(cfg, backend)
         self.shared_experts = MLP(cfg.hidden_size, cfg.moe_intermediate_size * cfg.n_shared_experts)
+        self.fixed = False
 
     def forward(self, x_BTD: Tensor, add_BTD: Tensor | None = None) -> tuple[Tensor, Routing]:
         """add: joins the sum (the residual stream)."""
         x_ND = x_BTD.flatten(0, 1)
         gates_NK, chosen_NK, scores_NE = self.gate(x_ND)
         experts, shared = self.experts, self.shared_experts
-        weights = experts.kernel_weights if fuses(x_ND) and len(x_ND) <= DECODING else None
+        few = fuses(x_ND) and len(x_ND) <= DECODING and not self.fixed
+        weights = experts.kernel_weights if few else None
         if weights is not None:
             from rorqual.ops.triton.experts import routed_experts
 

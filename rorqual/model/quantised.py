@@ -74,6 +74,10 @@ class QuantizedEmbedding(nn.Module):
         rows = {name: part[ids.flatten()] for name, part in self.stored.parts.items()}
         return self.stored.form.dense(rows, self.dtype).view(*ids.shape, -1)
 
+    @property
+    def kernel_weight(self) -> Weight | None:
+        return self.stored.kernel_weight
+
     def project(self, h: Tensor) -> Tensor:
         return self.stored.form.linear(h, self.stored.parts)
 
@@ -87,6 +91,7 @@ class QuantizedExperts(nn.Module):
         device = plain.down_proj.device
         self.gate_up = Stored(gate_up, (E, 2, width, D), device)
         self.down = Stored(down, (E, D, width), device)
+        self.fixed = False
 
     @property
     def kernel_weights(self) -> tuple[Weight, Weight] | None:
@@ -96,10 +101,10 @@ class QuantizedExperts(nn.Module):
 
     def forward(self, x_ND: Tensor, gates_NK: Tensor, chosen_NK: Tensor) -> Tensor:
         weights = self.kernel_weights
-        if weights is not None and fuses(x_ND) and x_ND.dtype != torch.float32:
+        if weights is not None and (self.fixed or (fuses(x_ND) and x_ND.dtype != torch.float32)):
             from rorqual.ops.triton.fp8 import tile_experts
 
-            return tile_experts(x_ND, *weights, gates_NK, chosen_NK)
+            return tile_experts(x_ND, *weights, gates_NK, chosen_NK, self.fixed)
         gate_up, down = ((stored.form, stored.parts) for stored in (self.gate_up, self.down))
         return experts_by_linear(x_ND, gates_NK, chosen_NK, gate_up, down)
 

@@ -124,14 +124,15 @@ def _values_kernel(
 
 
 def merged_values(
-    part: Tensor, lse: Tensor, lengths_N: Tensor, w_uv_HUC: Tensor, dtype: torch.dtype, keys: int, page: int, split: int
-) -> Tensor:
+    part: Tensor, lse: Tensor, lengths_N: Tensor, w_uv_HUC: Tensor, dtype: torch.dtype, keys: int, page: int, split: int,
+    block: int | None = None,
+) -> Tensor:  # fmt: skip
     """Attended latents in parts (`ops.triton.mla.parts`: [T, H, splits, C] and [T, H, splits], fp32) -> values [T, H, U].
-    keys: how many the page table has room for."""
+    keys: how many the page table has room for. block: values of a program; None: by the number of rows."""
     (T, H, splits, C), U = part.shape, w_uv_HUC.shape[1]
     assert w_uv_HUC.shape == (H, U, C) and w_uv_HUC.stride(2) == 1
     out = torch.empty(T, H, U, dtype=dtype, device=part.device)
-    block_u = min(32 if T <= 8 else 64, triton.next_power_of_2(U))
+    block_u = min(block or (32 if T <= 8 else 64), triton.next_power_of_2(U))
     _values_kernel[(T, H, triton.cdiv(U, block_u))](
         part, lse, lengths_N, w_uv_HUC, out, keys // page, splits, w_uv_HUC.stride(0), w_uv_HUC.stride(1),
         H=H, C=C, U=U, PAGE=page, SPLIT=split, MERGED=8,

@@ -31,7 +31,7 @@ from torch.nn.functional import linear
 from rorqual.ops.formats import PLAIN, Weight
 from rorqual.ops.triton.fp8 import Tiling, launch, tile_rows
 from rorqual.ops.triton.fused import swiglu
-from rorqual.ops.triton.stream import add_columns
+from rorqual.ops.triton.stream import add_columns, no_sums, row_sums
 
 FEW = 2
 """Up to so many slots an expert on average, each slot reads its expert's weights for itself."""
@@ -64,7 +64,7 @@ def _swiglu_kernel(
     x, w, w_scale, gate, gate_scale, up, up_scale, h, chosen,
     stride_x, stride_we, stride_wh, stride_w, stride_se, stride_sh, stride_s, stride_own, stride_own_s,
     K: tl.constexpr, S: tl.constexpr, D: tl.constexpr, F: tl.constexpr, KIND: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """h[slot, f] = silu(gate_f x) (up_f x), fp32, for ROWS of the f of one slot. A token has K slots of chosen experts and
     then S slots of F rows each of the shared expert (gate and up)."""
@@ -81,15 +81,15 @@ def _swiglu_kernel(
         gate_w, gate_s, stride, stride_scale = gate, gate_scale, stride_own, stride_own_s
         up_w, up_s = up, up_scale
     x += token.to(tl.int64) * stride_x
-    gates = tl.zeros((ROWS, LANES), tl.float32)
-    ups = tl.zeros((ROWS, LANES), tl.float32)
+    gates = no_sums(KIND, ROWS, COLUMNS)
+    ups = no_sums(KIND, ROWS, COLUMNS)
     for at in tl.range(0, D, COLUMNS, num_stages=STAGES):
         gates = add_columns(
             gates, x, gate_w, gate_s, row, at, 1.0, D, stride, stride_scale, KIND, COLUMNS, D % COLUMNS == 0
         )
         ups = add_columns(ups, x, up_w, up_s, row, at, 1.0, D, stride, stride_scale, KIND, COLUMNS, D % COLUMNS == 0)
-    gate_f = tl.sum(gates, 1)
-    tl.store(h + slot.to(tl.int64) * F + f, gate_f * tl.sigmoid(gate_f) * tl.sum(ups, 1), mask=f < F)
+    gate_f = row_sums(gates, KIND)
+    tl.store(h + slot.to(tl.int64) * F + f, gate_f * tl.sigmoid(gate_f) * row_sums(ups, KIND), mask=f < F)
 
 
 @triton.jit(do_not_specialize=["stride_se", "stride_s", "stride_own_s"])
@@ -97,7 +97,7 @@ def _down_kernel(
     h, w, w_scale, own, own_scale, gates, chosen, add, y, stride_we, stride_w, stride_se, stride_s, stride_own,
     stride_own_s, stride_add,
     K: tl.constexpr, S: tl.constexpr, D: tl.constexpr, F: tl.constexpr, KIND: tl.constexpr, ADD: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y[n, d] = sum over slots of gate down_d h, for ROWS of the d of one token. One loop over slots and columns, so
     that the next expert's weights are on their way before this one's are used up."""
@@ -105,7 +105,7 @@ def _down_kernel(
     d = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row = tl.minimum(d, D - 1).to(tl.int64)
     h += n * (K + S) * F
-    acc = tl.zeros((ROWS, LANES), tl.float32)
+    acc = no_sums(KIND, ROWS, COLUMNS)
     STEPS: tl.constexpr = (F + COLUMNS - 1) // COLUMNS
     for step in tl.range(0, K * STEPS, num_stages=STAGES):
         k = step // STEPS
@@ -123,7 +123,7 @@ def _down_kernel(
                 acc, h + K * F, own, own_scale, row, at, 1.0, S * F, stride_own, stride_own_s, KIND, COLUMNS,
                 S * F % COLUMNS == 0,
             )  # fmt: skip
-    total = tl.sum(acc, 1)
+    total = row_sums(acc, KIND)
     if ADD:
         total += tl.load(add + n * stride_add + d, mask=d < D, other=0.0).to(tl.float32)
     tl.store(y + n * D + d, total.to(y.dtype.element_ty), mask=d < D)
@@ -219,19 +219,18 @@ def few_slots(
     h_MF = torch.empty(N * (K + S), F, dtype=torch.float32, device=x_ND.device)
     y_ND = torch.empty(N, D, dtype=x_ND.dtype, device=x_ND.device)
     how = how or streams(D, F, K, w.kind)
-    lanes = how.columns * w.kind // 32 if w.kind >= 4 else how.columns
     _swiglu_kernel[(N * (K + S), triton.cdiv(F, how.gate_rows))](
         x_ND, w.data, w.scale, gate.data, gate.scale, up.data, up.scale, h_MF, chosen_NK,
         x_ND.stride(0), *w.data.stride()[:3], *w.scale.stride()[:3], gate.data.stride(0), gate.scale.stride(0),
         K=K, S=S, D=D, F=F, KIND=w.kind,
-        ROWS=how.gate_rows, COLUMNS=how.columns, LANES=lanes, STAGES=how.stages, num_warps=how.warps,
+        ROWS=how.gate_rows, COLUMNS=how.columns, STAGES=how.stages, num_warps=how.warps,
     )  # fmt: skip
     _down_kernel[(N, triton.cdiv(D, how.down_rows))](
         h_MF, d.data, d.scale, own.data, own.scale, gates_NK, chosen_NK, add_ND, y_ND,
         *d.data.stride()[:2], *d.scale.stride()[:2], own.data.stride(0), own.scale.stride(0),
         0 if add_ND is None else add_ND.stride(0),
         K=K, S=S, D=D, F=F, KIND=d.kind, ADD=add_ND is not None,
-        ROWS=how.down_rows, COLUMNS=how.columns, LANES=lanes, STAGES=how.stages, num_warps=how.warps,
+        ROWS=how.down_rows, COLUMNS=how.columns, STAGES=how.stages, num_warps=how.warps,
     )  # fmt: skip
     return y_ND
 
