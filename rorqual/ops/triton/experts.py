@@ -36,7 +36,8 @@ from rorqual.ops.triton.stream import add_columns, no_sums, row_sums
 FEW = 2
 """Up to so many slots an expert on average, each slot reads its expert's weights for itself."""
 TILE = Tiling(block_m=16, block_n=64, splits=1, warps=4, stages=3)
-"""For more. Fixed, not `ops.triton.fp8.tiling`, whose splits depend on the number of rows."""
+"""For more; 32 rows from 16 an expert on, which changes no order of additions. Not `ops.triton.fp8.tiling`, whose splits
+depend on the number of rows."""
 PROCESSORS = 132
 """An H100's multiprocessors."""
 
@@ -54,9 +55,12 @@ class Streams(NamedTuple):
 
 def streams(D: int, F: int, K: int, kind: int = PLAIN) -> Streams:
     """The most rows a program with which one token alone still gives every multiprocessor something to read."""
-    gate = next((rows for rows in (16, 8) if rows * PROCESSORS <= K * F), 4)
-    down = next((rows for rows in (16, 8) if rows * (PROCESSORS - 4) <= D), 4)  # 1,024 wide: 128 programs of 8
-    return Streams(gate, down, 1024 if kind >= 4 else 256, 4, 3)
+    gate = 8 if 8 * PROCESSORS <= K * F else 4
+    down = 8 if 8 * (PROCESSORS - 4) <= D else 4  # 1,024 wide: 128 programs of 8
+    if kind == PLAIN:
+        return Streams(gate, down, 512, 4, 3)
+    # So many at once that nothing is left to fetch ahead: scales are too small for asynchronous copies.
+    return Streams(gate, down, 2048 if kind == 4 else 1024, 4, 1)
 
 
 @triton.jit(do_not_specialize=["stride_se", "stride_sh", "stride_s", "stride_own_s"])
@@ -244,6 +248,8 @@ def many_slots(
     if shared is not None:
         gate, up, own = shared
         more_ND = _product(swiglu(_product(x_ND, gate), _product(x_ND, up)), own)
+    if N * K > 16 * E:
+        how = how._replace(block_m=32)
     slots, tiles = N * K, N * K // how.block_m + E
     place_M, token_M = torch.empty(2, slots, dtype=torch.int32, device=x_ND.device)
     tile_expert, tile_begin = torch.empty(2, tiles, dtype=torch.int32, device=x_ND.device)
