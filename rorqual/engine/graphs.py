@@ -9,33 +9,37 @@ tokens are read, its input being this step's output on the device. If the engine
 way already; rows that it no longer wants (an answer that ended) were computed for nothing, and what they wrote lies beyond
 their tokens, in pages of their own, where the stream's order lets a later owner write over it.
 
-What cannot be captured (a format whose product waits for the host) is remembered, and the runner computes eagerly.
+With drafts (`verification`) a step's length is known only when it is done, and nothing is begun ahead.
+
+What cannot be captured (a format whose product waits for the host) is remembered by its size, and the runner computes
+steps of that size and more eagerly.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from rorqual.engine.replay import Replay, pinned
 from rorqual.engine.scheduler import Job, Slice
+from rorqual.engine.verification import Verification
 from rorqual.model.batch import Batch, LatentPages
 from rorqual.model.transformer import Transformer
 
 log = logging.getLogger(__name__)
 
-MAX_BATCH = 256
+MAX_ROWS = 256
 
 
 class Decoded(NamedTuple):
-    """best: the most likely token of each row, -1 where its numbers are not finite. hidden [B, D] and logits [B, V] on the
-    device, or None where only the tokens were asked for; both are overwritten by the next step."""
+    """best: the most likely token of each row, -1 where its numbers are not finite. logits [B, V] on the device, or None
+    where only the tokens were asked for; the next step overwrites them."""
 
     best: list[int]
-    hidden: Tensor | None = None
     logits: Tensor | None = None
 
 
@@ -59,33 +63,26 @@ class _Graph:
 
     def __init__(self, model: Transformer, latents: Tensor, batch: int, width: int, pool: Any) -> None:
         self.batch, self.width, self.turn = batch, width, 0
-        self.hosts = [torch.zeros((5 + width) * batch, dtype=torch.int64, pin_memory=True) for _ in range(2)]
-        self.answers = [torch.zeros(batch, dtype=torch.int64, pin_memory=True) for _ in range(2)]
+        self.hosts = [pinned((5 + width) * batch, latents.device) for _ in range(2)]
+        self.answers = [pinned(batch, latents.device) for _ in range(2)]
         self.hosts[0][3 * batch : 4 * batch] = 1
-        self.inputs = self.hosts[0].to(latents.device)
+        self.inputs = self.hosts[0].to(latents.device, copy=True)
         self.model, self.latents = model, latents
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # kernels are compiled and workspaces taken before the capture
-                self._step()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
-            self.hidden, self.logits, self.told = self._step()
+        self.replay = Replay(self._step, latents.device, pool)
+        self.logits, self.told = self.replay.outputs
 
     def _parts(self, buffer: Tensor) -> tuple[Tensor, Tensor]:
         """tokens, positions, slots, lengths, sources [5, B], and the table."""
         return buffer[: 5 * self.batch].view(5, -1), buffer[5 * self.batch :].view(self.batch, -1)
 
-    def _step(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _step(self) -> tuple[Tensor, ...]:
         (tokens, positions, slots, lengths, _), table = self._parts(self.inputs)
         cache = LatentPages(self.latents, table, slots[:, None], lengths)
         h_BD = self.model.hidden(tokens[:, None], Batch(positions[:, None], cache=cache))[0][:, 0]
         logits_BV = self.model.head(h_BD)
         # What is not finite in a hidden state is not finite in its logits, and max passes it on.
         top, best = logits_BV.max(-1)
-        return h_BD, logits_BV, torch.where(top.isfinite(), best, -1)
+        return logits_BV, torch.where(top.isfinite(), best, -1)
 
     def launch(self, places: Sequence[Place], page_size: int, tokens: Sequence[int] | _Ahead) -> _Ahead:
         """Start a step, and the copy of its answer to the host. tokens: what goes in, or the step that draws it (and of
@@ -109,11 +106,12 @@ class _Graph:
         else:
             numbers[0, :n] = tokens
             self.inputs.copy_(host, non_blocking=True)
-        self.graph.replay()
+        self.replay()
         answer = self.answers[self.turn]
         answer.copy_(self.told, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
+        done = torch.cuda.Event() if self.inputs.is_cuda else None
+        if done:
+            done.record()
         return _Ahead(self, list(places), answer, done)
 
 
@@ -123,29 +121,60 @@ class _Ahead(NamedTuple):
     graph: _Graph
     places: list[Place]
     answer: Tensor
-    done: torch.cuda.Event
+    done: torch.cuda.Event | None
 
     def best(self) -> list[int]:
         """Waits for the step."""
-        self.done.synchronize()
+        if self.done:
+            self.done.synchronize()
         return self.answer[: len(self.places)].tolist()
 
 
 class DecodeGraphs:
-    """latents: the runner's cache, whose address the graphs keep."""
+    """latents: the runner's cache, whose address the graphs keep. most: rows of the largest step that can be captured, as
+    far as is known. On a CPU nothing is captured and all else is the same, for tests."""
 
     def __init__(self, model: Transformer, latents: Tensor, page_size: int) -> None:
         self.model, self.latents, self.page_size = model, latents, page_size
-        self.pool = torch.cuda.graph_pool_handle()
-        self.graphs: dict[tuple[int, int], _Graph] = {}
-        self.usable = True
+        self.pool = torch.cuda.graph_pool_handle() if latents.is_cuda else None
+        self.graphs: dict[tuple[int, ...], _Graph | Verification] = {}
+        self.most = MAX_ROWS
         self.ahead: _Ahead | None = None
+        self.verified: Verification | None = None
+
+    @property
+    def usable(self) -> bool:
+        return self.most > 0
+
+    def forget(self) -> None:
+        """Something else computes a step: what was begun for it is not wanted, what was left of the last is gone."""
+        self.ahead = self.verified = None
+
+    def verify(self, slices: Sequence[Slice], depth: int, greedy: bool) -> tuple[Verification, list[list[int]]] | None:
+        """One token for each slice and one after each of its drafts (at most `depth`): the best token of every row. None
+        where no graph can be had."""
+        self.forget()
+        last = max(s.start for s in slices) + 2 * depth
+        batch, width = _power(len(slices)), _power(last // self.page_size + 1)
+
+        def make() -> Verification:
+            return Verification(self.model, self.latents, batch, width, depth, self.pool)
+
+        step = self._made((batch, width, depth), batch * (1 + depth), make)
+        if step is None:
+            return None
+        assert isinstance(step, Verification)
+        self.verified = step
+        return step, step.run(slices, greedy)
+
+    def draft(self, done: Sequence[tuple[Slice, int]]) -> dict[int, list[int]]:
+        """By id, the next drafts of those slices that the last step verified."""
+        return self.verified.draft(done) if self.verified else {}
 
     def run(self, slices: Sequence[Slice], greedy: bool) -> Decoded | None:
         """One token for each slice (of one token, without drafts). greedy: nothing but the most likely tokens is wanted, so
         the next step may begin. None where no graph can be had."""
-        if not self.usable or len(slices) > MAX_BATCH:
-            return None
+        self.verified = None
         places = [Place.of(s.job, s.start, self.page_size) for s in slices]
         ahead, self.ahead = self.ahead, None
         if greedy and ahead and ahead.places == places:
@@ -161,7 +190,7 @@ class DecodeGraphs:
                 self.ahead = self._go_on(step)
                 return Decoded(step.best())
             n, graph = len(places), step.graph
-            return Decoded(step.best(), graph.hidden[:n], graph.logits[:n])
+            return Decoded(step.best(), graph.logits[:n])
         if step is not None:
             known |= zip(left, step.best(), strict=True)
         best = [known[place] for place in places]
@@ -195,22 +224,32 @@ class DecodeGraphs:
         return graph.launch(places, self.page_size, tokens) if graph else None
 
     def _graph(self, batch: int, width: int) -> _Graph | None:
-        key = batch, width
+        made = self._made((batch, width), batch, lambda: _Graph(self.model, self.latents, batch, width, self.pool))
+        assert not isinstance(made, Verification)
+        return made
+
+    def _made(
+        self, key: tuple[int, ...], rows: int, make: Callable[[], _Graph | Verification]
+    ) -> _Graph | Verification | None:
+        if rows > self.most:
+            return None
         if key not in self.graphs:
             try:
-                self.graphs[key] = _Graph(self.model, self.latents, batch, width, self.pool)
+                self.graphs[key] = make()
             except Exception as error:  # whatever it is, decoding goes on without
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
                 log.warning(
-                    "decoding steps cannot be captured as CUDA graphs, they run eagerly: %s: %s",
+                    "decoding steps of %d rows cannot be captured as CUDA graphs, they run eagerly: %s: %s",
+                    rows,
                     type(error).__name__,
                     error,
                 )
-                self.usable = False
-                torch.cuda.synchronize()
+                self.most = rows // 2
+                if self.latents.is_cuda:
+                    torch.cuda.synchronize()
                 return None
-            log.debug("captured a decoding step of %d rows, %d pages", batch, width)
+            log.debug("captured a decoding step of %d rows: %s", rows, key)
         return self.graphs[key]
 
 
