@@ -9,25 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
+from rorqual.cli.bench_engine import profile, soak
+from rorqual.cli.bench_options import Device, Dtype, JsonFile, Llama, Model, Peer, Rounds, Threads
 from rorqual.cli.bench_report import environment, finish, interleaved, print_rows, report
 
 app = typer.Typer(help="Measure speed; every figure beside its peer and its physical bound.", no_args_is_help=True)
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the result as JSON.", metavar="FILE")]
-Model = Annotated[str, typer.Option(help="A preset (random weights by seed) or a model directory.")]
-Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-Rounds = Annotated[int, typer.Option(help="Rounds; the engines take turns in each, medians are reported.", min=1)]
-Peer = Annotated[bool, typer.Option("--peer/--no-peer", help="Measure transformers in the same run, where installed.")]
-
-Dtype = Annotated[
-    str, typer.Option(help="Our weights: float32, bfloat16, int8 or int4; default float32 on CPU, bfloat16 on GPU.")
-]
-Threads = Annotated[
-    int,
-    typer.Option(help="CPU threads of every engine; 0: all physical cores, in serve and mtp what is fastest.", min=0),
-]
-Llama = Annotated[
-    bool, typer.Option("--llama/--no-llama", help="Measure llama.cpp at the same bits, where llama-cpp-python is.")
-]
+app.command()(profile)
+app.command()(soak)
 
 
 @app.callback()
@@ -200,7 +188,8 @@ def serve(
         room = b.Work(max_num_seqs, traffic.prompt[1], traffic.new[1])
         peer = b.LlamaGeneration(weights, room, dtype, threads or physical_cores())
         engines[f"llama.cpp {peer.kind}"] = lambda seed: peer.serve(traffic.lengths(seed), seed)
-    serving.serve(core, serving.Traffic(4), 0)
+    # On a GPU every shape of a step is captured when it first comes.
+    serving.serve(core, traffic if device.startswith("cuda") else serving.Traffic(4), 0)
     served: dict[str, list[serving.Served]] = {name: [] for name in engines}
     for seed in range(1, rounds + 1):
         for name, run in engines.items():

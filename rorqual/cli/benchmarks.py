@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -138,15 +138,22 @@ class Weights:
 
 
 def engine(
-    weights: Weights, device: str, max_num_seqs: int, dtype: str, threads: int, speculation: int = 0
+    weights: Weights,
+    device: str,
+    max_num_seqs: int,
+    dtype: str,
+    threads: int,
+    speculation: int | Literal["auto"] = 0,
+    **settings: Any,
 ) -> EngineCore:
-    """Our engine core. threads: on a CPU, 0 for what is fastest. A preset's weights are made where they are needed."""
+    """Our engine core. threads: on a CPU, 0 for what is fastest. A preset's weights are made where they are needed.
+    settings: `EngineSettings`' others."""
     from rorqual.engine.load import build_core, load_core
 
     on_gpu = device.startswith("cuda") and weights.preset is not None
     told = EngineSettings(
-        "" if on_gpu else str(weights.path), dtype, device, max_num_seqs=max_num_seqs, prefix_cache=False,
-        speculation=speculation, threads=threads or "auto",
+        "" if on_gpu else str(weights.path), dtype, device, max_num_seqs=max_num_seqs, speculation=speculation,
+        threads=threads or "auto", **{"prefix_cache": False, **settings},
     )  # fmt: skip
     if not on_gpu:
         return load_core(told)

@@ -8,6 +8,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -151,11 +152,15 @@ def test_a_draft_that_is_no_number_leaves_nothing_behind(model: Transformer) -> 
     for captured in (False, True):
         core = engine(network, captured, speculation=1, cache_tokens=128, max_model_len=128)
         assert isinstance(core.runner, ModelRunner)
-        draft = core.runner.draft
-        core.runner.draft = lambda done, depth: [(bad,) for _ in draft(done, depth)]  # type: ignore[method-assign]
+        core.runner.draft = partial(_spoilt, core.runner.draft, bad)  # type: ignore[method-assign]
         for n in range(4):
             assert run(core, [Request(str(n), prompt, params)])[str(n)] == want
         assert core.stats.draft_tokens and core.runner.latents.isfinite().all()
+
+
+def _spoilt(draft: Callable[..., Any], token: int, done: Any, depth: int) -> list[tuple[int, ...]]:
+    """Drafts made as ever, and this token given instead."""
+    return [(token,) for _ in draft(done, depth)]
 
 
 def test_pieces_keep_the_order_and_the_bound() -> None:
@@ -349,7 +354,7 @@ def test_the_cache_gets_what_the_largest_step_leaves() -> None:
     meter = FakeMeter()
 
     def make(pages: int) -> Any:
-        core, runner = make_core(pages, draft_depth=1)
+        runner = make_core(pages, draft_depth=1)[1]
 
         def run(plan: Any, masks: Any) -> list[Any]:
             need = sum(len(s.tokens) for s in plan) // 2
