@@ -237,8 +237,8 @@ class DecodeGraphs:
             try:
                 self.graphs[key] = make()
             except Exception as error:  # whatever it is, decoding goes on without
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
+                if _exhausted(error):
+                    raise torch.OutOfMemoryError(str(error)) from None
                 log.warning(
                     "decoding steps of %d rows cannot be captured as CUDA graphs, they run eagerly: %s: %s",
                     rows,
@@ -251,6 +251,13 @@ class DecodeGraphs:
                 return None
             log.debug("captured a decoding step of %d rows: %s", rows, key)
         return self.graphs[key]
+
+
+def _exhausted(error: BaseException | None) -> bool:
+    """Whether memory was what failed: a capture that it breaks off may end with another error."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__context__
+    return error is not None
 
 
 def _power(n: int) -> int:
