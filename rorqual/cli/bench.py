@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from rorqual.cli.bench_engine import profile, soak
-from rorqual.cli.bench_options import Device, Dtype, JsonFile, Llama, Model, Peer, Rounds, Threads
+from rorqual.cli.bench_options import Deterministic, Device, Dtype, JsonFile, Llama, Model, Peer, Rounds, Threads
 from rorqual.cli.bench_report import environment, finish, interleaved, print_rows, report
 
 app = typer.Typer(help="Measure speed; every figure beside its peer and its physical bound.", no_args_is_help=True)
@@ -77,6 +77,7 @@ def decode(
     prompt: Annotated[int, typer.Option(help="Prompt tokens of each.")] = 512,
     new: Annotated[int, typer.Option(help="Tokens to generate for each.")] = 64,
     dtype: Dtype = "",
+    deterministic: Deterministic = False,
     threads: Threads = 0,
     rounds: Rounds = 5,
     peer: Peer = True,
@@ -89,7 +90,9 @@ def decode(
 
         rorqual bench decode --model bench-cpu --prompt 512 --batch 8 --dtype int8
     """
-    _generate("decode", model, device, (batch, prompt, new), dtype, threads, rounds, peer, llama, json_file)
+    _generate(
+        "decode", model, device, (batch, prompt, new), dtype, deterministic, threads, rounds, peer, llama, json_file
+    )
 
 
 @app.command()
@@ -99,6 +102,7 @@ def prefill(
     batch: Annotated[int, typer.Option(help="Prompts.")] = 1,
     prompt: Annotated[int, typer.Option(help="Tokens of each.")] = 512,
     dtype: Dtype = "",
+    deterministic: Deterministic = False,
     threads: Threads = 0,
     rounds: Rounds = 5,
     peer: Peer = True,
@@ -111,7 +115,9 @@ def prefill(
 
         rorqual bench prefill --model bench-cpu --prompt 512
     """
-    _generate("prefill", model, device, (batch, prompt, 1), dtype, threads, rounds, peer, llama, json_file)
+    _generate(
+        "prefill", model, device, (batch, prompt, 1), dtype, deterministic, threads, rounds, peer, llama, json_file
+    )
 
 
 def _generate(
@@ -120,6 +126,7 @@ def _generate(
     device: str,
     shape: tuple[int, int, int],
     dtype: str,
+    deterministic: bool,
     threads: int,
     rounds: int,
     peer: bool,
@@ -139,7 +146,7 @@ def _generate(
     if weights.preset and work.prompt + work.new > weights.cfg.max_position_embeddings:
         weights.cfg = weights.cfg.replace(max_position_embeddings=work.prompt + work.new)  # random weights take any
     count = threads or physical_cores()
-    ours = b.Generation(weights, device, work, dtype, count)
+    ours = b.Generation(weights, device, work, dtype, count, deterministic)
     engines: dict[str, Callable[[], float | None]] = {"rorqual": ours.run}
     if llama and on_cpu and dtype in b.LlamaGeneration.KINDS and b.llama_python():
         other = b.LlamaGeneration(weights, work, dtype, count)
@@ -154,6 +161,8 @@ def _generate(
     facts = {"model": model, **work._asdict(), "dtype": dtype}
     if on_cpu:
         facts["threads"] = count
+    if deterministic:
+        facts["deterministic"] = True
     report(kind, facts, rates, bound, source, device, json_file)
 
 
@@ -226,6 +235,7 @@ def ready(
 @app.command()
 def mtp(
     model: Annotated[str, typer.Option(help="A model directory with an MTP module that was trained.")],
+    device: Device = "cpu",
     prompts: Annotated[int, typer.Option(help="Prompts: beginnings of paragraphs of --text.", min=1)] = 16,
     new: Annotated[int, typer.Option(help="Tokens after each.", min=2)] = 128,
     text: Annotated[Path, typer.Option(help="Where the prompts come from.")] = Path("README.md"),
@@ -249,10 +259,10 @@ def mtp(
     starts = [(tokenizer.bos_id, *tokenizer.encode(p)[:24]) for p in paragraphs[:prompts]]
     if not starts:
         raise typer.BadParameter(f"{text} has no paragraph of more than 100 characters", param_hint="--text")
-    drafted, plain = (b.engine(weights, "cpu", 1, dtype, threads, speculation=k) for k in (1, 0))
+    drafted, plain = (b.engine(weights, device, 1, dtype, threads, speculation=k) for k in (1, 0))
     row = serving.mtp(drafted, plain, starts, new)
     facts = {"model": model, "prompts": len(starts), "new": new, "dtype": dtype}
-    finish("mtp", facts, [row], "cpu", json_file)
+    finish("mtp", facts, [row], device, json_file)
 
 
 @app.command()

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from rorqual.cli.bench_options import Device, Dtype, JsonFile, Model, Threads
+from rorqual.cli.bench_options import Deterministic, Device, Dtype, JsonFile, Model, Threads
 from rorqual.cli.bench_report import finish
 
 
@@ -19,7 +19,7 @@ def profile(
     steps: Annotated[int, typer.Option(help="Steps to profile.", min=1)] = 20,
     top: Annotated[int, typer.Option(help="Kernels to print; the JSON has all.", min=1)] = 25,
     speculation: Annotated[int, typer.Option(help="Tokens drafted by the MTP module.", min=0, max=3)] = 0,
-    deterministic: Annotated[bool, typer.Option(help="The same bits in every batch.")] = False,
+    deterministic: Deterministic = False,
     dtype: Dtype = "",
     threads: Threads = 0,
     json_file: JsonFile = None,
@@ -64,6 +64,9 @@ def soak(
     minutes: Annotated[float, typer.Option(help="Simulated minutes of arrivals.", min=0.01)] = 30,
     rate: Annotated[float, typer.Option(help="Requests a simulated second, on average.", min=0.01)] = 6,
     step_ms: Annotated[float, typer.Option(help="Simulated milliseconds of an engine step.", min=0.1)] = 20,
+    cache_tokens: Annotated[
+        int, typer.Option(help="Size of the cache; 0: one and a half longest requests.", min=0)
+    ] = 0,
     max_num_seqs: Annotated[int, typer.Option(help="Most requests computed at once.", min=1)] = 32,
     speculation: Annotated[
         int, typer.Option(help="Tokens drafted by the MTP module; -1 measures.", min=-1, max=3)
@@ -92,7 +95,7 @@ def soak(
     traffic = soaking.Traffic.of(weights.cfg, minutes, rate, step_ms / 1000, seed)
     core = b.engine(
         weights, device, max_num_seqs, dtype, threads, "auto" if speculation < 0 else speculation, prefix_cache=True,
-        cache_tokens=2 * traffic.longest, max_model_len=traffic.longest,
+        cache_tokens=cache_tokens or traffic.longest * 3 // 2, max_model_len=traffic.longest,
     )  # fmt: skip
     grammars = weights.preset is None and (weights.path / "tokenizer.json").exists()
     record, fifths = soaking.soak(core, traffic, grammars, device)

@@ -165,9 +165,11 @@ def engine(
 class Generation:
     """Our engine core on random prompts of token ids."""
 
-    def __init__(self, weights: Weights, device: str, work: Work, dtype: str, threads: int) -> None:
+    def __init__(
+        self, weights: Weights, device: str, work: Work, dtype: str, threads: int, deterministic: bool = False
+    ) -> None:
         self.work, self.vocab = work, weights.cfg.vocab_size
-        self.core = engine(weights, device, work.batch, dtype, threads)
+        self.core = engine(weights, device, work.batch, dtype, threads, deterministic=deterministic or "auto")
         self.seed = 0
 
     def run(self) -> float:

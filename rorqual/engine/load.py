@@ -96,7 +96,7 @@ def build_core(
         )
     fixed = settings.deterministic is True
     if fixed:
-        _fix(model)
+        make_fixed(model)
 
     def make(pages: int) -> ModelRunner:
         return ModelRunner(model, pages, PAGE_SIZE, eos_token_ids, drafts=settings.speculation != 0, fixed=fixed)
@@ -116,7 +116,14 @@ def build_core(
         deterministic=fixed,
     )
     identity = f"torch {name} {dtype} {device.type}{' fixed' * fixed}".encode() + fingerprint
-    return _assemble(make(pages + 1), facts, settings, budget, identity, options)
+    try:
+        runner = make(pages + 1)
+    except torch.OutOfMemoryError:
+        raise ConfigError(
+            f"a cache of {pages * PAGE_SIZE} tokens does not fit on {device}",
+            remedy="lower cache_tokens or leave it out",
+        ) from None
+    return _assemble(runner, facts, settings, budget, identity, options)
 
 
 def _room(model: Transformer, settings: EngineSettings, make: Callable[[int], ModelRunner]) -> tuple[int, int]:
@@ -143,15 +150,15 @@ def _budget(settings: EngineSettings, device: torch.device, fixed: bool) -> int:
     return 2048 if fixed else 16384
 
 
-def _fix(model: Transformer) -> None:
-    """Raises BackendUnavailable where products and attention cannot be made independent of the batch."""
-    try:
-        fixed = import_module("rorqual.model.fixed")
-    except ImportError:
+def make_fixed(model: Transformer) -> None:
+    """Products and attention that do not depend on what else is computed (`model.fixed`), in place. Raises
+    BackendUnavailable where they cannot be had."""
+    if model.device.type != "cuda":
         raise BackendUnavailable(
-            f"torch on {model.device} does not compute the same bits in every batch", remedy="leave deterministic out"
-        ) from None
-    fixed.fix(model)
+            f"torch on {model.device} does not compute the same bits in every batch",
+            remedy="on a CPU the compiled kernels do: leave kernels out",
+        )
+    import_module("rorqual.model.fixed").fix(model)
 
 
 def _refuse(settings: EngineSettings) -> None:

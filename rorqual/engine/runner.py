@@ -23,7 +23,7 @@ import gc
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -111,8 +111,8 @@ class ModelRunner:
             self.graphs.forget()  # what is computed now may write over it
             return every
         slices = [plan[i] for i in decoding]
-        rows = self._rows(plan, decoding, None) if masks is None else []
-        greedy = masks is None and all(map(is_greedy, rows))
+        # What holds of a slice's first draw holds of those after its drafts.
+        greedy = masks is None and all(is_greedy(self._row(s)) for s in slices)
         depth = max(depth, *(len(s.drafts) for s in slices))
         logits: Tensor | None
         if depth:
@@ -128,7 +128,7 @@ class ModelRunner:
             drawn = iter([Draw(t) for s, row in zip(slices, best, strict=True) for t in row[: 1 + len(s.drafts)]])
         else:
             assert logits is not None
-            drawn = iter(self._sample(logits, rows or self._rows(plan, decoding, masks)))
+            drawn = iter(self._sample(logits, self._rows(plan, decoding, masks)))
         for i, s, row in zip(decoding, slices, best, strict=True):
             finite = [token >= 0 for token in row[: 1 + len(s.drafts)]]
             mine = [draw if ok else Draw(fault=FAULT) for ok, draw in zip(finite, drawn, strict=False)]
@@ -189,12 +189,15 @@ class ModelRunner:
         allowed = masks() if masks else None
         rows = []
         for i in which:
-            s = plan[i]
-            params, seed, before, prompt = s.job.request.params, s.job.seed, s.job.tokens, len(s.job.request.prompt)
-            for j in range(1 + len(s.drafts)):
-                mask = allowed[i][j] if allowed and allowed[i] else None
-                rows.append(Row(params, seed, [*before, *s.drafts[:j]] if j else before, prompt, mask, self.eos))
+            for j in range(1 + len(plan[i].drafts)):
+                rows.append(self._row(plan[i], j, allowed[i][j] if allowed and allowed[i] else None))
         return rows
+
+    def _row(self, s: Slice, j: int = 0, mask: Any = None) -> Row:
+        """What the draw after a slice's first j drafts depends on."""
+        job = s.job
+        before = [*job.tokens, *s.drafts[:j]] if j else job.tokens
+        return Row(job.request.params, job.seed, before, len(job.request.prompt), mask, self.eos)
 
     @torch.inference_mode()
     def draft(self, done: Sequence[tuple[Slice, int]], depth: int) -> list[tuple[int, ...]]:
