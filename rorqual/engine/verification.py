@@ -29,8 +29,9 @@ VOID = -2
 
 class Verification:
     """Static buffers, int64: inputs [4, B, W] (tokens, positions, slots, lengths) and the page table [B, width];
-    follow [B, W + 1]: the token after each row, VOID where the row does not stand, and the last row that does; told
-    [B, W + depth]: each row's best token (-1 where its numbers are not finite), and the drafts (-1 where there is none).
+    follow [B, W + 1]: the token after each row, VOID where the row does not stand, and the last row that does. On the host:
+    best [B, W], each row's best token (-1 where its numbers are not finite), and guessed [B, depth], the drafts (-1 where
+    there is none).
     """
 
     def __init__(self, model: Transformer, latents: Tensor, batch: int, width: int, depth: int, pool: Any) -> None:
@@ -38,7 +39,7 @@ class Verification:
         self.batch, self.width, self.depth, self.W = batch, width, depth, 1 + depth
         self.host = pinned((4 * self.W + width) * batch, latents.device)
         self.after = pinned(batch * (self.W + 1), latents.device).view(batch, -1)
-        self.answer = pinned(batch * (self.W + depth), latents.device).view(batch, -1)
+        self.best, self.guessed = (pinned(batch * n, latents.device).view(batch, n) for n in (self.W, depth))
         self._clear()
         self.inputs = self.host.to(latents.device, copy=True)
         self.follow = self.after.to(latents.device, copy=True)
@@ -127,13 +128,13 @@ class Verification:
         self.slices, self.drafts = list(slices), None
         self.inputs.copy_(self.host, non_blocking=True)
         self.verify()
-        self.answer[:, : self.W].copy_(self.verify.outputs[2], non_blocking=True)
+        self.best.copy_(self.verify.outputs[2], non_blocking=True)
         if greedy:
             self._draft()
         self._wait()
         if greedy:
             self.drafts = self._told()
-        return self.answer[: len(slices), : self.W].tolist()
+        return self.best[: len(slices)].tolist()
 
     def draft(self, done: Sequence[tuple[Slice, int]]) -> dict[int, list[int]]:
         """By id of the slice, the drafts after what those of the last run have drawn; the others have ended."""
@@ -153,7 +154,7 @@ class Verification:
 
     def _draft(self) -> None:
         self.guess()
-        self.answer[:, self.W :].copy_(self.guess.outputs[0], non_blocking=True)
+        self.guessed.copy_(self.guess.outputs[0], non_blocking=True)
 
     def _wait(self) -> None:
         if self.latents.is_cuda:
@@ -161,7 +162,7 @@ class Verification:
 
     def _told(self) -> list[list[int]]:
         """The drafts of each sequence, up to the first that could not be made."""
-        told = self.answer[: len(self.slices), self.W :].tolist()
+        told = self.guessed[: len(self.slices)].tolist()
         return [list(takewhile(lambda token: token >= 0, row)) for row in told]
 
     def _fill(self, slices: Sequence[Slice]) -> None:
