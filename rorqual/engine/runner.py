@@ -304,6 +304,8 @@ class ModelRunner:
         if pages < 2:
             return 0
         self._shrunk += 1
+        if self.latents.is_cuda:
+            torch.cuda.synchronize()  # a step that was begun ahead may be under way
         self._kept, self.graphs = [], None
         self.latents = self.latents.new_empty(0)
         while pages >= 2:
