@@ -128,10 +128,11 @@ def _slice(start: int, count: int, drafts: tuple[int, ...] = ()) -> Slice:
 
 
 def graph_bytes(cfg: ModelConfig, settings: EngineSettings, max_model_len: int, itemsize: int, depth: int) -> int:
-    """What captured steps keep for good: each its logits, for batches and page tables in powers of two."""
+    """What captured steps keep for good: each its logits, for batches and page tables in powers of two, with and without
+    draws on the device."""
     rows = min(MAX_ROWS, settings.max_num_seqs * (1 + depth))
     widths = max(1, max_model_len // PAGE_SIZE).bit_length() + 1
-    return 2 * rows * widths * cfg.vocab_size * itemsize
+    return 4 * rows * widths * cfg.vocab_size * itemsize
 
 
 def longest_request(cfg: ModelConfig, settings: EngineSettings) -> int:

@@ -38,6 +38,6 @@ class Replay:
             out.copy_(new)
 
 
-def pinned(count: int, device: torch.device) -> Tensor:
-    """An int64 buffer on the host that `device` copies to and from without waiting."""
-    return torch.zeros(count, dtype=torch.int64, pin_memory=device.type == "cuda")
+def pinned(count: int, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """A buffer of zeros on the host that `device` copies to and from without waiting."""
+    return torch.zeros(count, dtype=dtype, pin_memory=device.type == "cuda")

@@ -32,7 +32,7 @@ from torch import Tensor
 from rorqual.engine.core import Draw, Masks, OutOfMemory
 from rorqual.engine.graphs import DecodeGraphs
 from rorqual.engine.inputs import Span, as_chunk, as_rows, pieces
-from rorqual.engine.sampler import Row, is_greedy, sample
+from rorqual.engine.sampler import Row, is_greedy, is_simple, sample
 from rorqual.engine.scheduler import Slice
 from rorqual.model.transformer import Transformer
 from rorqual.ops.attention import attend_pages_missing
@@ -112,22 +112,21 @@ class ModelRunner:
             return every
         slices = [plan[i] for i in decoding]
         # What holds of a slice's first draw holds of those after its drafts.
-        greedy = masks is None and all(is_greedy(self._row(s)) for s in slices)
+        on_device = is_greedy if self.fixed else is_simple
+        simple = masks is None and all(on_device(self._row(s)) for s in slices)
         depth = max(depth, *(len(s.drafts) for s in slices))
-        logits: Tensor | None
         if depth:
-            verified = self.graphs.verify(slices, depth, greedy)
-            best, logits = (verified[1], None if greedy else verified[0].rows(slices)) if verified else (None, None)
+            verified = self.graphs.verify(slices, depth, simple)
         else:
-            decoded = self.graphs.run(slices, greedy)
-            best, logits = ([[token] for token in decoded.best], decoded.logits) if decoded else (None, None)
-        if best is None:
+            decoded = self.graphs.run(slices, simple)
+            verified = ([[token] for token in decoded.best], decoded.logits) if decoded else None
+        if verified is None:
             self.graphs.forget()
             return every
-        if greedy:
+        best, logits = verified
+        if logits is None:
             drawn = iter([Draw(t) for s, row in zip(slices, best, strict=True) for t in row[: 1 + len(s.drafts)]])
         else:
-            assert logits is not None
             drawn = iter(self._sample(logits, self._rows(plan, decoding, masks)))
         for i, s, row in zip(decoding, slices, best, strict=True):
             finite = [token >= 0 for token in row[: 1 + len(s.drafts)]]

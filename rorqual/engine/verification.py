@@ -1,9 +1,9 @@
 """A decoding step with drafts, for a batch of fixed shape: verification and the next drafts, as two CUDA graphs.
 
 Every sequence brings W = 1 + depth rows: its newest token and its drafts. `verify` computes all of them in rows form, with
-head and greedy choice, and finds out on the device how many drafts stand if every draw is greedy. `guess` reads which
-tokens follow which rows, runs the MTP module over the rows that stand, and drafts, link after link. Where every row draws
-greedily both graphs are launched at once and the host waits once; where it draws itself, it tells `guess` what it drew.
+head and draws, and finds out how many drafts stand. `guess` reads which tokens follow which rows, runs the MTP module over
+the rows that stand, and drafts, link after link. Where the device can draw every row (greedily, or by `drawing`) both
+graphs are launched at once and the host waits once; where the host draws, it tells `guess` what it drew.
 
 Rows that are not there (a sequence with fewer drafts, padding of the batch) carry VOID as their token: they stand at
 position 0 of the scrap page and their results are not looked at. A row whose numbers are not finite is void to `guess`, so
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rorqual.engine.drawing import FIELDS, REDO, draw, fields
 from rorqual.engine.replay import Replay, pinned
 from rorqual.engine.scheduler import Slice
 from rorqual.model.batch import Batch, LatentPages
@@ -30,11 +31,16 @@ VOID = -2
 class Verification:
     """Static buffers, int64: inputs [4, B, W] (tokens, positions, slots, lengths) and the page table [B, width];
     follow [B, W + 1]: the token after each row, VOID where the row does not stand, and the last row that does. On the host:
-    best [B, W], each row's best token (-1 where its numbers are not finite), and guessed [B, depth], the drafts (-1 where
+    best [B, W], each row's token (-1 where its numbers are not finite), and guessed [B, depth], the drafts (-1 where
     there is none).
     """
 
-    def __init__(self, model: Transformer, latents: Tensor, batch: int, width: int, depth: int, pool: Any) -> None:
+    def __init__(
+        self, model: Transformer, latents: Tensor, batch: int, width: int, depth: int, drawn: bool, pool: Any
+    ) -> None:
+        self.drawn = drawn
+        self.fields = pinned(batch * (1 + depth) * FIELDS, latents.device, torch.float64).view(batch, 1 + depth, FIELDS)
+        self.params = self.fields.to(latents.device, copy=True)
         self.model, self.latents, self.page_size = model, latents, latents.shape[2]
         self.batch, self.width, self.depth, self.W = batch, width, depth, 1 + depth
         self.host = pinned((4 * self.W + width) * batch, latents.device)
@@ -77,8 +83,12 @@ class Verification:
         batch = self._batch(positions.flatten(), slots.flatten(), lengths.flatten(), self._row_tables)
         h_ND = self.model.hidden(tokens.clamp(min=0).view(-1, 1), batch)[0][:, 0]
         logits_NV = self.model.head(h_ND)
-        top, best = logits_NV.max(-1)
-        best_BW = torch.where(top.isfinite(), best, -1).view(self.batch, self.W)
+        if self.drawn:
+            best = draw(logits_NV, self.params.flatten(0, 1))
+        else:
+            top, best = logits_NV.max(-1)
+            best = torch.where(top.isfinite(), best, -1)
+        best_BW = best.view(self.batch, self.W)
         last_B = (best_BW[:, :-1] == tokens[:, 1:]).long().cumprod(1).sum(1)
         stands = torch.arange(self.W, device=best_BW.device) <= last_B[:, None]
         self.follow[:, : self.W] = torch.where(stands & (best_BW >= 0), best_BW, VOID)
@@ -121,20 +131,26 @@ class Verification:
         h = torch.where(ok[:, None], h, 0.0)
         return self.model.predict_further(h[:, None], [tokens.clamp(min=0).view(-1, 1)], batch)[0][0][:, 0]
 
-    def run(self, slices: Sequence[Slice], greedy: bool) -> list[list[int]]:
-        """Compute a step; the best token of every row, per sequence. greedy: every draw is the best token, so the drafts
-        are made too. What is told holds until the next run."""
+    def run(self, slices: Sequence[Slice], alone: bool) -> list[list[int]]:
+        """Compute a step; every row's token, per sequence. alone: what the device draws is what is wanted, so the drafts are
+        made too, unless a row must be drawn again (`drafts` is None then, and tokens mean no more than whether a row's
+        numbers are finite). What is told holds until the next run."""
         self._fill(slices)
         self.slices, self.drafts = list(slices), None
         self.inputs.copy_(self.host, non_blocking=True)
+        if self.drawn:
+            self.params.copy_(self.fields, non_blocking=True)
         self.verify()
         self.best.copy_(self.verify.outputs[2], non_blocking=True)
-        if greedy:
+        if alone:
             self._draft()
         self._wait()
-        if greedy:
+        told = self.best[: len(slices)].tolist()
+        if any(REDO in row for row in told):
+            return [[token if token != REDO else 0 for token in row] for row in told]
+        if alone:
             self.drafts = self._told()
-        return self.best[: len(slices)].tolist()
+        return told
 
     def draft(self, done: Sequence[tuple[Slice, int]]) -> dict[int, list[int]]:
         """By id of the slice, the drafts after what those of the last run have drawn; the others have ended."""
@@ -175,3 +191,5 @@ class Verification:
             for j, token in enumerate(s.tokens):
                 at = s.start + j
                 numbers[:, row, j] = token, at, s.job.pages[at // size] * size + at % size, at + 1
+                if self.drawn:
+                    self.fields[row, j] = torch.tensor(fields(s.job.request.params, s.job.seed, at + 1))

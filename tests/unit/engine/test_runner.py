@@ -16,11 +16,13 @@ import torch
 from rorqual.config import ModelConfig
 from rorqual.engine.api import Output, Request, SamplingParams
 from rorqual.engine.core import EngineCore, OutOfMemory
+from rorqual.engine.drawing import REDO, draw, fields
 from rorqual.engine.graphs import DecodeGraphs
 from rorqual.engine.inputs import Span, pieces
 from rorqual.engine.load import build_core
 from rorqual.engine.memory import measured_room
 from rorqual.engine.runner import ModelRunner
+from rorqual.engine.sampler import Row, sample
 from rorqual.engine.settings import EngineSettings
 from rorqual.errors import CapacityError, ConfigError
 from rorqual.model.transformer import Transformer
@@ -60,7 +62,7 @@ def requests() -> list[Request]:
         Request(
             str(i),
             tuple(torch.randint(2, VOCAB, (n,), generator=generator).tolist()),
-            SamplingParams(**kinds[i % 4], max_tokens=40 + 5 * i, ignore_eos=True),
+            SamplingParams(**kinds[i % 4], max_tokens=24 + 3 * i, ignore_eos=True),
         )
         for i, n in enumerate((5, 64, 65, 200, 1, 130, 333))
     ]
@@ -107,9 +109,9 @@ def test_drafts_and_captured_steps_change_no_token(
     core = engine(model, captured, speculation=depth, max_batched_tokens=128)
     assert run(core, requests) == plain
     if depth:
-        assert core.stats.draft_tokens > core.stats.accepted > 20
+        assert core.stats.draft_tokens > core.stats.accepted > 10
     growing = [
-        replace(r, prompt=requests[3].prompt[i : i + 60], params=replace(r.params, max_tokens=100))
+        replace(r, prompt=requests[3].prompt[i : i + 60], params=replace(r.params, max_tokens=80))
         for i, r in enumerate(requests[:4])
     ]
     small = engine(model, captured, speculation=depth, cache_tokens=384, max_model_len=192)
@@ -129,6 +131,60 @@ def test_captured_steps_draft_as_eager_ones(model: Transformer, requests: list[R
             run(core, chosen)
             counts.append((core.stats.draft_tokens, core.stats.accepted))
         assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_the_device_draws_what_the_host_draws(model: Transformer, requests: list[Request], depth: int) -> None:
+    """Steps are begun ahead then; and now and then the device asks the host."""
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 1.5},
+        {"temperature": 0},
+        {"temperature": 0.9, "top_k": 7},
+        {"temperature": 1.2, "top_p": 0.8, "min_p": 0.05, "min_tokens": 1},
+    ]
+    asked = [
+        replace(r, params=SamplingParams(**kinds[i % 4], seed=i, max_tokens=40, ignore_eos=True))
+        for i, r in enumerate(requests)
+    ]
+    want = run(engine(model), asked)
+    core = engine(model, True, speculation=depth)
+    assert isinstance(core.runner, ModelRunner) and core.runner.graphs
+    assert run(core, asked) == want
+    assert any(key[-1] is True for key in core.runner.graphs.graphs), "a step with draws on the device was captured"
+
+
+def test_draws_on_the_device_equal_the_sampler() -> None:
+    generator = torch.Generator().manual_seed(1)
+    V = 1000
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0}, {"temperature": 1.0}, {"temperature": 0.01}, {"temperature": 1.0, "top_p": 0.5},
+        {"temperature": 0.7, "top_k": 20}, {"temperature": 2.0, "top_k": 300}, {"temperature": 1.0, "min_p": 0.2},
+        {"temperature": 100.0, "top_p": 0.95}, {"temperature": 1.0, "top_k": 50, "top_p": 0.7, "min_p": 0.01},
+    ]  # fmt: skip
+    params = [SamplingParams(**kinds[i % len(kinds)]) for i in range(9 * 40)]
+    logits = 3 * torch.randn(len(params), V, generator=generator)
+    logits[::7] = logits[::7].round()  # equal probabilities
+    logits[5, 3], logits[6, 4], logits[20] = float("nan"), float("inf"), float("-inf")
+    logits[30, ::2] = float("-inf")
+    rows = [Row(p, i, (5,) * (i % 50), 1) for i, p in enumerate(params)]
+    told = torch.tensor([fields(p, i, i % 50) for i, p in enumerate(params)], dtype=torch.float64)
+    got = draw(logits, told).tolist()
+    redo = [i for i, token in enumerate(got) if token == REDO]
+    assert {i % len(kinds) for i in redo} == {5, 7}, "only where the nucleus is wider than the candidates"
+    for i, want in enumerate(sample(logits, rows)):
+        assert got[i] == REDO or got[i] == (-1 if want.fault else want.token_id), (i, params[i])
+
+
+def test_a_step_that_the_device_cannot_draw_is_drawn_by_the_host(model: Transformer) -> None:
+    """300 tokens that are nearly equal: the nucleus has more than the device sorts."""
+    wide = Transformer(model.cfg.replace(vocab_size=400)).eval()
+    params = SamplingParams(temperature=2.0, top_p=0.95, seed=4, max_tokens=30, ignore_eos=True)
+    asked = [Request("a", (5, 6, 7), params), Request("b", (8,), replace(params, temperature=0))]
+    want = run(engine(wide), asked)
+    for depth in (0, 1):
+        core = engine(wide, True, speculation=depth)
+        assert run(core, asked) == want
+        assert isinstance(core.runner, ModelRunner) and core.runner.graphs and core.runner.graphs.rest > 0
 
 
 def test_drafting_goes_on_and_off(model: Transformer, requests: list[Request], plain: dict[str, list[int]]) -> None:
@@ -283,7 +339,7 @@ def test_a_request_that_no_longer_fits_says_so_and_the_others_go_on(
     long = Request("long", (5,) * 400, SamplingParams(temperature=0, max_tokens=100, ignore_eos=True))
     told = outputs(core, [requests[0], long])
     assert isinstance(told["long"][-1].error, CapacityError) and "memory" in str(told["long"][-1].error)
-    assert told["0"][-1].error is None and sum(len(o.token_ids) for o in told["0"]) == 40
+    assert told["0"][-1].error is None and sum(len(o.token_ids) for o in told["0"]) == 24
     with pytest.raises(CapacityError if core.info.max_model_len > 500 else Exception, match="tokens"):
         core.add(long)
 
