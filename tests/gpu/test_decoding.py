@@ -123,10 +123,10 @@ def test_steps_begun_ahead_change_nothing() -> None:
 # ---- drafts ----------------------------------------------------------------------------------------------------------
 
 
-def drafting_model(dtype: torch.dtype = torch.float32, **changes: object) -> Transformer:
+def drafting_model(dtype: torch.dtype = torch.float32, vocab: int = 64, **changes: object) -> Transformer:
     """Random, but the token before counts most, for the head as for the MTP module: drafts are often right."""
     torch.manual_seed(3)
-    shape = replace(ModelConfig.load("test"), vocab_size=64, max_position_embeddings=1024, **changes)
+    shape = replace(ModelConfig.load("test"), vocab_size=vocab, max_position_embeddings=1024, **changes)
     model = Transformer(shape, device="cuda").eval()
     with torch.no_grad():
         for name, tensor in model.named_parameters():
@@ -176,6 +176,27 @@ def test_drafts_over_graphs_give_the_tokens_without(depth: int, sampled: bool) -
         counts.append(drafted.stats.acceptance)
     assert any(key[0] == "drafts" for key in drafted.runner.graphs.graphs) and drafted.runner.graphs.usable
     assert counts[0] > 0.2 and abs(counts[0] - counts[1]) < 0.05, "captured steps draft as eager ones do"
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("vocab", [64, 3000])
+def test_the_device_draws_what_the_host_draws(depth: int, vocab: int) -> None:
+    """With 3,000 tokens, candidates are chosen, and some nuclei are too wide for them."""
+    model = drafting_model(vocab=vocab)
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 1.5}, {"temperature": 0}, {"temperature": 0.9, "top_k": 7},
+        {"temperature": 1.2, "top_p": 0.8, "min_p": 0.05},
+    ]  # fmt: skip
+    requests = [
+        replace(r, params=SamplingParams(**kinds[i % 4], seed=i, max_tokens=60, ignore_eos=True))
+        for i, r in enumerate(mixed((5, 64, 65, 200, 3, 130, 333), False))
+    ]
+    host, device = (core(model, True, speculation=depth) for _ in range(2))
+    host.runner.graphs.draws = False
+    want = run(host, requests)
+    assert alike(want, run(device, requests)) > 0.97
+    assert not any(key[-1] is True for key in host.runner.graphs.graphs)
+    assert device.runner.graphs.draws and any(key[-1] is True for key in device.runner.graphs.graphs)
 
 
 def test_drafts_survive_arrivals_aborts_and_preemption() -> None:

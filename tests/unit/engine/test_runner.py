@@ -111,13 +111,14 @@ def test_drafts_and_captured_steps_change_no_token(
     if depth:
         assert core.stats.draft_tokens > core.stats.accepted > 10
     growing = [
-        replace(r, prompt=requests[3].prompt[i : i + 60], params=replace(r.params, max_tokens=80))
+        replace(r, prompt=requests[3].prompt[i : i + 60], params=replace(r.params, max_tokens=72))
         for i, r in enumerate(requests[:4])
     ]
     small = engine(model, captured, speculation=depth, cache_tokens=384, max_model_len=192)
     assert run(small, growing) == run(engine(model), growing) and small.stats.preemptions
-    greedy = [r for r in requests if r.params.temperature == 0]
-    assert run(engine(model, captured, speculation=depth), greedy) == {r.id: plain[r.id] for r in greedy}
+    if captured:  # begun ahead, or verified and drafted at once
+        greedy = [r for r in requests if r.params.temperature == 0]
+        assert run(engine(model, captured, speculation=depth), greedy) == {r.id: plain[r.id] for r in greedy}
 
 
 def test_captured_steps_draft_as_eager_ones(model: Transformer, requests: list[Request]) -> None:
@@ -143,7 +144,7 @@ def test_the_device_draws_what_the_host_draws(model: Transformer, requests: list
         {"temperature": 1.2, "top_p": 0.8, "min_p": 0.05, "min_tokens": 1},
     ]
     asked = [
-        replace(r, params=SamplingParams(**kinds[i % 4], seed=i, max_tokens=40, ignore_eos=True))
+        replace(r, params=SamplingParams(**kinds[i % 4], seed=i, max_tokens=25, ignore_eos=True))
         for i, r in enumerate(requests)
     ]
     want = run(engine(model), asked)
@@ -273,8 +274,8 @@ def test_deterministic_is_the_same_bits_alone_batched_chunked_and_drafted(
     fixed_model: Transformer, requests: list[Request]
 ) -> None:
     asked = [
-        replace(r, prompt=r.prompt[: 75 - 5 * i], params=replace(r.params, logprobs=2, max_tokens=9))
-        for i, r in enumerate(requests[1:5])
+        replace(r, prompt=r.prompt[: 68 - 20 * i], params=replace(r.params, logprobs=2, max_tokens=7))
+        for i, r in enumerate(requests[1:4])
     ]
     single = engine(fixed_model, deterministic=True)
     assert single.info.deterministic
