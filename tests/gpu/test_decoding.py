@@ -200,7 +200,7 @@ def test_the_device_draws_what_the_host_draws(depth: int, vocab: int) -> None:
 
 
 def test_drafts_survive_arrivals_aborts_and_preemption() -> None:
-    model, requests = drafting_model(), mixed((3, 64, 63, 128, 17, 130, 1, 191), True)
+    model, requests = drafting_model(), mixed((3, 64, 63, 128, 17, 130, 1, 191), True, max_tokens=150)
     plain = core(model, False)
     want = {request.id: run(plain, [request])[request.id] for request in requests}
     for cache_tokens, speculation in ((4096, 1), (448, 1), (448, 2), (4096, "auto")):
