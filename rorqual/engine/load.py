@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Callable
 from hashlib import blake2b
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,6 +27,7 @@ from rorqual.engine.runner import ModelRunner, page_bytes
 from rorqual.engine.scheduler import Scheduler
 from rorqual.engine.settings import Auto, EngineSettings
 from rorqual.errors import BackendUnavailable, CheckpointError, ConfigError
+from rorqual.model.quantised import expand_absorbed
 from rorqual.model.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -94,6 +94,9 @@ def build_core(
             "a model in memory cannot keep its cache on disk: nothing tells its weights from another's",
             remedy="leave cache_dir out",
         )
+    dtype = model.compute_dtype or model.dtype
+    if device.type == "cuda":
+        expand_absorbed(model, dtype)
     fixed = settings.deterministic is True
     if fixed:
         make_fixed(model)
@@ -101,7 +104,6 @@ def build_core(
     def make(pages: int) -> ModelRunner:
         return ModelRunner(model, pages, PAGE_SIZE, eos_token_ids, drafts=settings.speculation != 0, fixed=fixed)
 
-    dtype = model.compute_dtype or model.dtype
     budget, room = _room(model, settings, make)
     page = page_bytes(model, PAGE_SIZE, settings.speculation != 0)
     pages, max_model_len = cache_size(cfg, page, room, settings)
@@ -158,7 +160,9 @@ def make_fixed(model: Transformer) -> None:
             f"torch on {model.device} does not compute the same bits in every batch",
             remedy="on a CPU the compiled kernels do: leave kernels out",
         )
-    import_module("rorqual.model.fixed").fix(model)
+    from rorqual.model.fixed import fix
+
+    fix(model)
 
 
 def _refuse(settings: EngineSettings) -> None:
