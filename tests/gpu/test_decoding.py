@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -127,7 +126,7 @@ def drafting_model(dtype: torch.dtype = torch.float32, vocab: int = 64, **change
     """Random, but the token before counts most, for the head as for the MTP module: drafts are often right."""
     torch.manual_seed(3)
     shape = replace(ModelConfig.load("test"), vocab_size=vocab, max_position_embeddings=1024, **changes)
-    model = Transformer(shape, device="cuda").eval()
+    model = Transformer(shape, dtype=dtype, device="cuda").eval()
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             if not name.endswith("norm.weight"):
@@ -135,8 +134,8 @@ def drafting_model(dtype: torch.dtype = torch.float32, vocab: int = 64, **change
         model.embed_tokens.weight.normal_()
         model.lm_head.weight.copy_(model.embed_tokens.weight.roll(1, 0))
         D = shape.hidden_size
-        model.mtp[0].eh_proj.weight[:, :D] += 2 * torch.eye(D, device="cuda")
-    return model.to(dtype) if dtype != torch.float32 else model
+        model.mtp[0].eh_proj.weight[:, :D] += 2 * torch.eye(D, dtype=dtype, device="cuda")
+    return model
 
 
 def mixed(lengths: tuple[int, ...], sampled: bool, **params: object) -> list[Request]:
@@ -227,7 +226,6 @@ def answers(engine: EngineCore, requests: list[Request]) -> dict[str, list[Any]]
     return told
 
 
-@pytest.mark.skipif(importlib.util.find_spec("rorqual.model.fixed") is None, reason="model.fixed is not there")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("q_lora_rank", [None, 64])
 def test_deterministic_is_the_same_bits_in_every_batch(dtype: torch.dtype, q_lora_rank: int | None) -> None:
