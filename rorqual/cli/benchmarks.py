@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -140,15 +140,22 @@ class Weights:
 
 
 def engine(
-    weights: Weights, device: str, max_num_seqs: int, dtype: str, threads: int, speculation: int = 0
+    weights: Weights,
+    device: str,
+    max_num_seqs: int,
+    dtype: str,
+    threads: int,
+    speculation: int | Literal["auto"] = 0,
+    **settings: Any,
 ) -> EngineCore:
-    """Our engine core. threads: on a CPU, 0 for what is fastest. A preset's weights are made where they are needed."""
+    """Our engine core. threads: on a CPU, 0 for what is fastest. A preset's weights are made where they are needed.
+    settings: `EngineSettings`' others."""
     from rorqual.engine.load import build_core, load_core
 
     on_gpu = device.startswith("cuda") and weights.preset is not None
     told = EngineSettings(
-        "" if on_gpu else str(weights.path), dtype, device, max_num_seqs=max_num_seqs, prefix_cache=False,
-        speculation=speculation, threads=threads or "auto",
+        "" if on_gpu else str(weights.path), dtype, device, max_num_seqs=max_num_seqs, speculation=speculation,
+        threads=threads or "auto", **{"prefix_cache": False, **settings},
     )  # fmt: skip
     if not on_gpu:
         return load_core(told)
@@ -164,9 +171,11 @@ def engine(
 class Generation:
     """Our engine core on random prompts of token ids."""
 
-    def __init__(self, weights: Weights, device: str, work: Work, dtype: str, threads: int) -> None:
+    def __init__(
+        self, weights: Weights, device: str, work: Work, dtype: str, threads: int, deterministic: bool = False
+    ) -> None:
         self.work, self.vocab = work, weights.cfg.vocab_size
-        self.core = engine(weights, device, work.batch, dtype, threads)
+        self.core = engine(weights, device, work.batch, dtype, threads, deterministic=deterministic or "auto")
         self.seed = 0
 
     def run(self) -> float:
