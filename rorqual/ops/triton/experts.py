@@ -31,7 +31,7 @@ from torch.nn.functional import linear
 from rorqual.ops.formats import PLAIN, Weight
 from rorqual.ops.triton.fp8 import Tiling, launch, tile_rows
 from rorqual.ops.triton.fused import swiglu
-from rorqual.ops.triton.stream import add_columns, no_sums, row_sums
+from rorqual.ops.triton.stream import add_columns, no_sums
 
 FEW = 2
 """Up to so many slots an expert on average, each slot reads its expert's weights for itself."""
@@ -92,8 +92,8 @@ def _swiglu_kernel(
             gates, x, gate_w, gate_s, row, at, 1.0, D, stride, stride_scale, KIND, COLUMNS, D % COLUMNS == 0
         )
         ups = add_columns(ups, x, up_w, up_s, row, at, 1.0, D, stride, stride_scale, KIND, COLUMNS, D % COLUMNS == 0)
-    gate_f = row_sums(gates, KIND)
-    tl.store(h + slot.to(tl.int64) * F + f, gate_f * tl.sigmoid(gate_f) * row_sums(ups, KIND), mask=f < F)
+    gate_f = tl.sum(gates, 1)
+    tl.store(h + slot.to(tl.int64) * F + f, gate_f * tl.sigmoid(gate_f) * tl.sum(ups, 1), mask=f < F)
 
 
 @triton.jit(do_not_specialize=["stride_se", "stride_s", "stride_own_s"])
@@ -127,7 +127,7 @@ def _down_kernel(
                 acc, h + K * F, own, own_scale, row, at, 1.0, S * F, stride_own, stride_own_s, KIND, COLUMNS,
                 S * F % COLUMNS == 0,
             )  # fmt: skip
-    total = row_sums(acc, KIND)
+    total = tl.sum(acc, 1)
     if ADD:
         total += tl.load(add + n * stride_add + d, mask=d < D, other=0.0).to(tl.float32)
     tl.store(y + n * D + d, total.to(y.dtype.element_ty), mask=d < D)
