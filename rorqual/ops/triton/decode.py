@@ -165,7 +165,7 @@ def _told_kernel(top, best, told, blocks, V, BLOCK: tl.constexpr):
 
 
 def most_likely(logits_NV: Tensor) -> Tensor:
-    """The first largest of each row of logits [N, V], int64 [N]; -1 where any is NaN or infinite upwards, or all are -inf."""
+    """`ops.most_likely` in two launches; a row is cut into blocks, or few multiprocessors would read it."""
     (N, V), block = logits_NV.shape, 4096
     blocks = triton.cdiv(V, block)
     top = torch.empty(N, blocks, dtype=torch.float32, device=logits_NV.device)

@@ -94,18 +94,17 @@ def _rows_dot_kernel(
     tl.store(y + o, tl.sum(acc, 1).to(y.dtype.element_ty), mask=o < out)
 
 
-def rows_dot(
-    x_ND: Tensor, *weights: Weight, dtype: torch.dtype | None = None, rows: int = 4, columns: int = 0
-) -> list[Tensor]:
+def rows_dot(x_ND: Tensor, *weights: Weight, dtype: torch.dtype | None = None) -> list[Tensor]:
     """x [N, D] by one or two matrices [out, D] of one kind in one launch -> [N, out] of each, in `dtype` or x's; sums in
-    fp32. rows: of a matrix, to a program."""
+    fp32."""
     a, b = weights[0], weights[-1]
     assert len(weights) <= 2 and a.kind == b.kind and x_ND.stride(1) == 1
     (N, D), outs = x_ND.shape, [len(w.data) for w in weights]
     ys = [torch.empty(N, out, dtype=dtype or x_ND.dtype, device=x_ND.device) for out in outs]
     second = outs[1] if len(outs) == 2 else 0
+    rows = 8 if a.kind >= 4 else 2
     # So many columns at once that nothing is left to fetch ahead.
-    columns = columns or max(128, min(2048 if a.kind == 4 else 1024, triton.next_power_of_2(D)))
+    columns = max(128, min(2048 if a.kind == 4 else 1024, triton.next_power_of_2(D)))
     _rows_dot_kernel[(N, triton.cdiv(outs[0], rows) + triton.cdiv(second, rows))](
         x_ND, a.data, b.data, a.scale, b.scale, ys[0], ys[-1], outs[0], second, x_ND.stride(0),
         a.data.stride(0), b.data.stride(0), a.scale.stride(0), b.scale.stride(0), ys[0].stride(0), ys[-1].stride(0),
