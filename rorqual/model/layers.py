@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rorqual.ops import training
+from rorqual.ops.formats import Weight
 from rorqual.ops.fused import fuses, trains
 from rorqual.ops.rms_norm import rms_norm
 
@@ -36,8 +37,13 @@ class Linear(nn.Module):
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is that product and no other, so that a kernel may stand in for it."""
+        """Whether it multiplies by its weight as it is."""
         return self.multiply is multiply
+
+    @property
+    def kernel_weight(self) -> Weight | None:
+        """What a kernel that stands in for this product reads; None where it is another product."""
+        return Weight.plain(self.weight) if self.multiply is multiply else None
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight as plain numbers, for who multiplies in another order (`mla.absorbed`)."""
@@ -58,6 +64,10 @@ class Embedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.weight)
+
+    @property
+    def kernel_weight(self) -> Weight:
+        return Weight.plain(self.weight)
 
     def project(self, h: Tensor) -> Tensor:
         """The tied head: h [..., D] -> logits [..., V]."""
@@ -107,6 +117,14 @@ class MLP(nn.Module):
     def is_plain(self) -> bool:
         """Whether its products are plain ones."""
         return self.down is None and plain(self.gate_proj, self.up_proj, self.down_proj)
+
+    @property
+    def kernel_weights(self) -> tuple[Weight, Weight, Weight] | None:
+        """Gate, up and down for a kernel that computes all of it; None where they are not multiplied plainly."""
+        gate, up, down = (part.kernel_weight for part in (self.gate_proj, self.up_proj, self.down_proj))
+        if self.down is not None or gate is None or up is None or down is None:
+            return None
+        return gate, up, down
 
     def forward(self, x: Tensor) -> Tensor:
         if trains(x) and self.is_plain:
