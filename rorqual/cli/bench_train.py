@@ -66,7 +66,7 @@ def train(
 
 
 def _steps(cfg, device, shape, kinds, how, rounds, peer, facts, json_file) -> None:  # type: ignore[no-untyped-def]
-    from rorqual.cli import training_bench as t
+    from rorqual.cli import training_benchmarks as t
     from rorqual.plan.count import training_flops_per_token
     from rorqual.train.hardware import peak_flops
 
