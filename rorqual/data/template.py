@@ -21,10 +21,11 @@ text, end-of-sentence. The prefix itself is given at inference, so nothing learn
 a training set that carries its thinking inline (`<think>..</think>text`) is taken apart first, or the markers
 would be learned as letters.
 
-Two things the published templates do not have. An answer to be continued (`prefix`, the last message) stands without its
-end; with `reasoning_content` and no text it is the thought that goes on, unless `thinking_done` says that it is over. And within a tool loop, which is everything
-behind the last user message, a thought that comes with its message stays in the prompt if thinking is on: the published
-templates call tools without thinking only, and a model that thought before its call would lose the thread.
+Two things the published templates do not have. An answer to be continued (`prefix`, the last message) stands without
+its end; with `reasoning_content` and no text it is the thought that goes on, unless `thinking_done` says that it is
+over. And within a tool loop, which is everything behind the last user message, a thought that comes with its message
+stays in the prompt if thinking is on: the published templates call tools without thinking only, and a model that
+thought before its call would lose the thread.
 
 Left out: the Jinja form of tools, which raises rather than render wrongly. One choice of our own: every answer to a user
 gets its markers, also a second one in a row, where the published V3.1 template writes none.

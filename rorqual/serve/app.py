@@ -100,6 +100,7 @@ def create_app(
         traffic=app.state.traffic,
         metrics=metrics,
         is_public=lambda method, path: method in ("GET", "HEAD") and path in public,
+        is_free=chat_routes.is_free,
     )
     return app
 

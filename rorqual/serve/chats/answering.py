@@ -3,9 +3,9 @@
 The answer runs in a task of its own and not in any request: who asked may leave, and come back. What has come is in the
 database within `SAVE_S`, whether or not the model is fast; a killed server loses no more than that.
 
-Whoever wants it to stop says what is wished ("stop", "answer": stop thinking and answer; "cut": the server ends), and the
-task that talks to the model is cancelled, whatever it waits for. To answer at once the model is asked again, with its thought
-so far as a prefix that is over.
+Whoever wants it to stop says what is wished ("stop", "answer": stop thinking and answer; "cut": the server ends), and
+the task that talks to the model is cancelled, whatever it waits for. To answer at once the model is asked again, with
+its thought so far as a prefix that is over.
 """
 
 from __future__ import annotations

@@ -28,15 +28,17 @@ from rorqual.serve.database import writing
 
 PDF_S = 30.0
 UNUSED_S = 24 * 3600.0
-TEXT = tuple(".txt .md .markdown .rst .adoc .org .tex .log .csv .tsv .srt .vtt .eml".split())
-CODE = tuple(
-    (
-        ".py .ipynb .js .mjs .cjs .jsx .ts .tsx .html .htm .css .scss .json .jsonl .yaml .yml .toml .ini .cfg .conf .env .xml "
-        ".svg .c .h .cc .cpp .hpp .cu .cs .java .kt .go .rs .swift .m .rb .php .pl .lua .r .jl .scala .clj .hs .ml .ex .exs "
-        ".erl .fs .sh .bash .zsh .ps1 .bat .sql .graphql .proto .diff .patch .vue .svelte .dart .zig .nim .asm .s .v .vhd .tf "
-        ".mk .cmake .gradle .dockerfile .jinja .lean"
-    ).split()
-)
+TEXT = (
+    ".txt", ".md", ".markdown", ".rst", ".adoc", ".org", ".tex", ".log", ".csv", ".tsv", ".srt", ".vtt", ".eml",
+)  # fmt: skip
+CODE = (
+    ".py", ".ipynb", ".js", ".mjs", ".cjs", ".jsx", ".ts", ".tsx", ".html", ".htm", ".css", ".scss", ".json",
+    ".jsonl", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".conf", ".env", ".xml", ".svg", ".c", ".h", ".cc", ".cpp",
+    ".hpp", ".cu", ".cs", ".java", ".kt", ".go", ".rs", ".swift", ".m", ".rb", ".php", ".pl", ".lua", ".r", ".jl",
+    ".scala", ".clj", ".hs", ".ml", ".ex", ".exs", ".erl", ".fs", ".sh", ".bash", ".zsh", ".ps1", ".bat", ".sql",
+    ".graphql", ".proto", ".diff", ".patch", ".vue", ".svelte", ".dart", ".zig", ".nim", ".asm", ".s", ".v", ".vhd",
+    ".tf", ".mk", ".cmake", ".gradle", ".dockerfile", ".jinja", ".lean",
+)  # fmt: skip
 TYPES = (*TEXT, *CODE, ".pdf")
 NAMED = ("makefile", "dockerfile", "license", "readme", "changelog", "authors", "notice", "gemfile", "procfile")
 Kind = Literal["text", "code", "pdf"]

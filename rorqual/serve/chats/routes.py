@@ -36,6 +36,14 @@ Limit = Annotated[int, Query(ge=1, le=LIST_LIMIT)]
 Words = Annotated[str, Query(max_length=500)]
 
 
+COSTS = ("/messages", "/answers", "/continue", "/files")
+
+
+def is_free(path: str) -> bool:
+    """Whether a POST costs nothing: an answer must be stopped even by a key that may do one thing at once."""
+    return (path == "/chats" or path.startswith("/chats/")) and not path.endswith(COSTS)
+
+
 def caller() -> Caller:
     visit = VISIT.get()
     assert visit is not None, "the border gives every request a visit"

@@ -208,5 +208,5 @@ def title_of(question: str, limit: int = 60) -> str:
     text = " ".join(question.split())
     if len(text) <= limit:
         return text
-    cut = text[: limit - 1]
-    return (cut[: cut.rfind(" ")] if " " in cut[limit // 2 :] else cut).rstrip(" ,;:.-") + "…"
+    cut = text[:limit]  # one more than there is room for: a space there ends a whole word
+    return (cut[: cut.rfind(" ")] if " " in cut[limit // 2 :] else cut[:-1]).rstrip(" ,;:.-") + "…"
