@@ -28,7 +28,8 @@ from rorqual.serve.admission import AdmittedEngine
 from rorqual.serve.border import Border, Traffic, answer_error, answer_nobody
 from rorqual.serve.callers import Caller
 from rorqual.serve.chats import routes as chat_routes
-from rorqual.serve.chats.files import Files, estimate
+from rorqual.serve.chats.files import Files
+from rorqual.serve.chats.prompting import estimate
 from rorqual.serve.chats.service import Chats
 from rorqual.serve.chats.store import ChatStore
 from rorqual.serve.chats.voices import OwnModels, TheirModels
@@ -79,10 +80,11 @@ def create_app(
     app.state.ready = False
     app.state.startup_error = None
     platform = Platform(app.state.models, settings)
-    app.state.chats = None
+    app.state.chats = app.state.files = None
     if settings.database_url:
         app.state.chats = _chats(app, platform, upstream, searcher, metrics)
-        app.include_router(chat_routes.routes(app.state.chats, Files(app.state.chats.store, _counter(models))))
+        app.state.files = Files(app.state.chats.store, _counter(models))
+        app.include_router(chat_routes.routes(app.state.chats, app.state.files))
     for prefix in PREFIXES:
         app.include_router(search_routes(searcher), prefix=prefix)
         app.include_router(_probes(app), prefix=prefix)

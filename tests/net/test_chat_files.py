@@ -14,8 +14,8 @@ from pypdf.generic import DecodedStreamObject, DictionaryObject, NameObject
 from rorqual.data.special import SPECIAL_TOKENS
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.serve.app import Settings
-from rorqual.serve.chats.files import clean_name, estimate
-from rorqual.serve.chats.prompting import quoted_file
+from rorqual.serve.chats.files import clean_name
+from rorqual.serve.chats.prompting import estimate, quoted_file
 from rorqual.serve.database import database_url
 from rorqual.serve.keys import KeyStore, Limits
 from tests.net.chatting import Page, new

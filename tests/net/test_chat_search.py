@@ -85,10 +85,10 @@ class World:
 
 
 @contextlib.contextmanager
-def serving(tokenizer: Tokenizer, directory: Path, searcher: Searcher | None) -> Iterator[Page]:
+def serving(tokenizer: Tokenizer, directory: Path, searcher: Searcher | None, context: int = 16384) -> Iterator[Page]:
     settings = Settings(database_url=database_url(directory), heartbeat_s=0.2)
     with (
-        running(tokenizer, settings, context=16384, searcher=searcher) as server,
+        running(tokenizer, settings, context=context, searcher=searcher) as server,
         httpx.Client(base_url=server.url, timeout=30) as http,
     ):
         yield Page(server, http)
@@ -208,6 +208,20 @@ def test_no_provider_and_one_that_fails_are_told_and_answered_anyway(
         assert ended["content"] == "From memory." and "no search" in ended["search"]["failed"]
         assert not without.call("GET", "/chats/setup")["search"]["available"]
         assert without.call("POST", "/search", {"query": "x"}, status=404)["error"]["message"]
+
+
+def test_what_was_found_is_cut_to_a_short_context(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    index = LocalIndex(tmp_path / "index.sqlite")
+    add_own(index)
+    with serving(tokenizer, tmp_path, Searcher(LocalProvider(index), SafeFetcher()), context=4096) as short:
+        play(short, "speculation drafts", "It drafts [citation:1].")
+        _, ended = short.asked(short.chat(search=True), "How does speculation draft?")
+        assert ended["status"] == "done", ended["error"]
+        assert [s["n"] for s in ended["search"]["sources"]] == list(range(1, len(ended["search"]["sources"]) + 1))
+        assert ended["search"]["sources"] and len(short.server.engine.seen[-1].prompt) <= 4096 - 1024
+        shown = short.prompt()
+        assert all(f"[webpage {s['n']} begin]" in shown for s in ended["search"]["sources"])
+    index.close()
 
 
 def test_stopping_while_it_searches(online: Page, gate: Gate) -> None:

@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 SAVE_S = 0.4
 USAGE_S = 1.0
 QUERY_TOKENS = 200
+ANSWER_TOKENS = 1024
 Wish = Literal["stop", "answer", "cut", "gone"]
 ENDINGS: Mapping[Wish, Status] = {"stop": "stopped", "cut": "cut", "gone": "stopped", "answer": "stopped"}
 
@@ -127,7 +128,7 @@ class Answering:
         messages = with_sources(messages, self._sources(), self._message.created)
         messages += begun(self.live.settle(), answers_now=self._answers_now)
         s = self._settings
-        asked = Asked(s.model, messages, s.thinking, s.temperature, s.top_p, s.max_tokens)
+        asked = Asked(s.model, messages, s.thinking, s.temperature, s.top_p, s.max_tokens, s.seed)
         reason = "stop"
         self._open()
         told = time.monotonic()
@@ -191,11 +192,24 @@ class Answering:
                     found["problems"].append({"where": where, "message": text})
                     self.live.tell("search", "reading")
                 case Sources(sources=sources):
-                    found["sources"] = [source_json(source) for source in sources]
+                    fitting = await self._fitting(messages, list(sources), model)
+                    found["sources"] = [source_json(source) for source in fitting]
         if found["queries"] and not found["sources"]:
             found["failed"] = found["problems"][0]["message"] if found["problems"] else "nothing was found"
         found["done"] = True
         self.live.tell("search", "done")
+
+    async def _fitting(self, messages: Prompt, sources: list[Source], model: ModelCard) -> list[Source]:
+        """The sources without the last passages, as many as do not fit beside the conversation and room for an answer."""
+        room = model.context_length - min(ANSWER_TOKENS, model.context_length // 4)
+        while sources and model.context_length:
+            shown = with_sources(messages, sources, self._message.created)
+            if await self._tools.voice.tokens(Asked(model.id, shown, self._settings.thinking)) <= room:
+                break
+            *sources, last = sources
+            if last.passages[1:]:
+                sources.append(replace(last, passages=last.passages[:-1]))
+        return sources
 
     async def _ask(self, messages: Sequence[Mapping[str, str]]) -> AsyncIterator[str]:
         """The model for the queries: without thought, briefly."""
