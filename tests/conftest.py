@@ -22,3 +22,9 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_data(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Commands keep their data in a folder of the tests', not in the home of whoever runs them."""
+    os.environ["RORQUAL_DATA_DIR"] = str(tmp_path_factory.mktemp("data"))

@@ -434,6 +434,21 @@ def test_a_key_sees_its_own_chats_only(tokenizer: Tokenizer, tmp_path: Path, gat
             page.http.close()
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200), ({"host": "localhost:1"}, 200), ({"host": "[::1]:1"}, 200), ({"origin": "http://localhost:5173"}, 200),
+        ({"host": "evil.example"}, 403), ({"host": "127.0.0.1.evil.example"}, 403),
+        ({"host": "localhost@evil.example"}, 403), ({"origin": "https://evil.example"}, 403), ({"origin": "null"}, 403),
+        ({"origin": "http://localhost.evil.example"}, 403),
+    ],
+)  # fmt: skip
+def test_pages_of_other_sites_read_no_conversations(page: Page, headers: dict[str, str], status: int) -> None:
+    """Without keys nothing else keeps a page that somebody visits from asking this machine."""
+    assert page.http.get("/chats", headers=headers).status_code == status
+    assert page.http.post("/chats", json={"id": "x"}, headers=headers).status_code == status
+
+
 # ---- size -------------------------------------------------------------------------------------------------------
 
 

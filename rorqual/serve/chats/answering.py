@@ -96,8 +96,11 @@ class Answering:
         self._message.status = status
         self._account()
         self.live.settle()
-        await self._finish()
+        # First written, then told: the next question reads this answer from the database.
+        written = await self._written(0.0, 0.5, 2.0)
         self.live.end()
+        while not written:  # a full disk, a database that is away: for as long as it takes
+            written = await self._written(10.0)
 
     async def _speak_until_done(self) -> Status:
         while True:
@@ -251,14 +254,16 @@ class Answering:
             elif wish in ("stop", "answer"):
                 self.wish("stop" if wish == "stop" else "answer")
 
-    async def _finish(self) -> None:
-        for pause_s in (0.0, 0.5, 2.0, 5.0):
+    async def _written(self, *pauses_s: float) -> bool:
+        """Write the end down, after each of the pauses until it succeeds."""
+        for pause_s in pauses_s:
             await asyncio.sleep(pause_s)
             try:
                 await asyncio.to_thread(self._tools.work.finish, replace(self._message))
-                return
+                return True
             except SQLAlchemyError as error:
                 log.error("the end of answer %s could not be saved: %s", self._message.id, error)
+        return False
 
 
 class _Meter:

@@ -35,6 +35,7 @@ from rorqual.serve.searching import Searcher
 log = logging.getLogger(__name__)
 BEAT_S = 3.0
 LOOK_S = 0.5
+STOP_S = 10.0
 T = TypeVar("T")
 
 
@@ -85,7 +86,8 @@ class Chats:
         running = list(self._running.values())
         for answering, _ in running:
             answering.wish("cut")
-        await asyncio.gather(*(task for _, task in running), return_exceptions=True)
+        if running:  # what cannot be written down by then is cut as by a kill
+            await asyncio.wait([task for _, task in running], timeout=STOP_S)
         self._beating.cancel()
         await asyncio.gather(self._beating, return_exceptions=True)
         self._beating = None
@@ -156,7 +158,7 @@ class Chats:
         answering, task = running
         answering.wish("answer" if thinking else "stop")
         if not thinking:
-            await asyncio.wait([task], timeout=10)
+            await asyncio.wait([task], timeout=STOP_S)
         return answering.live.settle()
 
     async def delete(self, owner: str, chat: str) -> None:
