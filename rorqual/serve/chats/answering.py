@@ -99,8 +99,17 @@ class Answering:
         # First written, then told: the next question reads this answer from the database.
         written = await self._written(0.0, 0.5, 2.0)
         self.live.end()
+        self._tell()
         while not written:  # a full disk, a database that is away: for as long as it takes
             written = await self._written(10.0)
+
+    def _tell(self) -> None:
+        """One log line, as of any request."""
+        usage = self._message.usage or {}
+        names = ("prompt_tokens", "cached_tokens", "completion_tokens")
+        fields = {"request_id": f"chat_{self._message.id}", "key": self._caller.id, "model": self._message.model}
+        fields |= {"status": self._message.status, **{name: usage.get(name, 0) for name in names}}
+        log.info("%(request_id)s %(model)s %(status)s %(completion_tokens)s tokens", fields, extra={"fields": fields})
 
     async def _speak_until_done(self) -> Status:
         while True:
