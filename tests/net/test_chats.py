@@ -127,6 +127,22 @@ def test_two_listeners_and_one_that_left_and_came_back_hear_the_same(page: Page)
     assert [f["type"] for _, f in ended] == ["state"] and ended[0][1]["message"]["status"] == "done"
 
 
+def test_what_has_ended_never_runs_again(page: Page) -> None:
+    """Whoever asks just when an answer ends is told one thing by every route, and the next question sees the whole answer."""
+    page.server.script("One two three four five six seven.")
+    chat = page.chat()
+    leaf = None
+    for _ in range(15):
+        _, answer = page.ask(chat, "?", leaf)
+        while page.message(chat, answer)["status"] == "running":
+            pass
+        assert page.message(chat, answer)["status"] == "done"
+        assert page.call("GET", f"/chats/{chat}")["messages"][-1]["status"] == "done"
+        leaf = answer
+    page.asked(chat, "?", leaf)
+    assert page.prompt().count("One two three four five six seven.") == 15
+
+
 def test_silence_is_filled_with_pings(page: Page, gate: Gate) -> None:
     page.server.script("now", gate=gate.wait)
     chat = page.chat()

@@ -27,7 +27,7 @@ from rorqual.search.turn import SearchSettings, research
 from rorqual.serve.callers import VISIT, Caller, Visit
 from rorqual.serve.chats.live import Live
 from rorqual.serve.chats.prompting import Prompt, begun, conversation, source_json, source_of, with_sources
-from rorqual.serve.chats.shapes import ChatSettings, Status, Turn
+from rorqual.serve.chats.shapes import ChatSettings, Message, Status, Turn
 from rorqual.serve.chats.store import checks_json
 from rorqual.serve.chats.voices import Asked, ModelCard, Voice, card
 from rorqual.serve.chats.work import Work
@@ -93,15 +93,15 @@ class Answering:
             keeper.cancel()
             await asyncio.gather(keeper, return_exceptions=True)
         self.live.stop_clock()
-        self._message.status = status
         self._account()
-        self.live.settle()
         # First written, then told: the next question reads this answer from the database.
-        written = await self._written(0.0, 0.5, 2.0)
+        ended = replace(self.live.settle(), status=status)
+        written = await self._written(ended, 0.0, 0.5, 2.0)
+        self._message.status = status
         self.live.end()
         self._tell()
         while not written:  # a full disk, a database that is away: for as long as it takes
-            written = await self._written(10.0)
+            written = await self._written(ended, 10.0)
 
     def _tell(self) -> None:
         """One log line, as of any request."""
@@ -263,12 +263,12 @@ class Answering:
             elif wish in ("stop", "answer"):
                 self.wish("stop" if wish == "stop" else "answer")
 
-    async def _written(self, *pauses_s: float) -> bool:
-        """Write the end down, after each of the pauses until it succeeds."""
+    async def _written(self, ended: Message, *pauses_s: float) -> bool:
+        """Write it down, after each of the pauses until it succeeds."""
         for pause_s in pauses_s:
             await asyncio.sleep(pause_s)
             try:
-                await asyncio.to_thread(self._tools.work.finish, replace(self._message))
+                await asyncio.to_thread(self._tools.work.finish, ended)
                 return True
             except SQLAlchemyError as error:
                 log.error("the end of answer %s could not be saved: %s", self._message.id, error)

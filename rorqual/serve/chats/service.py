@@ -149,7 +149,7 @@ class Chats:
 
     async def stop_answer(self, owner: str, chat: str, message: str, *, thinking: bool = False) -> Message:
         """The answer as it stands once it has stopped, or, for `thinking`, while it goes on."""
-        found: Message = await asyncio.to_thread(self.store.message, owner, chat, message)
+        found = await self._find(owner, chat, message)
         running = self._running.get(found.n)
         if running is None:
             if found.running:
@@ -167,12 +167,24 @@ class Chats:
                 self._running[number][0].wish("gone")
 
     async def message(self, owner: str, chat: str, message: str) -> Message:
-        return self._current(await asyncio.to_thread(self.store.message, owner, chat, message))
+        return self._current(await self._find(owner, chat, message))
+
+    async def _find(self, owner: str, chat: str, message: str) -> Message:
+        """As the database has it. One of ours that runs there and not here any more ended while it was read."""
+        for pause_s in (0.01, 0.1, 1.0, 0.0):
+            found: Message = await asyncio.to_thread(self.store.message, owner, chat, message)
+            if not found.running or found.worker != self.work.id or found.n in self._running:
+                break
+            await asyncio.sleep(pause_s)
+        return found
 
     async def chat(self, owner: str, chat: str) -> dict[str, Any]:
         """With what runs here up to this moment."""
+        # Those that run before it is read, too: they may end meanwhile.
+        running = [answering.live for answering, _ in self._running.values()]
         found: dict[str, Any] = await asyncio.to_thread(self.store.get, owner, chat)
-        live = {answering.live.message.id: answering.live for answering, _ in self._running.values()}
+        running += [answering.live for answering, _ in self._running.values()]
+        live = {one.message.id: one for one in running}
         for i, message in enumerate(found["messages"]):
             here = live.get(message["id"]) if message["status"] == "running" else None
             if here is not None and here.message.chat == chat:
@@ -185,7 +197,7 @@ class Chats:
 
     async def events(self, owner: str, chat: str, message: str) -> AsyncGenerator[Frame | None, None]:
         """What is told of an answer from now on. Raises NotFound at once."""
-        found: Message = await asyncio.to_thread(self.store.message, owner, chat, message)
+        found = await self._find(owner, chat, message)
         running = self._running.get(found.n)
         if running is not None:
             return running[0].live.frames(self._heartbeat_s)
