@@ -128,7 +128,7 @@ def test_two_listeners_and_one_that_left_and_came_back_hear_the_same(page: Page)
 
 
 def test_what_has_ended_never_runs_again(page: Page) -> None:
-    """Whoever asks just when an answer ends is told one thing by every route, and the next question sees the whole answer."""
+    """Whoever asks just when an answer ends is told one thing by every route, and the next question sees all of it."""
     page.server.script("One two three four five six seven.")
     chat = page.chat()
     leaf = None

@@ -250,7 +250,7 @@ class Answering:
         while True:
             await asyncio.sleep(SAVE_S)
             self._message.usage = self._usage.json(self._message.thinking_tokens or 0)
-            kept = replace(self.live.settle())  # a copy: the thread must not read what this loop goes on changing
+            kept = self.live.snapshot()
             try:
                 wish = await asyncio.to_thread(self._tools.work.save, kept)
             except (

@@ -143,7 +143,7 @@ class Chats:
             release()
 
         task.add_done_callback(ended)
-        return live.settle()
+        return live.snapshot()
 
     # ---- while it runs ----------------------------------------------------------------------------------------------
 
@@ -159,7 +159,7 @@ class Chats:
         answering.wish("answer" if thinking else "stop")
         if not thinking:
             await asyncio.wait([task], timeout=STOP_S)
-        return answering.live.settle()
+        return answering.live.snapshot()
 
     async def delete(self, owner: str, chat: str) -> None:
         for number in await asyncio.to_thread(self.store.delete, owner, chat):
@@ -193,7 +193,7 @@ class Chats:
 
     def _current(self, message: Message) -> Message:
         running = self._running.get(message.n)
-        return running[0].live.settle() if running else message
+        return running[0].live.snapshot() if running else message
 
     async def events(self, owner: str, chat: str, message: str) -> AsyncGenerator[Frame | None, None]:
         """What is told of an answer from now on. Raises NotFound at once."""
