@@ -24,8 +24,10 @@ from tests.net.harness import Gate, eventually, running
 
 
 @pytest.fixture(scope="module")
-def shared(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    url = database_url(tmp_path_factory.mktemp("chats"))
+def shared(
+    tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> Iterator[Page]:
+    url = pytestconfig.getoption("--database") or database_url(tmp_path_factory.mktemp("chats"))
     with (
         running(tokenizer, Settings(database_url=url, heartbeat_s=0.2), context=8192) as server,
         httpx.Client(base_url=server.url, timeout=30) as http,
