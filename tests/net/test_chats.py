@@ -69,6 +69,8 @@ def test_nobody_listens_and_the_answer_is_there(page: Page, gate: Gate) -> None:
     _, answer = page.ask(chat, "?")
     assert page.message(chat, answer)["status"] == "running"
     assert page.call("GET", "/chats")["chats"][0]["running"]
+    early = {"id": new(), "parent": answer, "content": "?", "answer": {"id": new()}}
+    assert "still being written" in page.call("POST", f"/chats/{chat}/messages", early, status=409)["error"]["message"]
     gate.open()
     assert page.ended(chat, answer)["content"] == "A whale of an answer."
     assert not page.call("GET", "/chats")["chats"][0]["running"]

@@ -39,6 +39,7 @@ Limit = Annotated[int, Query(ge=1, le=LIST_LIMIT)]
 Words = Annotated[str, Query(max_length=500)]
 
 
+UPLOADS = ("/chats/files", "/chats/import")
 COSTS = ("/messages", "/answers", "/continue", "/files")
 
 
