@@ -25,6 +25,7 @@ from rorqual.errors import ConfigError
 FILE = "rorqual.sqlite3"
 METADATA = MetaData()
 HEAD = "0002"
+BUSY_MS = 5000
 MIGRATIONS = Path(__file__).parent / "migrations"
 _LOCK = 7_201_865  # any number, the same for everyone who migrates a PostgreSQL database
 
@@ -112,7 +113,7 @@ def _set_up_sqlite(connection: Any, record: object) -> None:
     """Readers do not wait for the writer, writers wait for each other instead of failing, references are checked.
     Transactions begin where SQLAlchemy says so: by itself the driver begins none for a CREATE TABLE."""
     connection.isolation_level = None
-    for pragma in ("journal_mode=WAL", "busy_timeout=5000", "synchronous=NORMAL", "foreign_keys=ON"):
+    for pragma in ("journal_mode=WAL", f"busy_timeout={BUSY_MS}", "synchronous=NORMAL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 from sqlalchemy import insert
 
 from rorqual.data.tokenizer import Tokenizer
+from rorqual.serve import database
 from rorqual.serve.app import Settings
 from rorqual.serve.chats.shapes import title_of, utf16
 from rorqual.serve.chats.store import ChatStore
@@ -492,6 +494,32 @@ def test_ten_thousand_messages_load(page: Page, tmp_path: Path) -> None:
     _, answer = page.asked(chat, "too long", "m9999")
     assert answer["error"]["code"] == "context_length_exceeded"
     page.call("DELETE", f"/chats/{chat}", status=204)
+
+
+def test_a_locked_database_is_a_503_and_costs_nothing(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else holds the file: reading goes on, what would be written can be sent again, an answer is kept as soon as
+    it can be."""
+    monkeypatch.setattr(database, "BUSY_MS", 50)
+    gate = Gate()
+    with running(tokenizer, Settings(database_url=database_url(tmp_path)), context=4096) as server:
+        page = Page(server, httpx.Client(base_url=server.url, timeout=30))
+        server.script("kept", gate=gate.wait)
+        chat = page.chat()
+        _, answer = page.ask(chat, "?")
+        assert eventually(lambda: server.engine.live)
+        holder = sqlite3.connect(tmp_path / "rorqual.sqlite3", isolation_level=None)
+        holder.execute("BEGIN IMMEDIATE")
+        gate.open()
+        assert eventually(lambda: not server.engine.live)
+        body = {"id": new(), "settings": {}}
+        assert page.call("POST", "/chats", body, status=503)["error"]["code"] == "database_unavailable"
+        assert page.call("GET", f"/chats/{chat}")["messages"][1]["content"] == "kept"
+        holder.execute("COMMIT")
+        assert page.ended(chat, answer)["content"] == "kept"
+        assert page.call("POST", "/chats", body)["id"] == body["id"]
+        page.http.close()
 
 
 # ---- bodies -----------------------------------------------------------------------------------------------------
