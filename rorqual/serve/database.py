@@ -12,16 +12,18 @@ there is something to do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from sqlalchemy import URL, Connection, Engine, MetaData, create_engine, event, inspect, make_url, text
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, SQLAlchemyError
 
 from rorqual.errors import ConfigError
 
+P = ParamSpec("P")
+T = TypeVar("T")
 FILE = "rorqual.sqlite3"
 METADATA = MetaData()
 HEAD = "0002"
@@ -72,6 +74,15 @@ def writing(engine: Engine) -> Iterator[Connection]:
     somebody else's change when it writes fails without waiting."""
     with engine.connect().execution_options(rorqual_writes=True) as connection, connection.begin():
         yield connection
+
+
+def twice(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """A transaction that looks whether something is there before it makes it. Where another made it in between (PostgreSQL
+    lets both begin), it is there when one looks again."""
+    try:
+        return call(*args, **kwargs)
+    except IntegrityError:
+        return call(*args, **kwargs)
 
 
 def migrate(engine: Engine) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,24 @@ def test_a_repeated_request_does_its_work_once(page: Page, gate: Gate) -> None:
         assert error["code"] == "conflict"
     page.call("POST", f"/chats/{chat}/answers", {"id": question, "parent": question}, status=409)
     assert page.call("POST", "/chats", {"id": chat})["id"] == chat  # a chat is made once, too
+
+
+def test_the_same_request_many_times_at_once_does_its_work_once(page: Page) -> None:
+    page.server.script("once")
+    before = len(page.server.engine.seen)
+    chat = new()
+    body = {"id": new(), "parent": None, "content": "?", "answer": {"id": new()}}
+
+    def send(_: int) -> tuple[int, int]:
+        with httpx.Client(base_url=page.server.url, timeout=30) as http:
+            made = http.post("/chats", json={"id": chat}).status_code
+            return made, http.post(f"/chats/{chat}/messages", json=body).status_code
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(send, range(8))) == {(200, 200)}
+    page.ended(chat, body["answer"]["id"])  # type: ignore[index]
+    assert len(page.server.engine.seen) == before + 1
+    assert len(page.call("GET", f"/chats/{chat}")["messages"]) == 2
 
 
 def test_the_next_question_shows_the_whole_branch_and_no_thought(page: Page) -> None:

@@ -32,6 +32,7 @@ from rorqual.serve.chats.shapes import (
     Stop,
 )
 from rorqual.serve.chats.store import LIST_LIMIT
+from rorqual.serve.database import twice
 from rorqual.serve.errors import ApiError, Refused
 from rorqual.serve.run import is_loopback
 
@@ -93,7 +94,7 @@ def _conversations(router: APIRouter, chats: Chats, files: Files) -> None:
 
     @router.post("")
     async def create(body: NewChat) -> dict[str, Any]:
-        return await asyncio.to_thread(store.create, owner(), body)
+        return await asyncio.to_thread(twice, store.create, owner(), body)
 
     @router.get("/{chat}")
     async def get(chat: str) -> Response:
