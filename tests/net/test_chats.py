@@ -423,9 +423,26 @@ def test_export_and_import(page: Page) -> None:
         {**whole, "messages": whole["messages"] + whole["messages"]},
         {**whole, "head": "nobody"},
         {"messages": []},
+        {**whole, "messages": [{**whole["messages"][0], "role": "system"}]},
+        {**whole, "messages": [{**whole["messages"][0], "status": "fine"}]},
+        {**whole, "messages": [{**whole["messages"][0], "search": {"sources": [{"url": "http://a.test"}]}}]},
+        {**whole, "messages": [{**whole["messages"][0], "search": "x"}]},
+        {**whole, "messages": [{**whole["messages"][0], "checks": [{"start": -1}]}]},
+        {**whole, "messages": [{**whole["messages"][0], "usage": {"prompt_tokens": "many"}}]},
     ):
         page.call("POST", "/chats/import", broken, status=400)
     page.call("GET", f"/chats/{chat}/export?format=pdf", status=400)
+    source = {"n": 1, "url": "javascript:alert(1)", "title": "\u0000<script>", "more": 1}
+    evil = {
+        **whole["messages"][0],
+        "role": "assistant",
+        "parent": None,
+        "search": {"sources": [source]},
+        "content": "[citation:1]",
+    }
+    told = page.call("POST", "/chats/import", {**whole, "messages": [evil], "head": None, "settings": {"newer": 1}})
+    assert told["messages"][0]["search"]["sources"][0]["url"] == "" and "javascript" not in str(told)
+    assert page.http.get(f"/chats/{told['id']}/export").status_code == 200
 
 
 # ---- whose they are ---------------------------------------------------------------------------------------------

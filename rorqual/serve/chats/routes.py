@@ -20,12 +20,12 @@ from rorqual.errors import RequestError
 from rorqual.serve.callers import VISIT, Caller
 from rorqual.serve.chats import export
 from rorqual.serve.chats.files import Files
+from rorqual.serve.chats.imported import ImportedChat
 from rorqual.serve.chats.live import Frame
 from rorqual.serve.chats.service import Chats
 from rorqual.serve.chats.shapes import (
     ChatPatch,
     Continuation,
-    ImportedChat,
     NewAnswer,
     NewChat,
     NewQuestion,
