@@ -406,3 +406,33 @@ def load(
     if json_file is not None:
         result = {"kind": "load", **facts, "rounds": rounds, "rows": rows, "seconds": seconds, "environment": where}
         json_file.write_text(json.dumps(result, indent=1) + "\n")
+
+
+@app.command()
+def http(
+    model: Annotated[str, typer.Option(help="Whose tokenizer and template; no weights are read.")] = "rorqual-nano",
+    streams: Annotated[int, typer.Option(help="Streamed answers at once.", min=1)] = 32,
+    tokens: Annotated[int, typer.Option(help="Tokens of each.", min=8)] = 1000,
+    rate: Annotated[float, typer.Option(help="Tokens/s of each in the steady load.", min=0.1)] = 62.5,
+    rounds: Rounds = 5,
+    json_file: JsonFile = None,
+) -> None:
+    """What HTTP costs: the server's CPU time for a streamed token, and the tokens/s that one core carries.
+
+    The engine is scripted, so that tokens cost nothing to make. Two loads: at a steady rate, where most of the time goes
+    into the kernel's sending of single events, and as fast as events can be written.
+
+    Example:
+
+        rorqual bench http --json benchmarks/http.json
+    """
+    from rorqual.cli.http_load import Load, middle
+    from rorqual.config import resolve_model
+
+    directory = resolve_model(model)
+    loads = {
+        f"{rate:g}/s each": Load(streams, min(tokens, round(5 * rate)), rate),
+        "as fast as possible": Load(streams, tokens),
+    }
+    rows = [{"load": name, **middle(directory, load, rounds)} for name, load in loads.items()]
+    finish("http", {"streams": streams, "rounds": rounds}, rows, "cpu", json_file)
