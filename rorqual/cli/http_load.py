@@ -98,8 +98,10 @@ async def _stream(server: ScriptedServer, tokens: int) -> int:
     reader, writer = await asyncio.open_connection(address.hostname, address.port)
     question = [{"role": "user", "content": "What do rorquals eat?"}]
     body = json.dumps({"model": "rorqual-nano", "messages": question, "max_tokens": tokens, "stream": True}).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: rorqual\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
-    writer.write(head.encode() + b"\r\nconnection: close\r\n\r\n" + body)
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: rorqual\r\nconnection: close\r\ncontent-type: application/json\r\n"
+    )
+    writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
     answer = await reader.read()
     writer.close()
     assert answer.startswith(b"HTTP/1.1 200") and b"data: [DONE]" in answer, answer[:300]

@@ -86,7 +86,11 @@ def _serve(pipe: Connection, directory: Path, scripts: Scripts, core: int | None
         gc.collect()
         return _resident_bytes()
 
-    answers = {"cpu": time.process_time, "memory": memory, "live": lambda: len(engine.live)}
+    answers: dict[str, Callable[[], float]] = {
+        "cpu": time.process_time,
+        "memory": memory,
+        "live": lambda: len(engine.live),
+    }
 
     def answer() -> None:
         with contextlib.suppress(EOFError, OSError):

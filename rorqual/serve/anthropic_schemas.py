@@ -22,7 +22,6 @@ ACCEPTED = frozenset(
         "cache_control",
         "container",
         "context_management",
-        "diagnostics",
         "inference_geo",
         "mcp_servers",
         "service_tier",
@@ -56,6 +55,12 @@ class ToolChoice(Body):
 
 class AnthropicThinking(Body):
     type: Literal["enabled", "disabled", "adaptive"]
+
+
+class Diagnostics(Body):
+    """Asked for: why the cache was missed, in comparison with an earlier answer."""
+
+    previous_message_id: str | None = None
 
 
 class Metadata(Body):
@@ -126,12 +131,15 @@ class MessagesRequest(CountRequest):
     stop_sequences: Annotated[list[Annotated[str, Field(min_length=1)]] | None, Field(max_length=16)] = None
     stream: bool | None = None
     metadata: Metadata | None = None
+    diagnostics: Diagnostics | None = None
 
     def _fields(self) -> dict[str, Any]:
         fields = super()._fields()
         for name in ("max_tokens", "temperature", "top_p", "top_k", "stream"):
             fields[name] = getattr(self, name)
         fields["stop"] = self.stop_sequences
+        if self.diagnostics is not None:
+            fields["prompt_cache_options"] = {"comparison_response_id": self.diagnostics.previous_message_id}
         user = self.metadata.user_id if self.metadata else None
         if user:  # any text is one here; what goes on is as short as DeepSeek's
             fields["user_id"] = user if USER_ID.fullmatch(user) else hashlib.sha256(user.encode("utf-8")).hexdigest()

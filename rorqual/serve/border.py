@@ -39,8 +39,8 @@ log = logging.getLogger(__name__)
 CLEAN_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 
 
-def error_response(error: ApiError) -> Response:
-    return JSONResponse(error.body(), error.status, dict(error.headers))
+def error_response(error: ApiError, scope: Scope) -> Response:
+    return JSONResponse(error.body_for(scope["path"]), error.status, dict(error.headers))
 
 
 async def answer_error(request: Request, error: Exception) -> Response:
@@ -48,7 +48,7 @@ async def answer_error(request: Request, error: Exception) -> Response:
     api_error = to_api_error(error)
     if api_error.status >= 500:
         log.error("%s failed", request.scope.get("request_id", "a request"), exc_info=error)
-    return error_response(api_error)
+    return error_response(api_error, request.scope)
 
 
 async def answer_nobody(request: Request, error: Exception) -> Response:
@@ -94,14 +94,14 @@ class Border:
             if refusal is None:
                 await self._app(scope, crossing.receive, crossing.send)
             else:
-                await error_response(refusal)(scope, receive, crossing.send)
+                await error_response(refusal, scope)(scope, receive, crossing.send)
         except Exception as error:
             log.exception("%s failed", crossing.id)
             if not crossing.status:
-                await error_response(to_api_error(error))(scope, receive, crossing.send)
+                await error_response(to_api_error(error), scope)(scope, receive, crossing.send)
         except asyncio.CancelledError:
             if not crossing.status:
-                await error_response(SHUTTING_DOWN)(scope, receive, crossing.send)
+                await error_response(SHUTTING_DOWN, scope)(scope, receive, crossing.send)
             raise
         finally:
             self._leave(crossing)

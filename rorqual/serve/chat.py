@@ -34,7 +34,8 @@ async def chat_completions(body: ChatRequest, http: HttpRequest, platform: Platf
     answers, usage = await collect(events, len(call.job.requests), http.receive, platform.settings)
     choices = [_choice(call, i, answer) for i, answer in enumerate(answers)]
     return JSONResponse(
-        {**call.envelope("chat.completion"), "choices": choices, "usage": usage.openai()}, headers=call.headers
+        {**call.envelope("chat.completion"), "choices": choices, "usage": usage.openai(), **call.diagnosed(usage)},
+        headers=call.headers,
     )
 
 
@@ -52,7 +53,7 @@ class ChatChunks:
 
     def encode(self, event: Event) -> bytes:
         if isinstance(event, Usage):
-            usage = sse({**self._envelope, "choices": [], "usage": event.openai()})
+            usage = sse({**self._envelope, "choices": [], "usage": event.openai(), **self._call.diagnosed(event)})
             return (usage if self._call.body.include_usage else b"") + DONE
         opening = b""
         if event.choice not in self._opened:

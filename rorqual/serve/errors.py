@@ -1,7 +1,8 @@
 """From any exception to the one error object that clients understand.
 
 Every error that leaves here, as a response or in the middle of a stream, is made by `to_api_error`:
-`{"error": {"message", "type", "param", "code"}}`, all four keys present, `param` and `code` strings or null.
+`{"error": {"message", "type", "param", "code"}}`, all four keys present, `param` and `code` strings or null; Anthropic's
+clients get theirs (`ApiError.body_for`).
 
 Choices. Invalid values are 400, as OpenAI has it, and not DeepSeek's 422: openai-python has a class for each,
 but 400 is what programs written for OpenAI catch, and DeepSeek's clients treat both alike. Messages of our
@@ -33,6 +34,16 @@ KINDS: Mapping[int, tuple[str, str | None]] = {
     503: ("server_error", "engine_unavailable"),
     504: ("server_error", "timeout"),
 }
+ANTHROPIC_KINDS: Mapping[int, str] = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 RETRY_LATER = {"retry-after": "1"}  # openai-python obeys it; without, it would begin at half a second
 
 
@@ -50,6 +61,16 @@ class ApiError:
         message = self.message.encode("utf-8", "replace").decode()
         error = {"message": message, "type": kind, "param": self.param, "code": self.code or code}
         return {"error": error}
+
+    def anthropic_body(self) -> dict[str, Any]:
+        kind = ANTHROPIC_KINDS.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
+        return {"type": "error", "error": {"type": kind, "message": self.body()["error"]["message"]}}
+
+    def body_for(self, path: str) -> dict[str, Any]:
+        """As the clients of this path read errors: Anthropic's for its messages, wherever they are mounted, and for all
+        that is under its prefix."""
+        anthropic = path.startswith("/anthropic/") or path.endswith(("/messages", "/messages/count_tokens"))
+        return self.anthropic_body() if anthropic else self.body()
 
 
 class Refused(Exception):

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from rorqual.errors import RequestError
-from rorqual.serve.schemas import ACCEPTED, NO_NAN, Body, ChatRequest
+from rorqual.serve.schemas import ACCEPTED, NO_NAN, Body, CacheOptions, ChatRequest
 
 RESPONSES_ACCEPTED = (ACCEPTED - {"metadata"}) | {"access_programs", "client_metadata", "context_management"}
 RESPONSES_REFUSED: Mapping[str, tuple[object, ...]] = {
@@ -55,6 +55,7 @@ class ResponsesRequest(Body):
     include: list[str] | None = None
     stream: bool | None = None
     stream_options: dict[str, Any] | None = None
+    prompt_cache_options: CacheOptions | None = None
     user_id: str | None = None  # DeepSeek's: whose cache
 
     @field_validator("input")
@@ -81,6 +82,8 @@ class ResponsesRequest(Body):
         for name in ("temperature", "top_p", "parallel_tool_calls", "stream", "user_id"):
             fields[name] = getattr(self, name)
         fields["max_tokens"] = self.max_output_tokens
+        if self.prompt_cache_options is not None:
+            fields["prompt_cache_options"] = self.prompt_cache_options.model_dump(exclude_unset=True)
         if self.top_logprobs is not None or LOGPROBS in (self.include or ()):
             fields |= {"logprobs": True, "top_logprobs": self.top_logprobs or 0}
         if self.tools:

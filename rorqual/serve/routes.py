@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from rorqual.serve import anthropic, tokens
+from rorqual.serve.anthropic_schemas import CountRequest, MessagesRequest
 from rorqual.serve.chat import chat_completions
 from rorqual.serve.completions import completions
 from rorqual.serve.prepare import Platform
@@ -47,11 +48,11 @@ def api(platform: Platform) -> APIRouter:
         return tokens.detokenize(body, platform)
 
     @router.post("/messages")
-    async def messages(request: Request) -> Response:
-        return await anthropic.messages(request, platform)
+    async def messages(body: MessagesRequest, request: Request) -> Response:
+        return await anthropic.messages(body, request, platform)
 
     @router.post("/messages/count_tokens")
-    async def count_tokens(request: Request) -> Response:
-        return await anthropic.count_tokens(request, platform)
+    async def count_tokens(body: CountRequest) -> Response:
+        return await anthropic.count_tokens(body, platform)
 
     return router

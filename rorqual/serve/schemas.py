@@ -26,7 +26,6 @@ ACCEPTED = frozenset(
         "prediction",
         "priority",
         "prompt_cache_key",
-        "prompt_cache_options",
         "prompt_cache_retention",
         "request_id",
         "safety_identifier",
@@ -178,6 +177,12 @@ class StreamOptions(Body):
     include_usage: bool | None = None
 
 
+class CacheOptions(Body):
+    """Of these, the answer to compare with when the cache is missed; prefixes are cached without being told where."""
+
+    comparison_response_id: str | None = None
+
+
 class Thinking(Body):
     type: Literal["enabled", "disabled", "adaptive"]
 
@@ -256,6 +261,7 @@ class ChatRequest(Sampled):
     thinking: Thinking | None = None  # DeepSeek's
     reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None  # vLLM's
+    prompt_cache_options: CacheOptions | None = None
 
     @field_validator("tool_choice", mode="wrap")
     @classmethod

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from types import TracebackType
 from typing import Protocol
 
@@ -126,8 +126,7 @@ class Attended:
 
 
 class EventStream(Response):
-    """Server-sent events as a response. What fails before anything was written is an HTTP error: `refusal` makes the
-    response, or it is raised."""
+    """Server-sent events as a response. What fails before anything was written is raised, and becomes an HTTP error."""
 
     media_type = "text/event-stream"
 
@@ -137,7 +136,6 @@ class EventStream(Response):
         dialect: Dialect,
         settings: Settings,
         headers: Mapping[str, str] | None = None,
-        refusal: Callable[[ApiError], Response] | None = None,
     ) -> None:
         # Not super().__init__: it renders a body and its length, and here there is neither.
         self.status_code = 200
@@ -146,7 +144,6 @@ class EventStream(Response):
         self._events = events
         self._dialect = dialect
         self._settings = settings
-        self._refusal = refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -172,12 +169,7 @@ class EventStream(Response):
             if not started:
                 raise
         except (Exception, asyncio.CancelledError) as error:
-            if patience.expired():
-                raise
-            if not started and self._refusal is not None and isinstance(error, Exception):
-                await self._refusal(self._explain(error, scope))(scope, receive, send)
-                return
-            if not started:
+            if patience.expired() or not started:
                 raise
             last = error
         if last is not None:
