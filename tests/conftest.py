@@ -14,6 +14,7 @@ if not Path("/dev/nvidiactl").exists():
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=3, help="how often the test of killed training kills (make soak: 50)")
+    parser.addoption("--examples", type=int, default=8, help="requests a route that fuzzing makes (make soak: 2000)")
 
 
 @pytest.fixture(autouse=True, scope="session")

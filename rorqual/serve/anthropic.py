@@ -40,9 +40,6 @@ async def messages(body: MessagesRequest, http: HttpRequest, platform: Platform)
 
 
 async def count_tokens(body: CountRequest, platform: Platform) -> Response:
-    if "max_tokens" in (body.model_extra or {}):  # a whole request may be counted too
-        whole = body.model_dump(exclude_unset=True)
-        body = named(lambda: MessagesRequest.model_validate(whole))
     rendered = await render(named(body.chat), platform)
     return JSONResponse({"input_tokens": len(rendered.prompt)})
 

@@ -7,8 +7,7 @@ are no globals: routes are closures over the models and settings of this one app
 process. The lifespan starts the engines and stops them; until it has, `/ready` says 503. No torch here or
 below.
 
-Left out: FastAPI's /docs pages (they load scripts from other hosts) and its OpenAPI file (it would describe
-our bodies, but not our streams and errors; the reference in docs/ does).
+Left out: FastAPI's /docs pages, which load scripts from other hosts; `/openapi.json` is published (`serve.openapi`).
 """
 
 from __future__ import annotations
@@ -24,10 +23,12 @@ from starlette.requests import ClientDisconnect
 
 from rorqual.errors import ConfigError, RorqualError
 from rorqual.serve.admission import AdmittedEngine
+from rorqual.serve.answer_schemas import Status
 from rorqual.serve.border import Border, Traffic, answer_error, answer_nobody
 from rorqual.serve.errors import Refused, engine_gone
 from rorqual.serve.keys import Keyring, KeyStore
 from rorqual.serve.metrics import Metrics
+from rorqual.serve.openapi import answers, publish
 from rorqual.serve.prepare import Platform
 from rorqual.serve.routes import api
 from rorqual.serve.served import GenerationDefaults, ServedModel
@@ -51,7 +52,7 @@ def create_app(models: Mapping[str, ServedModel], settings: Settings, upstream: 
     if bool(models) == (upstream is not None):
         raise ConfigError("a server needs either models or an upstream", remedy="name one with --model or --upstream")
     page = load_page(settings.page_dir)
-    app = FastAPI(title="rorqual", openapi_url=None, redirect_slashes=False, lifespan=_lifespan)
+    app = FastAPI(title="rorqual", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=_lifespan)
     # By its own name, a model once: the dictionary's names may be several for one.
     metrics = Metrics({served.name: served.engine for served in models.values()})
     app.state.models = _admitted(models, settings, metrics)
@@ -64,9 +65,13 @@ def create_app(models: Mapping[str, ServedModel], settings: Settings, upstream: 
     app.state.startup_error = None
     platform = Platform(app.state.models, settings)
     for prefix in PREFIXES:
-        app.include_router(_probes(app), prefix=prefix)
-        app.include_router(_metrics(metrics), prefix=prefix)
-        app.include_router(upstream.router(settings, metrics) if upstream else api(platform), prefix=prefix)
+        for router in (
+            _probes(app),
+            _metrics(metrics),
+            upstream.router(settings, metrics) if upstream else api(platform),
+        ):
+            app.include_router(router, prefix=prefix, include_in_schema=not prefix)
+    publish(app, PREFIXES)
     app.include_router(_page(page))
     for kind in (RorqualError, RequestValidationError, HTTPException, Refused):
         app.add_exception_handler(kind, answer_error)
@@ -118,11 +123,13 @@ def _probes(app: FastAPI) -> APIRouter:
             raise engine_gone()
         return {"status": "ok"}
 
-    @router.api_route("/health", methods=["GET", "HEAD"])
+    @router.head("/health", include_in_schema=False)
+    @router.get("/health", responses=answers(Status))
     async def health() -> dict[str, str]:
         return require(*(served.engine.alive for served in app.state.models.values()))
 
-    @router.api_route("/ready", methods=["GET", "HEAD"])
+    @router.head("/ready", include_in_schema=False)
+    @router.get("/ready", responses=answers(Status))
     async def ready() -> dict[str, str]:
         engines = [served.engine.ready for served in app.state.models.values()]
         if app.state.upstream is not None:
@@ -135,7 +142,7 @@ def _probes(app: FastAPI) -> APIRouter:
 def _metrics(metrics: Metrics) -> APIRouter:
     router = APIRouter()
 
-    @router.get("/metrics")
+    @router.get("/metrics", responses={200: {"description": "Prometheus", "content": {"text/plain": {}}}})
     async def exposition(request: Request) -> Response:
         body, content_type = metrics.exposition(request.headers.get("accept", ""))
         return Response(body, media_type=content_type)
@@ -150,5 +157,5 @@ def _page(files: Mapping[str, PageFile]) -> APIRouter:
         return answer_file(files[request.url.path], request)
 
     for path in files:
-        router.add_api_route(path, file, methods=["GET", "HEAD"])
+        router.add_api_route(path, file, methods=["GET", "HEAD"], include_in_schema=False)
     return router

@@ -116,6 +116,8 @@ def _validation_error(errors: Sequence[Any]) -> ApiError:
     kind, where = str(first["type"]), list(first["loc"])[1:]  # loc begins with "body"
     if kind == "json_invalid":
         return ApiError(400, f"The request body is not valid JSON: {first['ctx']['error']} at character {where[0]}.")
+    if not where and not kind.endswith("_type"):
+        return ApiError(400, f"{first['msg']}.", None, "invalid_value")
     if not where:
         return ApiError(400, "The request body must be a JSON object, sent with content-type: application/json.")
     param = _spell(where)

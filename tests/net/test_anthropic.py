@@ -15,6 +15,7 @@ from rorqual.data.tokenizer import Tokenizer
 from rorqual.data.tools import tool_calls
 from rorqual.engine.scripted import Script
 from rorqual.errors import CapacityError, RorqualError
+from rorqual.serve.app import Settings
 from tests.net.harness import Harness, running, some_text
 
 HI = [{"role": "user", "content": "hi"}]
@@ -27,8 +28,8 @@ def server(tokenizer: Tokenizer) -> Iterator[Harness]:
         yield harness
 
 
-def client(server: Harness) -> anthropic.Anthropic:
-    return anthropic.Anthropic(base_url=f"{server.url}/anthropic", api_key="none", max_retries=0, timeout=20)
+def client(server: Harness, key: str = "none") -> anthropic.Anthropic:
+    return anthropic.Anthropic(base_url=f"{server.url}/anthropic", api_key=key, max_retries=0, timeout=20)
 
 
 def ask(server: Harness, **more: Any) -> Any:
