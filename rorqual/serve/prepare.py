@@ -230,7 +230,9 @@ def _grammar(body: ChatRequest, served: ServedModel, in_thinking: bool) -> Gramm
     if not tools:
         return None if answer is None else Grammar("json_schema", json.dumps(answer, ensure_ascii=False), after)
     choice = body.tool_choice
+    parallel = body.parallel_tool_calls is not False
     if isinstance(choice, NamedTool):
+        parallel = bool(body.parallel_tool_calls)  # who names one function wants one call
         tools = [tool for tool in tools if tool.name == choice.function.name]
     schemas = {tool.name: _arguments(tool) for tool in tools}
     required = choice == "required" or isinstance(choice, NamedTool)
@@ -239,7 +241,7 @@ def _grammar(body: ChatRequest, served: ServedModel, in_thinking: bool) -> Gramm
         served.tokenizer,
         served.template.tool_form,
         schemas,
-        parallel=body.parallel_tool_calls is not False,
+        parallel=parallel,
         opened=free,
         answer=None if required else answer,
     )
