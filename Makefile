@@ -75,6 +75,7 @@ clients: setup-dev
 	$(BIN)/python scripts/clients.py $(ARGS)
 
 soak: setup-dev page
+	$(BIN)/python scripts/soak_server.py
 	$(BIN)/python scripts/soak.py $(ARGS)
 
 clean:

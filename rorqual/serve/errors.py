@@ -12,6 +12,7 @@ goes to the log under the request's id. Left out: a code for each of OpenAI's hu
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,6 +72,13 @@ class ApiError:
         that is under its prefix."""
         anthropic = path.startswith("/anthropic/") or path.endswith(("/messages", "/messages/count_tokens"))
         return self.anthropic_body() if anthropic else self.body()
+
+
+def log_fault(log: logging.Logger, request: str, error: BaseException) -> None:
+    """A server's fault, under the id that the client got. What is ours says why in its message; a traceback would tell no
+    more, and a dead engine would write one for each request that it had."""
+    known = isinstance(error, RorqualError | HTTPException)
+    log.error("%s failed: %s", request, error, exc_info=None if known else error)
 
 
 class Refused(Exception):

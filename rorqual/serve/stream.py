@@ -24,7 +24,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from rorqual.serve.errors import ApiError, to_api_error
+from rorqual.serve.errors import ApiError, log_fault, to_api_error
 from rorqual.serve.events import Event
 from rorqual.serve.settings import Settings
 
@@ -191,5 +191,5 @@ class EventStream(Response):
             return SHUTTING_DOWN
         api_error = to_api_error(error)
         if api_error.status >= 500:
-            log.error("%s failed in mid-stream", scope.get("request_id", "a request"), exc_info=error)
+            log_fault(log, scope.get("request_id", "a request"), error)
         return api_error
