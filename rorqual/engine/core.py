@@ -16,7 +16,8 @@ one step reads is bounded by the token budget; a prompt that has more to read st
 
 Every request that `add` accepted ends with exactly one output that has a finish reason, whatever happens:
  - a token that stops it, its grammar's end, its length, or `abort`;
- - a fault in one row (logits that are not numbers, a grammar that fails) ends that request with an error;
+ - a fault in one row (logits that are not numbers) ends that request with an error, and a request that forbids every
+   token, or whose grammar gives up, with one that is the request's own;
  - an exception in the runner ends every request of that step with an error.
 After a fault the pages that were being written are wiped: a stale NaN would reach later owners of the page even
 through masked attention, since 0 * NaN is NaN. If wiping fails too, the device is gone and the exception is the
@@ -47,11 +48,13 @@ Masks = Callable[[], Sequence[Sequence[Any]]]
 
 
 class Draw(NamedTuple):
-    """What a position came to. token_id: None if there is a fault, which says why its slice cannot be used."""
+    """What a position came to. token_id: None if there is a fault, which says why its slice cannot be used; asked: whether
+    the request itself made it so (it forbids every token), and nothing has failed."""
 
     token_id: int | None = None
     logprob: TokenLogprob | None = None
     fault: str | None = None
+    asked: bool = False
 
 
 class Runner(Protocol):
@@ -210,22 +213,26 @@ class EngineCore:
             return news + self._fail(lives, f"{type(error).__name__}: {error}")
         step = self._account(plan, lives, begin, self.clock())
         step.read_bytes = self.runner.read_bytes - read
-        faulty: list[tuple[_Live, str]] = []
+        faulty: list[tuple[_Live, _Fault]] = []
         done: list[tuple[Slice, int]] = []
         published: list[int] = []
         for live, slice_, draws in zip(lives, plan, results, strict=True):
             try:
                 output = self._advance(live, slice_, draws, published)
             except _Fault as fault:
-                faulty.append((live, str(fault)))
+                faulty.append((live, fault))
                 continue
             if output:
                 news.append(output)
             if output is None or output.finish_reason is None:
                 done.append((slice_, len(output.token_ids) if output else 0))
-        for live, fault_text in faulty:
-            log.error("request %s failed: %s", live.job.request.id, fault_text)
-            news += self._fail([live], fault_text)
+        for live, why in faulty:
+            if why.asked:
+                error = RequestError(f"this request cannot go on: {why}", remedy="forbid less, or let it end earlier")
+                news.append(self._end(live, FinishReason.ERROR, error=error))
+                continue
+            log.error("request %s failed: %s", live.job.request.id, why)
+            news += self._fail([live], str(why))
         step.new_tokens = sum(len(o.token_ids) for o in news)
         self._draft(done, step)
         self._store(published)
@@ -241,7 +248,7 @@ class EngineCore:
         finally:
             wait([future])  # nothing may touch the matchers meanwhile
         for i, fault in future.result()[1].items():
-            results[i] = [Draw(fault=fault)]
+            results[i] = [fault]
         return results
 
     def _advance(self, live: _Live, s: Slice, draws: Sequence[Draw], published: list[int]) -> Output | None:
@@ -254,7 +261,7 @@ class EngineCore:
         accepted = 0
         for i, draw in enumerate(draws):
             if draw.fault:  # one after a draft that fell means nothing: a grammar allows no token there
-                raise _Fault(draw.fault)
+                raise _Fault(draw.fault, draw.asked)
             assert draw.token_id is not None
             job.tokens.append(draw.token_id)
             tokens.append(draw.token_id)
@@ -281,7 +288,7 @@ class EngineCore:
             try:
                 live.matcher.accept(token)
             except Exception as error:
-                raise _Fault(f"its grammar failed: {error}") from error
+                raise _Fault(f"its grammar failed: {error}", asked=isinstance(error, RequestError)) from error
             if live.matcher.stopped:
                 return FinishReason.STOP
         if job.generated == params.max_tokens or len(job.tokens) >= self.info.max_model_len:
@@ -438,18 +445,22 @@ class EngineCore:
 
 
 class _Fault(Exception):
-    """One request cannot go on."""
+    """One request cannot go on. asked: see `Draw`."""
+
+    def __init__(self, why: str, asked: bool = False) -> None:
+        super().__init__(why)
+        self.asked = asked
 
 
-def _masks(asked: Sequence[tuple[Matcher, tuple[int, ...]] | None]) -> tuple[list[Sequence[Any]], dict[int, str]]:
+def _masks(asked: Sequence[tuple[Matcher, tuple[int, ...]] | None]) -> tuple[list[Sequence[Any]], dict[int, Draw]]:
     """Per slice its grammar's masks, and by slice what went wrong."""
     rows: list[Sequence[Any]] = []
-    faults: dict[int, str] = {}
+    faults: dict[int, Draw] = {}
     for i, ask in enumerate(asked):
         rows.append(())
         if ask:
             try:
                 rows[i] = ask[0].masks(ask[1])
             except Exception as error:
-                faults[i] = f"its grammar failed: {error}"
+                faults[i] = Draw(fault=f"its grammar failed: {error}", asked=isinstance(error, RequestError))
     return rows, faults

@@ -45,6 +45,7 @@ Floats = NDArray[np.float64]
 Ids = NDArray[np.int64]
 
 CANDIDATES = 256
+NOTHING_LEFT = "grammar, bias, bad words and min_tokens forbid every token: no token is allowed"
 _MASK = (1 << 64) - 1
 
 
@@ -91,7 +92,7 @@ def sample(logits_BV: Tensor, rows: Sequence[Row]) -> list[Draw]:
         best, tokens = _best_tokens(ready_BV)
         for i in adjusted:
             if best[i] == -math.inf:
-                faults[i] = "grammar, bias, bad words and min_tokens forbid every token: no token is allowed"
+                faults[i] = NOTHING_LEFT
             elif not math.isfinite(best[i]):
                 faults[i] = "its logits are not finite numbers after penalties"
     warm = [i for i, row in enumerate(rows) if faults[i] is None and row.params.temperature > 0]
@@ -106,7 +107,7 @@ def sample(logits_BV: Tensor, rows: Sequence[Row]) -> list[Draw]:
                 tokens[i] = token
     logprobs = _logprobs(raw_BV, rows, tokens)
     return [
-        Draw(token, logprobs.get(i)) if fault is None else Draw(fault=fault)
+        Draw(token, logprobs.get(i)) if fault is None else Draw(fault=fault, asked=fault == NOTHING_LEFT)
         for i, (token, fault) in enumerate(zip(tokens, faults, strict=True))
     ]
 

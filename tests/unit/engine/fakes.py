@@ -96,7 +96,7 @@ class MemoryRunner:
         for i in range(1 + len(s.drafts)):
             token = next_token(read[: s.start + s.count + i])
             if masks and not masks[i]:
-                draws.append(Draw(fault="no token is allowed"))
+                draws.append(Draw(fault="no token is allowed", asked=True))
                 continue
             while masks and token not in masks[i]:
                 token = (token + 1) % VOCAB
