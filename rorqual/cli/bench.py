@@ -436,3 +436,35 @@ def http(
     }
     rows = [{"load": name, **middle(directory, load, rounds)} for name, load in loads.items()]
     finish("http", {"streams": streams, "rounds": rounds}, rows, "cpu", json_file)
+
+
+@app.command()
+def grammar(
+    model: Annotated[str, typer.Option(help="A model directory.")] = "models/rorqual-nano",
+    batch: Annotated[list[int] | None, typer.Option(help="Requests at once; default 1 and 8.")] = None,
+    new: Annotated[int, typer.Option(help="Tokens of each.", min=8)] = 256,
+    dtype: Dtype = "",
+    threads: Threads = 0,
+    speculation: Annotated[int, typer.Option(help="Drafts a token.", min=0)] = 0,
+    rounds: Rounds = 5,
+    json_file: JsonFile = None,
+) -> None:
+    """Decoding held to a JSON schema against decoding freely, sampled at temperature 1.
+
+    Example:
+
+        rorqual bench grammar --model models/rorqual-nano --json benchmarks/grammar.json
+    """
+    from rorqual.cli import benchmarks as b
+    from rorqual.cli import grammar_load
+    from rorqual.data.tokenizer import Tokenizer
+
+    weights = b.Weights(model)
+    tokenizer = Tokenizer.load(weights.path)
+    prompt = (tokenizer.bos_id, *tokenizer.encode("A list of animals as JSON:"))
+    batches = batch or [1, 8]
+    core = b.engine(weights, "cpu", max(batches), dtype or "float32", threads, speculation)
+    rows = [grammar_load.compare(core, prompt, n, new, rounds) for n in batches]
+    core.close()
+    facts = {"model": model, "new": new, "dtype": dtype or "float32", "speculation": speculation, "rounds": rounds}
+    finish("grammar", facts, rows, "cpu", json_file)

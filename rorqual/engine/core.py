@@ -228,8 +228,8 @@ class EngineCore:
                 done.append((slice_, len(output.token_ids) if output else 0))
         for live, why in faulty:
             if why.asked:
-                error = RequestError(f"this request cannot go on: {why}", remedy="forbid less, or let it end earlier")
-                news.append(self._end(live, FinishReason.ERROR, error=error))
+                refusal = RequestError(f"this request cannot go on: {why}", remedy="forbid less, or let it end earlier")
+                news.append(self._end(live, FinishReason.ERROR, error=refusal))
                 continue
             log.error("request %s failed: %s", live.job.request.id, why)
             news += self._fail([live], str(why))
