@@ -8,7 +8,8 @@ and one after each draft; draws are taken in order up to the first that differs 
 tokens before it, the seed and the position alone, so the answer is the same token by token with drafts and without,
 and its distribution is the model's. The latents of drafts that fell are overwritten when their positions come.
 
-Grammars: masks are computed in a thread beside the forward, and the runner asks for them when it needs them.
+Grammars: the runner asks for masks when it needs them. Where it waits for a device, they are computed meanwhile in a
+thread; on a CPU at once, because waking a thread takes longer than most masks do, and takes it from the forward.
 
 Disk: before a step is planned, pages that the next prompts lack in memory are looked up on disk and published, so that
 the scheduler finds them like any others; after it, newly published pages are offered to the disk's own thread. What
@@ -32,6 +33,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal, NamedTuple, Protocol
 
 from rorqual.engine.api import EngineInfo, FinishReason, Grammar, Output, Request, TokenLogprob, check_request
@@ -61,12 +63,14 @@ class Runner(Protocol):
     """Computes a step. `engine.runner.ModelRunner` is the real one.
 
     draft_depth: most drafts a token can be given, 0 if it cannot draft; page_bytes: what `read_page` returns; read_bytes:
-    weights and cache that `run` has had to read so far (0 if it does not count).
+    weights and cache that `run` has had to read so far (0 if it does not count); on_device: whether `run` mostly waits for a
+    device, so that this process has time meanwhile.
     """
 
     draft_depth: int
     page_bytes: int
     read_bytes: float
+    on_device: bool
 
     def run(self, plan: Sequence[Slice], masks: Masks | None) -> list[list[Draw]]:
         """Per slice, in order: 1 + len(drafts) draws if it samples, none if it does not, one with a fault if its
@@ -148,7 +152,7 @@ class EngineCore:
         self._stats = EngineStats()
         self._live: dict[str, _Live] = {}
         self._news: list[Output] = []  # endings that happened between steps
-        self._worker = ThreadPoolExecutor(1, "grammar") if grammar_compiler else None
+        self._worker = ThreadPoolExecutor(1, "grammar") if grammar_compiler and runner.on_device else None
 
     @property
     def busy(self) -> bool:
@@ -240,14 +244,16 @@ class EngineCore:
 
     def _run(self, plan: Sequence[Slice], lives: Sequence[_Live]) -> list[list[Draw]]:
         asked = [(x.matcher, s.drafts) if x.matcher and s.samples else None for x, s in zip(lives, plan, strict=True)]
-        if self._worker is None or not any(asked):
+        if not any(asked):
             return self.runner.run(plan, None)
-        future = self._worker.submit(_masks, asked)
+        future = self._worker.submit(_masks, asked) if self._worker else None
+        found = cache(future.result if future else lambda: _masks(asked))
         try:
-            results = self.runner.run(plan, lambda: future.result()[0])
+            results = self.runner.run(plan, lambda: found()[0])
         finally:
-            wait([future])  # nothing may touch the matchers meanwhile
-        for i, fault in future.result()[1].items():
+            if future:
+                wait([future])  # nothing may touch the matchers meanwhile
+        for i, fault in found()[1].items():
             results[i] = [fault]
         return results
 

@@ -44,6 +44,7 @@ class ModelRunner:
         shape = (cfg.num_hidden_layers, num_pages, page_size, cfg.cache_dim)
         self.latents = zeros(shape, model.compute_dtype or model.dtype, model.device)
         self.page_bytes = self.latents[:, 0].numel() * self.latents.itemsize
+        self.on_device = self.latents.is_cuda
         self.graphs: DecodeGraphs | None = None
         if self.latents.is_cuda and not attend_pages_missing():
             self.graphs = DecodeGraphs(model, self.latents, page_size)

@@ -89,8 +89,8 @@ def sample(logits_BV: Tensor, rows: Sequence[Row]) -> list[Draw]:
     if adjusted:
         ready_BV = raw_BV.clone()
         _adjust(ready_BV, rows, adjusted)
-        best, tokens = _best_tokens(ready_BV)
-        for i in adjusted:
+        for i, value, token in zip(adjusted, *_best_tokens(_pick(ready_BV, adjusted)), strict=True):
+            best[i], tokens[i] = value, token
             if best[i] == -math.inf:
                 faults[i] = NOTHING_LEFT
             elif not math.isfinite(best[i]):
@@ -180,11 +180,7 @@ def _adjust(logits_BV: Tensor, rows: Sequence[Row], which: Sequence[int]) -> Non
 
     device = logits_BV.device
     if masks:
-        words = ~np.stack([mask for _, mask in masks])
-        bits = np.unpackbits(words.view(np.uint8), axis=1, count=logits_BV.shape[1], bitorder="little")
-        barred_BV = torch.from_numpy(bits.view(np.bool_)).to(device)
-        for (i, _), barred_V in zip(masks, barred_BV, strict=True):
-            logits_BV[i].masked_fill_(barred_V, -math.inf)
+        _bar(logits_BV, masks)
     if biased.parts:
         at, bias = biased.on(device)
         logits_BV.index_put_(at, bias, accumulate=True)
@@ -198,6 +194,21 @@ def _adjust(logits_BV: Tensor, rows: Sequence[Row], which: Sequence[int]) -> Non
     if frequent.parts:
         at, penalty = frequent.on(device)
         logits_BV[at] -= penalty
+
+
+def _bar(logits_BV: Tensor, masks: Sequence[tuple[int, NDArray[np.uint32]]]) -> None:
+    """-inf wherever a row's mask has no bit."""
+    words = ~masks[0][1][None] if len(masks) == 1 else ~np.stack([mask for _, mask in masks])
+    bits = np.unpackbits(words.view(np.uint8), axis=1, count=logits_BV.shape[1], bitorder="little")
+    barred_NV = bits.view(np.bool_)
+    if logits_BV.device.type == "cpu":  # half of what torch takes
+        logits = logits_BV.numpy()
+        for (i, _), barred_V in zip(masks, barred_NV, strict=True):
+            np.putmask(logits[i], barred_V, -np.inf)
+    else:
+        rows_N = torch.tensor([i for i, _ in masks], device=logits_BV.device)
+        barred = torch.from_numpy(barred_NV).to(logits_BV.device)
+        logits_BV[rows_N] = logits_BV[rows_N].masked_fill(barred, -math.inf)
 
 
 class _Cells:

@@ -341,9 +341,11 @@ def evens(prompt: Sequence[int], count: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
+@pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("draft_depth", [0, 3])
-def test_grammars_rule_what_is_drawn_and_end_the_text(draft_depth: int) -> None:
-    core, _ = make_core(100, grammar_compiler=EvensCompiler(), draft_depth=draft_depth, speculation=draft_depth)
+def test_grammars_rule_what_is_drawn_and_end_the_text(draft_depth: int, on_device: bool) -> None:
+    more = {"draft_depth": draft_depth, "speculation": draft_depth, "on_device": on_device}
+    core, _ = make_core(100, grammar_compiler=EvensCompiler(), **more)  # type: ignore[arg-type]
     prompts = {"short": random_prompt(9), "cut": random_prompt(5)}
     core.add(request("short", prompts["short"], max_tokens=40, grammar=Grammar("regex", "12")))
     core.add(request("cut", prompts["cut"], max_tokens=20, grammar=Grammar("regex", "99")))
@@ -357,9 +359,10 @@ def test_grammars_rule_what_is_drawn_and_end_the_text(draft_depth: int) -> None:
     core.close()
 
 
-def test_a_grammar_that_fails_ends_its_request_alone() -> None:
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_grammar_that_fails_ends_its_request_alone(on_device: bool) -> None:
     compiler = EvensCompiler()
-    core, _ = make_core(100, grammar_compiler=compiler)
+    core, _ = make_core(100, grammar_compiler=compiler, on_device=on_device)
     for name in ("good", "bad"):
         core.add(request(name, random_prompt(9), max_tokens=9, grammar=Grammar("regex", "9")))
     core.step()
