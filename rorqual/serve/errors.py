@@ -20,7 +20,7 @@ from typing import Any
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from rorqual.errors import CapacityError, NotFound, PromptTooLong, RequestError, RorqualError, UpstreamError
+from rorqual.errors import CapacityError, EngineDied, NotFound, PromptTooLong, RequestError, RorqualError, UpstreamError
 
 # What each status says when nothing more particular is known: (type, code).
 KINDS: Mapping[int, tuple[str, str | None]] = {
@@ -104,6 +104,8 @@ def to_api_error(error: BaseException) -> ApiError:
             return _validation_error(error.errors())
         case HTTPException():
             return ApiError(error.status_code, str(error.detail), headers=error.headers or {})
+        case EngineDied():
+            return ApiError(503, str(error), headers=RETRY_LATER)
         case UpstreamError():
             return ApiError(502, str(error), headers=RETRY_LATER)
         case Refused():

@@ -15,7 +15,8 @@ def test_a_storm_leaves_nothing_behind() -> None:
     with serving([*SERVE, "--log-format", "json", "--dtype", "int8"]) as server:
         found = storm(server, seconds=7, streams=12, kill_every_s=3, seed=random.randrange(1 << 30))
     assert not found["faults"], found
-    assert found["kills"] >= 1 and found["restarts"] == found["kills"] and found["finished"] > 0 and found["left"] > 0
+    # One that is killed while it starts was never counted as started.
+    assert 1 <= found["restarts"] <= found["kills"] and found["finished"] > 0 and found["left"] > 0
 
 
 @pytest.mark.parametrize(
