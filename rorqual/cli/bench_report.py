@@ -13,10 +13,13 @@ from typing import Any
 import typer
 
 
-def finish(kind: str, facts: dict[str, Any], rows: list[dict[str, Any]], device: str, json_file: Path | None) -> None:
-    """The table, where it was measured, and the JSON."""
+def finish(
+    kind: str, facts: dict[str, Any], rows: list[dict[str, Any]], device: str, json_file: Path | None, most: int = 0
+) -> None:
+    """The table (of its first `most` rows, if that is not 0), where it was measured, and the JSON."""
     where = environment(device)
-    print_rows(f"{kind}: " + ", ".join(f"{k} {v}" for k, v in facts.items()), rows)
+    told = ", ".join(f"{k} {f'{v:,.6g}' if isinstance(v, float) else v}" for k, v in facts.items())
+    print_rows(f"{kind}: {told}", rows[: most or None])
     typer.echo(", ".join(f"{k} {v}" for k, v in where.items()))
     if json_file is not None:
         json_file.write_text(json.dumps({"kind": kind, **facts, "rows": rows, "environment": where}, indent=1) + "\n")

@@ -19,7 +19,9 @@ Every request that `add` accepted ends with exactly one output that has a finish
  - a token that stops it, its grammar's end, its length, or `abort`;
  - a fault in one row (logits that are not numbers) ends that request with an error, and a request that forbids every
    token, or whose grammar gives up, with one that is the request's own;
- - an exception in the runner ends every request of that step with an error.
+ - an exception in the runner ends every request of that step with an error;
+ - but where the device's memory is exhausted, the cache shrinks, what ran goes back to the queue and is computed again,
+   and only a request that no longer fits into the cache ends with an error.
 After a fault the pages that were being written are wiped: a stale NaN would reach later owners of the page even
 through masked attention, since 0 * NaN is NaN. If wiping fails too, the device is gone and the exception is the
 caller's. Drafting and the disk are optional: a failure there is logged and switches them off.
@@ -42,7 +44,7 @@ from rorqual.engine.pages import Published
 from rorqual.engine.scheduler import Job, Scheduler, Slice
 from rorqual.engine.speculation import Controller
 from rorqual.engine.stats import EngineStats, Phase, StepStats, Tally
-from rorqual.errors import ConfigError, RequestError, RorqualError
+from rorqual.errors import CapacityError, ConfigError, RequestError, RorqualError
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +59,10 @@ class Draw(NamedTuple):
     logprob: TokenLogprob | None = None
     fault: str | None = None
     asked: bool = False
+
+
+class OutOfMemory(Exception):
+    """The device has no memory left for a step; nothing of it counts."""
 
 
 class Runner(Protocol):
@@ -75,7 +81,7 @@ class Runner(Protocol):
     def run(self, plan: Sequence[Slice], masks: Masks | None) -> list[list[Draw]]:
         """Per slice, in order: 1 + len(drafts) draws if it samples, none if it does not, one with a fault if its
         rows cannot be used. masks: per slice one grammar mask per draw, or none; to be called after the forward; None
-        if no slice has a grammar."""
+        if no slice has a grammar. Raises OutOfMemory."""
         ...
 
     def draft(self, done: Sequence[tuple[Slice, int]], depth: int) -> list[tuple[int, ...]]:
@@ -85,6 +91,11 @@ class Runner(Protocol):
 
     def wipe(self, pages: Sequence[int]) -> None:
         """Make the content of these pages, and of the scrap page, harmless."""
+        ...
+
+    def shrink(self) -> int:
+        """After OutOfMemory: give memory back. Returns how many pages are left, empty ones, the scrap page among them; 0
+        where there is nothing to give, and nothing has changed."""
         ...
 
     def read_page(self, page: int) -> bytes:
@@ -210,11 +221,16 @@ class EngineCore:
             return news
         lives = [self._live[s.job.request.id] for s in plan]
         begin, read = self.clock(), self.runner.read_bytes
+        results: list[list[Draw]] | None = None
         try:
             results = self._run(plan, lives)
+        except OutOfMemory as error:
+            log.error("a step of %d requests does not fit into memory: %s", len(plan), error)
         except Exception as error:
             log.exception("a step of %d requests failed", len(plan))
             return news + self._fail(lives, f"{type(error).__name__}: {error}")
+        if results is None:  # only now that nothing holds the failed step's tensors
+            return news + self._shrink(lives)
         step = self._account(plan, lives, begin, self.clock())
         step.read_bytes = self.runner.read_bytes - read
         faulty: list[tuple[_Live, _Fault]] = []
@@ -238,9 +254,33 @@ class EngineCore:
             log.error("request %s failed: %s", live.job.request.id, why)
             news += self._fail([live], str(why))
         step.new_tokens = sum(len(o.token_ids) for o in news)
-        self._draft(done, step)
+        fits = self._draft(done, step)
         self._store(published)
-        return news
+        return news if fits else news + self._shrink([])
+
+    def _shrink(self, lives: Sequence[_Live]) -> list[Output]:
+        """Go on with a smaller cache; where that cannot be, these requests fail."""
+        pages = self.runner.shrink()
+        if not pages:
+            self.speculation = Controller(0)
+            return self._fail(lives, "the device's memory is exhausted, and the cache cannot be smaller")
+        self.scheduler.restart(pages)
+        limit = self.scheduler.max_model_len
+        size = self.scheduler.pool.page_size
+        self.info = replace(
+            self.info, max_model_len=min(limit, self.info.max_model_len), cache_tokens=(pages - 1) * size
+        )
+        log.warning("the cache has shrunk to %d tokens, steps to %d; what ran is computed again",
+                    self.info.cache_tokens, self.scheduler.max_batched_tokens)  # fmt: skip
+        error = CapacityError(
+            f"memory ran out, and the cache was cut to {limit} tokens: too few for this request",
+            remedy="shorten the prompt or max_tokens, or give the engine more memory",
+        )
+        return [
+            self._end(live, FinishReason.ERROR, error=error)
+            for live in list(self._live.values())
+            if self.scheduler.length(live.job) > limit
+        ]
 
     def _run(self, plan: Sequence[Slice], lives: Sequence[_Live]) -> list[list[Draw]]:
         asked = [(x.matcher, s.drafts) if x.matcher and s.samples else None for x, s in zip(lives, plan, strict=True)]
@@ -301,14 +341,19 @@ class EngineCore:
             return FinishReason.LENGTH
         return None
 
-    def _draft(self, done: Sequence[tuple[Slice, int]], step: StepStats) -> None:
-        """Ask for drafts for the next step, if they pay. The step is complete then and is counted."""
+    def _draft(self, done: Sequence[tuple[Slice, int]], step: StepStats) -> bool:
+        """Ask for drafts for the next step, if they pay. The step is complete then and is counted. Returns whether memory
+        sufficed."""
         begin = self.clock()
         decoding = step.prefill_tokens == 0
         depth = self.speculation.choose(step.requests, fresh=not decoding)
+        fits = True
         if depth and done:
             try:
                 drafts = self.runner.draft(done, depth)
+            except OutOfMemory as error:
+                log.error("drafts for %d requests do not fit into memory: %s", len(done), error)
+                fits, drafts = False, []
             except Exception:
                 log.exception("drafting failed: the engine goes on without speculation")
                 self.speculation, drafts = Controller(0), []
@@ -324,6 +369,7 @@ class EngineCore:
             self.speculation.observe(step.requests, bool(depth), step.run_s + step.draft_s, step.new_tokens)
         self._stats.draft_depth = depth
         self._stats.add(step)
+        return fits
 
     def _account(self, plan: Sequence[Slice], lives: Sequence[_Live], begin: float, end: float) -> StepStats:
         """What was computed between these times, before the draws are added to the jobs' tokens."""

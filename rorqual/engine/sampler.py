@@ -143,6 +143,11 @@ def is_greedy(row: Row) -> bool:
     return row.params.temperature == 0 and row.params.logprobs is None and not _adjusts(row)
 
 
+def is_simple(row: Row) -> bool:
+    """Whether the draw asks for nothing but temperature and truncation (`drawing`); it goes on so for this request."""
+    return row.params.logprobs is None and not _adjusts(row)
+
+
 def _adjusts(row: Row) -> bool:
     p = row.params
     return (

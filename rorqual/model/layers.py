@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rorqual.ops.formats import Weight
 from rorqual.ops.fused import fuses
 from rorqual.ops.rms_norm import rms_norm
 
@@ -34,9 +35,9 @@ class Linear(nn.Module):
         return self.multiply(x, self.weight)
 
     @property
-    def is_plain(self) -> bool:
-        """Whether it is that product and no other, so that a kernel may stand in for it."""
-        return self.multiply is multiply
+    def kernel_weight(self) -> Weight | None:
+        """What a kernel that stands in for this product reads; None where it is another product."""
+        return Weight.plain(self.weight) if self.multiply is multiply else None
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight as plain numbers, for who multiplies in another order (`mla.absorbed`)."""
@@ -52,6 +53,10 @@ class Embedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.weight)
+
+    @property
+    def kernel_weight(self) -> Weight:
+        return Weight.plain(self.weight)
 
     def project(self, h: Tensor) -> Tensor:
         """The tied head: h [..., D] -> logits [..., V]."""
@@ -92,10 +97,12 @@ class MLP(nn.Module):
         self.down: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
     @property
-    def is_plain(self) -> bool:
-        """Whether its products are plain ones."""
-        parts = (self.gate_proj, self.up_proj, self.down_proj)
-        return self.down is None and all(isinstance(part, Linear) and part.is_plain for part in parts)
+    def kernel_weights(self) -> tuple[Weight, Weight, Weight] | None:
+        """Gate, up and down for a kernel that computes all of it; None where they are not multiplied plainly."""
+        gate, up, down = (part.kernel_weight for part in (self.gate_proj, self.up_proj, self.down_proj))
+        if self.down is not None or gate is None or up is None or down is None:
+            return None
+        return gate, up, down
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)

@@ -50,6 +50,7 @@ class MLA(nn.Module):
         self.kv_a_layernorm = RMSNorm(self.C, LATENT_NORM_EPS)
         self.kv_b_proj = Linear(self.C, self.H * (self.N + self.U))
         self.o_proj = Linear(self.H * self.U, cfg.hidden_size)
+        self.fixed = False  # `model.fixed`
 
     def forward(
         self,
@@ -93,7 +94,7 @@ class MLA(nn.Module):
     def decode(self, x_BD: Tensor, rope: tuple[Tensor, Tensor], cache: LayerPages) -> Tensor:
         """One new token a row, absorbed, the pages read where they lie: [B, H, U]. rope: cos, sin [B, R/2]."""
         assert cache.lengths_B is not None
-        if fuses(x_BD):
+        if self.fixed or fuses(x_BD):
             return self._decode_fused(x_BD, rope, cache)
         q_nope, q_rope = self.project_queries(x_BD)
         cache._replace(slots_BT=cache.slots_BT[:, 0]).write(self.latent(self.kv_a_proj_with_mqa(x_BD), rope))
@@ -105,15 +106,17 @@ class MLA(nn.Module):
 
     def _decode_fused(self, x_BD: Tensor, rope: tuple[Tensor, Tensor], cache: LayerPages) -> Tensor:
         """The same in few launches: five for few rows of plain weights."""
-        from rorqual.ops.triton.decode import TOKENS, absorbed_queries, merged_values, rows_dot
+        from rorqual.ops.triton.decode import absorbed_queries, merged_values
         from rorqual.ops.triton.fused import write_latents
-        from rorqual.ops.triton.mla import busy_split, parts
+        from rorqual.ops.triton.mla import SPLIT, busy_split, parts
+        from rorqual.ops.triton.stream import TOKENS, rows_dot
 
         assert cache.lengths_B is not None
         kv_a = self.kv_a_proj_with_mqa
         first = self.q_proj if hasattr(self, "q_proj") else self.q_a_proj
-        if len(x_BD) <= TOKENS and all(isinstance(m, Linear) and m.is_plain for m in (first, kv_a)):
-            q, kv_BX = rows_dot(x_BD, first.weight, kv_a.weight)
+        one, two = first.kernel_weight, kv_a.kernel_weight
+        if len(x_BD) <= TOKENS and one and two and one.kind == two.kind and not (one.dynamic or two.dynamic):
+            q, kv_BX = rows_dot(x_BD, one, two)
         else:
             q, kv_BX = first(x_BD), kv_a(x_BD)
         if not hasattr(self, "q_proj"):
@@ -123,9 +126,10 @@ class MLA(nn.Module):
         q_BHX = absorbed_queries(q, w_uk, *rope, self.R)
         page = cache.pages.shape[1]
         keys = cache.page_table_BP.shape[1] * page
-        split = busy_split(len(x_BD), self.H, keys)
+        split = SPLIT if self.fixed else busy_split(len(x_BD), self.H, keys)
         part, lse = parts(q_BHX, cache.pages, cache.page_table_BP, cache.lengths_B, self.C, self.scale, split)
-        return merged_values(part, lse, cache.lengths_B, w_uv, x_BD.dtype, keys, page, split)
+        block = 32 if self.fixed else None
+        return merged_values(part, lse, cache.lengths_B, w_uv, x_BD.dtype, keys, page, split, block)
 
     def _absorbing(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """W_UK [H, N, C] and W_UV [H, U, C]."""

@@ -87,8 +87,10 @@ def experts_grouped(
 @experts_backends.register("triton", triton_missing)
 def experts_triton(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, gates_NK: Tensor, chosen_NK: Tensor) -> Tensor:
     """The same by `ops.triton.experts`, forward only. Raises BackendUnavailable where a gradient is asked for."""
+    from rorqual.ops.formats import Weight
     from rorqual.ops.triton.experts import routed_experts
 
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x_ND, gate_up_E2FD, down_EDF, gates_NK)):
         raise BackendUnavailable("experts backend 'triton' has no gradient", remedy="train with 'grouped'")
-    return routed_experts(x_ND, gate_up_E2FD, down_EDF, gates_NK, chosen_NK)
+    gate_up = Weight.plain(gate_up_E2FD.unflatten(1, (2, -1)))
+    return routed_experts(x_ND, gate_up, Weight.plain(down_EDF), gates_NK, chosen_NK)

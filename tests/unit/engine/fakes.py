@@ -80,6 +80,13 @@ class MemoryRunner:
         for page in pages:
             self.memory[page] = [-1] * self.page_size
 
+    def shrink(self) -> int:
+        pages = len(self.memory) * 3 // 4
+        if pages < 2:
+            return 0
+        self.memory = [[-1] * self.page_size for _ in range(pages)]
+        return pages
+
     def read_page(self, page: int) -> bytes:
         return array("q", self.memory[page]).tobytes()
 
