@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rorqual.engine.api import Grammar, Request, SamplingParams
-from rorqual.engine.core import EngineCore
+
+if TYPE_CHECKING:
+    from rorqual.engine.core import EngineCore
 
 SCHEMA: dict[str, Any] = {
     "type": "array",

@@ -160,6 +160,8 @@ MAY_CONNECT = {
     ("checkpoint/verify_server.py", "urllib.request"),
     # The type of an answer that net's client hands out.
     ("serve/upstream.py", "httpx"),
+    # The benchmark's client of a server that it started itself, on loopback: one that parses would be slower than it.
+    ("cli/http_load.py", "open_connection"),
     # A search provider that is a client: it talks to the engines it knows, not to addresses that people or models name.
     ("search/providers.py", "ddgs"),
 }
