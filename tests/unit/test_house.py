@@ -57,7 +57,9 @@ def trees() -> Iterator[tuple[Path, ast.Module]]:
         names_in("plan"),
         ["rorqual.net", *names_in("search")],
         [
-            name for name in names_in("cli") if not name.endswith(("benchmarks", "layers", "loading", "serving"))
+            name
+            for name in names_in("cli")
+            if not name.endswith(("benchmarks", "layers", "loading", "profiling", "serving", "soaking"))
         ],  # bench imports them when it runs
     ],
     ids=lambda names: names[0],
