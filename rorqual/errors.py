@@ -7,6 +7,7 @@
     ├── TrainingError          a run cannot go on: the loss diverged, memory or disk are full
     ├── BackendUnavailable     a named backend or package is missing here
     ├── UpstreamError          a server that the operator named does not answer
+    ├── EngineDied             an engine's process has ended under its requests
     └── RequestError           one request is at fault; everything else goes on
         ├── NotFound           ... it names something that does not exist
         ├── Conflict           ... what it would do cannot follow on what was done
@@ -66,6 +67,10 @@ class BackendUnavailable(RorqualError):
 
 class UpstreamError(RorqualError):
     """A server that the operator named cannot be reached or breaks off."""
+
+
+class EngineDied(RorqualError):
+    """The process that computed a request has ended; where it is supervised, another is being started."""
 
 
 class RequestError(RorqualError):

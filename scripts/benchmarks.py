@@ -35,6 +35,8 @@ def main() -> None:
         "serve": "Continuous batching: all requests at once",
         "attention": "Decoding attention over latent pages, 512 + 64 numbers a token",
         "mtp": "Speculation by the MTP module",
+        "http": "HTTP over a scripted engine, the server on one core",
+        "grammar": "Decoding under a JSON schema",
         "traffic soak": "Random traffic on a simulated clock",
         "profile decode": "Where a decoding step's time goes",
         "profile prefill": "Where the time of reading prompts goes",
@@ -45,6 +47,7 @@ def main() -> None:
                 facts = ", ".join(f"{k} {v}" for k, v in r.items() if k not in ("kind", "rows", "environment"))
                 sections.append(_rows(r | {"rows": r["rows"][:12]}, f"{title} ({facts})"))
     sections += [_soak(r) for r in results if r["kind"] == "soak"]
+    sections += [_server_soak(r) for r in results if r["kind"] == "server soak"]
     (FOLDER / "README.md").write_text("\n".join(s for s in sections if s), encoding="utf-8")
 
 
@@ -152,6 +155,20 @@ def _soak(r: dict[str, Any]) -> str:
     failed = f" **Failed: {r['failed']}.**" if r["failed"] else ""
     where = f"{e['hardware']}, {e['commit']}, {e['date']}"
     return f"## Soak\n\n{r['minutes']:g} minutes, rounds passed: {rounds}.{failed} {where}.\n"
+
+
+def _server_soak(r: dict[str, Any]) -> str:
+    """Each part by its facts: what was sent, what came of it, and how many faults."""
+    e = r["environment"]
+    lines = [
+        f"## The server under load, kills and nonsense\n\n{e['hardware']}, commit {e['commit']}, {e['date']}. {r['note']}\n"
+    ]
+    for name, part in r["parts"].items():
+        facts = ", ".join(
+            f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in part.items() if k != "faults"
+        )
+        lines.append(f"- **{name}**: {facts}; {len(part['faults'])} faults.")
+    return "\n".join(lines) + "\n"
 
 
 def _cell(key: str, value: Any) -> str:

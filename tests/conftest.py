@@ -16,6 +16,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=3, help="how often the test of killed training kills (make soak: 50)")
     parser.addoption("--database", help="an empty database for the tests of conversations, instead of SQLite")
     parser.addoption("--chat-kills", type=int, default=2, help="how often a chat server is killed (make soak: 100)")
+    parser.addoption("--examples", type=int, default=8, help="requests a route that fuzzing makes (make soak: 2000)")
 
 
 @pytest.fixture(autouse=True, scope="session")

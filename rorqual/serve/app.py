@@ -7,8 +7,7 @@ are no globals: routes are closures over the models and settings of this one app
 process. The lifespan starts the engines and stops them; until it has, `/ready` says 503. No torch here or
 below.
 
-Left out: FastAPI's /docs pages (they load scripts from other hosts) and its OpenAPI file (it would describe
-our bodies, but not our streams and errors; the reference in docs/ does).
+Left out: FastAPI's /docs pages, which load scripts from other hosts; `/openapi.json` is published (`serve.openapi`).
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from starlette.requests import ClientDisconnect
 
 from rorqual.errors import ConfigError, RorqualError
 from rorqual.serve.admission import AdmittedEngine
+from rorqual.serve.answer_schemas import Status
 from rorqual.serve.border import Border, Traffic, answer_error, answer_nobody
 from rorqual.serve.callers import Caller
 from rorqual.serve.chats import routes as chat_routes
@@ -36,6 +36,7 @@ from rorqual.serve.chats.voices import OwnModels, TheirModels
 from rorqual.serve.errors import Refused, engine_gone
 from rorqual.serve.keys import Keyring, KeyStore
 from rorqual.serve.metrics import Metrics
+from rorqual.serve.openapi import answers, publish
 from rorqual.serve.prepare import Platform
 from rorqual.serve.routes import api
 from rorqual.serve.searching import Searcher
@@ -68,7 +69,7 @@ def create_app(
     if bool(models) == (upstream is not None):
         raise ConfigError("a server needs either models or an upstream", remedy="name one with --model or --upstream")
     page = load_page(settings.page_dir)
-    app = FastAPI(title="rorqual", openapi_url=None, redirect_slashes=False, lifespan=_lifespan)
+    app = FastAPI(title="rorqual", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=_lifespan)
     # By its own name, a model once: the dictionary's names may be several for one.
     metrics = Metrics({served.name: served.engine for served in models.values()})
     app.state.models = _admitted(models, settings, metrics)
@@ -81,6 +82,7 @@ def create_app(
     app.state.startup_error = None
     platform = Platform(app.state.models, settings)
     _mount(app, platform, metrics, searcher)
+    publish(app, PREFIXES)
     app.include_router(_page(page))
     for kind in (RorqualError, RequestValidationError, HTTPException, Refused):
         app.add_exception_handler(kind, answer_error)
@@ -113,9 +115,9 @@ def _mount(app: FastAPI, platform: Platform, metrics: Metrics, searcher: Searche
         app.state.files = Files(app.state.chats.store, _counter(platform.models))
         app.include_router(chat_routes.routes(app.state.chats, app.state.files))
     for prefix in PREFIXES:
-        for router in (search_routes(searcher), _probes(app), _metrics(metrics)):
-            app.include_router(router, prefix=prefix)
-        app.include_router(upstream.router(settings, metrics) if upstream else api(platform), prefix=prefix)
+        models = upstream.router(settings, metrics) if upstream else api(platform)
+        for router in (search_routes(searcher), _probes(app), _metrics(metrics), models):
+            app.include_router(router, prefix=prefix, include_in_schema=not prefix)
 
 
 def _chats(app: FastAPI, platform: Platform, searcher: Searcher | None, metrics: Metrics) -> Chats:
@@ -184,11 +186,13 @@ def _probes(app: FastAPI) -> APIRouter:
             raise engine_gone()
         return {"status": "ok"}
 
-    @router.api_route("/health", methods=["GET", "HEAD"])
+    @router.head("/health", include_in_schema=False)
+    @router.get("/health", responses=answers(Status))
     async def health() -> dict[str, str]:
         return require(*(served.engine.alive for served in app.state.models.values()))
 
-    @router.api_route("/ready", methods=["GET", "HEAD"])
+    @router.head("/ready", include_in_schema=False)
+    @router.get("/ready", responses=answers(Status))
     async def ready() -> dict[str, str]:
         engines = [served.engine.ready for served in app.state.models.values()]
         if app.state.upstream is not None:
@@ -201,7 +205,7 @@ def _probes(app: FastAPI) -> APIRouter:
 def _metrics(metrics: Metrics) -> APIRouter:
     router = APIRouter()
 
-    @router.get("/metrics")
+    @router.get("/metrics", responses={200: {"description": "Prometheus", "content": {"text/plain": {}}}})
     async def exposition(request: Request) -> Response:
         body, content_type = metrics.exposition(request.headers.get("accept", ""))
         return Response(body, media_type=content_type)
@@ -216,5 +220,5 @@ def _page(files: Mapping[str, PageFile]) -> APIRouter:
         return answer_file(files[request.url.path], request)
 
     for path in files:
-        router.add_api_route(path, file, methods=["GET", "HEAD"])
+        router.add_api_route(path, file, methods=["GET", "HEAD"], include_in_schema=False)
     return router

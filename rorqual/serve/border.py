@@ -24,12 +24,12 @@ from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rorqual.serve.callers import VISIT, Callers, Visit
-from rorqual.serve.errors import RETRY_LATER, ApiError, to_api_error
+from rorqual.serve.errors import RETRY_LATER, ApiError, log_fault, to_api_error
 from rorqual.serve.keys import Keyring
 from rorqual.serve.metrics import Metrics
 from rorqual.serve.settings import Settings
@@ -39,16 +39,16 @@ log = logging.getLogger(__name__)
 CLEAN_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 
 
-def error_response(error: ApiError) -> Response:
-    return JSONResponse(error.body(), error.status, dict(error.headers))
+def error_response(error: ApiError, scope: Scope) -> Response:
+    return JSONResponse(error.body_for(scope["path"]), error.status, dict(error.headers))
 
 
 async def answer_error(request: Request, error: Exception) -> Response:
     """The exception handler of the routes. Server faults are logged with the id that the client got."""
     api_error = to_api_error(error)
     if api_error.status >= 500:
-        log.error("%s failed", request.scope.get("request_id", "a request"), exc_info=error)
-    return error_response(api_error)
+        log_fault(log, request.scope.get("request_id", "a request"), error)
+    return error_response(api_error, request.scope)
 
 
 async def answer_nobody(request: Request, error: Exception) -> Response:
@@ -101,14 +101,16 @@ class Border:
             if refusal is None:
                 await self._app(scope, crossing.receive, crossing.send)
             else:
-                await error_response(refusal)(scope, receive, crossing.send)
+                await error_response(refusal, scope)(scope, receive, crossing.send)
         except Exception as error:
+            if crossing.gone:
+                return
             log.exception("%s failed", crossing.id)
             if not crossing.status:
-                await error_response(to_api_error(error))(scope, receive, crossing.send)
+                await error_response(to_api_error(error), scope)(scope, receive, crossing.send)
         except asyncio.CancelledError:
             if not crossing.status:
-                await error_response(SHUTTING_DOWN)(scope, receive, crossing.send)
+                await error_response(SHUTTING_DOWN, scope)(scope, receive, crossing.send)
             raise
         finally:
             self._leave(crossing)
@@ -165,6 +167,7 @@ class _Crossing:
         self.status = 0
         self.visit: Visit | None = None  # until it is known whose it is
         self.counted = False
+        self.gone = False  # the client, or all sense from its connection
         self._receive = receive
         self._send = send
         self.max_body_bytes = max_body_bytes
@@ -186,7 +189,11 @@ class _Crossing:
             ours |= self.visit.caller.headers() if self.visit else {}
             raw = [(name.encode(), value.encode()) for name, value in ours.items()]
             message = {**message, "headers": [*message.get("headers", []), *raw]}
-        await self._send(message)
+        try:
+            await self._send(message)
+        except Exception as error:  # the transport's: behind this request came something that is no HTTP, or an end
+            self.gone = True
+            raise ClientDisconnect from error
 
     def tell(self, scope: Scope) -> None:
         """One log line, and the counts."""

@@ -1,7 +1,8 @@
 """From any exception to the one error object that clients understand.
 
 Every error that leaves here, as a response or in the middle of a stream, is made by `to_api_error`:
-`{"error": {"message", "type", "param", "code"}}`, all four keys present, `param` and `code` strings or null.
+`{"error": {"message", "type", "param", "code"}}`, all four keys present, `param` and `code` strings or null; Anthropic's
+clients get theirs (`ApiError.body_for`).
 
 Choices. Invalid values are 400, as OpenAI has it, and not DeepSeek's 422: openai-python has a class for each,
 but 400 is what programs written for OpenAI catch, and DeepSeek's clients treat both alike. Messages of our
@@ -11,6 +12,7 @@ goes to the log under the request's id. Left out: a code for each of OpenAI's hu
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +21,16 @@ from fastapi.exceptions import RequestValidationError
 from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 
-from rorqual.errors import CapacityError, Conflict, NotFound, PromptTooLong, RequestError, RorqualError, UpstreamError
+from rorqual.errors import (
+    CapacityError,
+    Conflict,
+    EngineDied,
+    NotFound,
+    PromptTooLong,
+    RequestError,
+    RorqualError,
+    UpstreamError,
+)
 
 # What each status says when nothing more particular is known: (type, code).
 KINDS: Mapping[int, tuple[str, str | None]] = {
@@ -35,6 +46,16 @@ KINDS: Mapping[int, tuple[str, str | None]] = {
     502: ("server_error", "upstream_unavailable"),
     503: ("server_error", "engine_unavailable"),
     504: ("server_error", "timeout"),
+}
+ANTHROPIC_KINDS: Mapping[int, str] = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
 }
 RETRY_LATER = {"retry-after": "1"}  # openai-python obeys it; without, it would begin at half a second
 
@@ -53,6 +74,23 @@ class ApiError:
         message = self.message.encode("utf-8", "replace").decode()
         error = {"message": message, "type": kind, "param": self.param, "code": self.code or code}
         return {"error": error}
+
+    def anthropic_body(self) -> dict[str, Any]:
+        kind = ANTHROPIC_KINDS.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
+        return {"type": "error", "error": {"type": kind, "message": self.body()["error"]["message"]}}
+
+    def body_for(self, path: str) -> dict[str, Any]:
+        """As the clients of this path read errors: Anthropic's for its messages, wherever they are mounted, and for all
+        that is under its prefix."""
+        anthropic = path.startswith("/anthropic/") or path.endswith(("/messages", "/messages/count_tokens"))
+        return self.anthropic_body() if anthropic else self.body()
+
+
+def log_fault(log: logging.Logger, request: str, error: BaseException) -> None:
+    """A server's fault, under the id that the client got. What is ours says why in its message; a traceback would tell no
+    more, and a dead engine would write one for each request that it had."""
+    known = isinstance(error, RorqualError | HTTPException)
+    log.error("%s failed: %s", request, error, exc_info=None if known else error)
 
 
 class Refused(Exception):
@@ -80,6 +118,8 @@ def to_api_error(error: BaseException) -> ApiError:
             return _validation_error(error.errors())
         case HTTPException():
             return ApiError(error.status_code, str(error.detail), headers=error.headers or {})
+        case EngineDied():
+            return ApiError(503, str(error), headers=RETRY_LATER)
         case UpstreamError():
             return ApiError(502, str(error), headers=RETRY_LATER)
         case Refused():
@@ -102,6 +142,8 @@ def _validation_error(errors: Sequence[Any]) -> ApiError:
     kind, where = str(first["type"]), list(first["loc"])[1:]  # loc begins with "body"
     if kind == "json_invalid":
         return ApiError(400, f"The request body is not valid JSON: {first['ctx']['error']} at character {where[0]}.")
+    if not where and not kind.endswith("_type"):
+        return ApiError(400, f"{first['msg']}.", None, "invalid_value")
     if not where:
         return ApiError(400, "The request body must be a JSON object, sent with content-type: application/json.")
     param = _spell(where)
