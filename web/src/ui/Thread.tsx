@@ -1,50 +1,76 @@
-import { useEffect } from "react";
-import { useFollow } from "../hooks";
-import type { Chat } from "../lib/types";
+import { memo, useEffect, useMemo, useRef } from "react";
+import { Virtualizer } from "virtua";
+import { MemoryContext, useFollow, useMessage, useSelect, useT } from "../hooks";
+import type { Translate } from "../lib/i18n";
+import { plain } from "../lib/prepare";
+import type { Thread as Conversation } from "../lib/store";
+import { isRunning, type Message } from "../lib/types";
 import { AnswerView } from "./AnswerView";
-import { Icon } from "./icons";
+import { IconButton } from "./bits";
 import { QuestionView } from "./QuestionView";
 
-export function Thread({ chat, busy }: { chat: Chat; busy: boolean }) {
-  const { box, content, following, toEnd } = useFollow(chat.id);
-  const last = chat.messages.at(-1);
-  const lastQuestion = chat.messages.findLastIndex((m) => m.role === "user");
-  useEffect(() => toEnd(), [last?.id]); // a question was asked: show it
+/** Up to here all messages stay in the document, so that the browser's own search finds them. */
+const ALL = 40;
+
+export function Thread({ thread }: { thread: Conversation }) {
+  const t = useT();
+  const { path, messages } = thread;
+  const chat = thread.info.id;
+  const { box, content, following, toEnd } = useFollow(chat);
+  const memory = useRef(new Map<string, unknown>());
+  const editing = useSelect((s) => s.editing);
+  const last = path.at(-1);
+  const lastMessage = last === undefined ? undefined : messages.get(last);
+  const questions = useRef(last);
+  useEffect(() => {
+    if (questions.current !== last && lastMessage && isRunning(lastMessage)) toEnd(); // a question was asked: show it
+    questions.current = last;
+  }, [last]);
+  const mounted = useMemo(() => {
+    if (path.length <= ALL) return path.map((_, index) => index);
+    const at = editing === null ? -1 : path.indexOf(editing.replace("thought:", ""));
+    return at < 0 ? [] : [at];
+  }, [path, editing]);
 
   return (
-    <div className="thread">
-      <div className="scroll" ref={box} data-testid="thread">
-        <div className="column" ref={content}>
-          {chat.messages.map((message, index) =>
-            message.role === "user" ? (
-              <QuestionView
-                key={message.id}
-                chatId={chat.id}
-                question={message}
-                editable={index === lastQuestion && !busy}
-              />
-            ) : (
-              <AnswerView key={message.id} chatId={chat.id} answer={message} last={message === last} />
-            ),
-          )}
+    <MemoryContext value={memory.current}>
+      <div className="thread">
+        <div className="scroll" ref={box} tabIndex={0} role="region" aria-label={t("thread.label")} data-testid="thread">
+          <div className="column" ref={content}>
+            <Virtualizer data={path} scrollRef={box} keepMounted={mounted} bufferSize={600}>
+              {(id) => <Row key={id} chat={chat} id={id} last={id === last} />}
+            </Virtualizer>
+          </div>
         </div>
+        {!following && (
+          <IconButton icon="down" className="jump" label={t("thread.jump")} onClick={() => toEnd(path.length <= ALL)} testId="jump" />
+        )}
+        <p className="offscreen" role="status" aria-live="polite">
+          {spoken(t, lastMessage)}
+        </p>
       </div>
-      {!following && (
-        <button className="jump" onClick={() => toEnd(!busy)} aria-label="Jump to latest" title="Jump to latest" data-testid="jump">
-          <Icon name="down" />
-        </button>
-      )}
-      <p className="offscreen" role="status" aria-live="polite">
-        {spoken(chat, busy)}
-      </p>
-    </div>
+    </MemoryContext>
   );
 }
 
+const Row = memo(function Row({ chat, id, last }: { chat: string; id: string; last: boolean }) {
+  const message = useMessage(chat, id);
+  if (!message) return null;
+  return (
+    <div className={message.role === "user" ? "row ask" : "row"}>
+      {message.role === "user" ? <QuestionView chat={chat} message={message} /> : <AnswerView chat={chat} message={message} last={last} />}
+    </div>
+  );
+});
+
 /** For screen readers: what happens, and the answer once it is whole (not word by word). */
-function spoken(chat: Chat, busy: boolean): string {
-  const last = chat.messages.at(-1);
+function spoken(t: Translate, last: Message | undefined): string {
   if (last?.role !== "assistant") return "";
-  if (busy) return last.content ? "Answering" : last.reasoning ? "Thinking" : "Waiting for an answer";
-  return last.status === "done" ? `Answer: ${last.content}` : `Answer ${last.status}`;
+  if (isRunning(last)) {
+    if (last.content) return t("thread.answering");
+    if (last.thinking) return t("thread.thinking");
+    return last.search ? t("thread.searching") : t("answer.waiting");
+  }
+  if (last.status === "done") return t("thread.done", { text: plain(last.content) });
+  return t("thread.ended", { how: last.error?.message || t(`answer.${last.status === "error" ? "failed" : last.status}` as "answer.failed") });
 }
