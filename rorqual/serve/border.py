@@ -3,7 +3,7 @@
 Every response carries `x-request-id` (the client's own where it is clean), `openai-processing-ms` and what is
 left of the key's limits, and one log line tells of it. A key is asked for before anything of the body is read,
 on every path that was not declared public: a route that someone adds later is closed until it is opened on
-purpose. POST is what costs: its requests are counted against the key's limits, refused beyond what the server
+purpose. POST is what costs, but where it was declared free: its requests are counted against the key's limits, refused beyond what the server
 can hold, and refused while it drains. Bodies over the limit are refused. Exceptions that nobody expected end
 here, with a traceback in the log and without one in the answer.
 
@@ -65,7 +65,7 @@ class Traffic:
 
 
 class Border:
-    """ASGI middleware. `is_public(method, path)` names what needs no key."""
+    """ASGI middleware. `is_public(method, path)` names what needs no key, `is_free(path)` the POSTs that cost nothing."""
 
     def __init__(
         self,
@@ -75,6 +75,7 @@ class Border:
         traffic: Traffic,
         metrics: Metrics,
         is_public: Callable[[str, str], bool],
+        is_free: Callable[[str], bool] = lambda path: False,
     ) -> None:
         self._app = app
         self._settings = settings
@@ -82,6 +83,7 @@ class Border:
         self._traffic = traffic
         self._metrics = metrics
         self._is_public = is_public
+        self._is_free = is_free
         self._callers = Callers(time.monotonic)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -127,7 +129,7 @@ class Border:
         length = Headers(scope=scope).get("content-length", "")
         if length.isdigit() and int(length) > self._settings.max_body_bytes:
             return to_api_error(_too_large(self._settings.max_body_bytes))
-        if scope["method"] != "POST" or crossing.visit is None:
+        if scope["method"] != "POST" or crossing.visit is None or self._is_free(scope["path"]):
             return None
         if self._traffic.draining:
             # The connection is about to end, and a retry should find another server.

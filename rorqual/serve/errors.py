@@ -18,7 +18,7 @@ from typing import Any
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from rorqual.errors import CapacityError, NotFound, PromptTooLong, RequestError, RorqualError, UpstreamError
+from rorqual.errors import CapacityError, Conflict, NotFound, PromptTooLong, RequestError, RorqualError, UpstreamError
 
 # What each status says when nothing more particular is known: (type, code).
 KINDS: Mapping[int, tuple[str, str | None]] = {
@@ -26,6 +26,7 @@ KINDS: Mapping[int, tuple[str, str | None]] = {
     401: ("invalid_request_error", "invalid_api_key"),
     404: ("invalid_request_error", "unknown_url"),
     405: ("invalid_request_error", "method_not_allowed"),
+    409: ("invalid_request_error", "conflict"),
     413: ("invalid_request_error", "request_too_large"),
     429: ("rate_limit_error", "engine_overloaded"),
     500: ("server_error", "internal_error"),
@@ -67,6 +68,8 @@ def to_api_error(error: BaseException) -> ApiError:
             return ApiError(400, str(error), error.param, "context_length_exceeded")
         case NotFound():
             return ApiError(404, str(error), error.param, "model_not_found" if error.param == "model" else "not_found")
+        case Conflict():
+            return ApiError(409, str(error), error.param)
         case CapacityError():
             return ApiError(429, str(error), error.param, headers=RETRY_LATER)
         case RequestError():

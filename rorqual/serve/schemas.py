@@ -137,6 +137,7 @@ class Message(Body):
     reasoning_content: str | None = None
     reasoning: str | None = None
     prefix: bool | None = None
+    thinking_done: bool | None = None  # ours: a prefix whose thought is over, though its text has not begun
 
     @field_validator("content", mode="before")
     @classmethod
@@ -171,6 +172,8 @@ class Message(Body):
             message["tool_calls"] = [call.model_dump(exclude_unset=True) for call in self.tool_calls]
         if self.prefix:
             message["prefix"] = True
+            if self.thinking_done:
+                message["thinking_done"] = True
         return message
 
 
