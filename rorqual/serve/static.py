@@ -4,7 +4,7 @@ They are few and small, so they live in memory: a request is a dictionary look-u
 reaches the file system, and the same dictionary tells which paths need no API key. Files under /assets/ have
 a hash in their name and are cached for ever; everything else is asked for again each time and answered by its
 ETag. The Content-Security-Policy lets the page load from this server and from nowhere else: what a model
-writes can neither run nor fetch anything.
+writes can neither run nor fetch anything. The two frames for what it writes as a document have policies of their own.
 """
 
 from __future__ import annotations
@@ -34,6 +34,19 @@ POLICY = (
     "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'"
 )
+# The frames in which the page shows what a model wrote as a document (web/frames): their scripts may run, and have no
+# origin, no network, no storage and nobody to talk to but the page that holds them.
+FRAMES = {
+    "preview.html": (
+        "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; "
+        "img-src data: blob:; media-src data: blob:; font-src data:; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'self'"
+    ),
+    "diagram.html": (
+        "sandbox allow-scripts; default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'unsafe-inline'; "
+        "img-src data:; font-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
+    ),
+}
 NOT_BUILT = b"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>rorqual</title>
 <h1>rorqual is running</h1>
@@ -55,7 +68,9 @@ def load_page(directory: Path) -> dict[str, PageFile]:
     for path in sorted(directory.rglob("*")) if (directory / "index.html").is_file() else ():
         if path.is_file():
             name = path.relative_to(directory).as_posix()
-            files[f"/{name}"] = _file(path.read_bytes(), path.suffix, immutable=name.startswith("assets/"))
+            files[f"/{name}"] = _file(
+                path.read_bytes(), path.suffix, immutable=name.startswith("assets/"), policy=FRAMES.get(name, POLICY)
+            )
     files["/"] = files.get("/index.html") or _file(NOT_BUILT, ".html", immutable=False)
     return files
 
@@ -67,12 +82,12 @@ def answer_file(file: PageFile, request: Request) -> Response:
     return Response(file.body, headers=dict(file.headers))
 
 
-def _file(body: bytes, suffix: str, *, immutable: bool) -> PageFile:
+def _file(body: bytes, suffix: str, *, immutable: bool, policy: str = POLICY) -> PageFile:
     headers = {
         "content-type": TYPES.get(suffix, "application/octet-stream"),
         "cache-control": "public, max-age=31536000, immutable" if immutable else "no-cache",
         "etag": f'"{hashlib.sha256(body).hexdigest()[:32]}"',
-        "content-security-policy": POLICY,
+        "content-security-policy": policy,
         "x-content-type-options": "nosniff",
         "referrer-policy": "no-referrer",
     }

@@ -161,7 +161,7 @@ export function lazyModule<T>(load: () => Promise<T>): () => T | null {
   let module: T | null = null;
   let loading: Promise<void> | undefined;
   return function useModule() {
-    const [ready, setReady] = useState(module);
+    const [ready, setReady] = useState<T | null>(() => module); // a module may be a function
     useEffect(() => {
       if (ready) return;
       let here = true;

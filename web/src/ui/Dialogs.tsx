@@ -3,6 +3,7 @@ import type { ReactNode } from "react";
 import { useSelect, useSession, useT } from "../hooks";
 import type { Key } from "../lib/i18n";
 import { IconButton } from "./bits";
+import { Keys } from "./Keys";
 import { Palette } from "./Palette";
 
 /** A dialog over the page; the focus stays in it and goes back where it was. */
@@ -45,9 +46,7 @@ export function Dialogs({ chat }: { chat: string | null }) {
             <div key={key}>
               <dt>{t(key)}</dt>
               <dd>
-                {strokes.map((stroke) => (
-                  <kbd key={stroke}>{stroke === "Ctrl" && isMac() ? "⌘" : stroke}</kbd>
-                ))}
+                <Keys keys={strokes} />
               </dd>
             </div>
           ))}
@@ -56,8 +55,6 @@ export function Dialogs({ chat }: { chat: string | null }) {
     </>
   );
 }
-
-export const isMac = (): boolean => /Mac|iPhone|iPad/.test(navigator.platform);
 
 const SHORTCUTS: readonly [Key, ...string[]][] = [
   ["keys.palette", "Ctrl", "K"],

@@ -5,12 +5,14 @@ import type { Session } from "../lib/session";
 import { settingsOf } from "../lib/store";
 import type { Summary } from "../lib/types";
 import { type IconName, Icon } from "./icons";
+import { Keys } from "./Keys";
 import { THEMES, themeOf } from "./SettingsMenu";
 
 interface Entry {
   id: string;
   icon: IconName;
   name: string;
+  keys?: readonly string[];
   run: () => void;
 }
 
@@ -26,7 +28,7 @@ export function Palette({ chat, onClose }: { chat: string | null; onClose: () =>
   const words = text.trim().toLowerCase();
   const commands = useMemo(() => commandsOf(session, t, chat).filter((c) => c.name.toLowerCase().includes(words)), [session, t, chat, words]);
   const found = useMemo(
-    () => chats.slice(0, 12).map((c): Entry => ({ id: c.id, icon: c.pinned ? "pin" : "quote", name: c.title, run: () => go(c.id) })),
+    () => chats.slice(0, 12).map((c): Entry => ({ id: c.id, icon: c.pinned ? "pin" : "chat", name: c.title, run: () => go(c.id) })),
     [chats],
   );
   const entries = words ? [...found, ...commands] : [...commands, ...found];
@@ -78,6 +80,7 @@ export function Palette({ chat, onClose }: { chat: string | null; onClose: () =>
           >
             <Icon name={entry.icon} size={16} />
             <span>{entry.name}</span>
+            {entry.keys && <Keys keys={entry.keys} />}
           </li>
         ))}
       </ul>
@@ -108,10 +111,10 @@ function commandsOf(session: Session, t: Translate, chat: string | null): Entry[
   const setup = session.store.get().setup;
   const thinks = setup?.models.find((m) => m.id === settings.model)?.thinking;
   const entries: (Entry | false | undefined)[] = [
-    { id: "new", icon: "pencil", name: t("side.new"), run: () => go(null) },
-    { id: "focus", icon: "edit", name: t("palette.focus"), run: focusInput },
-    thinks && { id: "think", icon: "think", name: t("palette.think"), run: () => session.settings(chat, { thinking: !settings.thinking }) },
-    setup?.search.available && { id: "search", icon: "globe", name: t("palette.search"), run: () => session.settings(chat, { search: !settings.search }) },
+    { id: "new", icon: "pencil", name: t("side.new"), keys: ["Ctrl", "Shift", "O"], run: () => go(null) },
+    { id: "focus", icon: "edit", name: t("palette.focus"), keys: ["Shift", "Esc"], run: focusInput },
+    thinks && { id: "think", icon: "think", name: t("palette.think"), keys: ["Alt", "T"], run: () => session.settings(chat, { thinking: !settings.thinking }) },
+    setup?.search.available && { id: "search", icon: "globe", name: t("palette.search"), keys: ["Alt", "S"], run: () => session.settings(chat, { search: !settings.search }) },
     ...THEMES.map((name): Entry => ({
       id: `theme-${name}`,
       icon: "sun",
@@ -124,7 +127,7 @@ function commandsOf(session: Session, t: Translate, chat: string | null): Entry[
       name: t("palette.language", { name }),
       run: () => session.prefs({ language: code as Language }),
     })),
-    { id: "keys", icon: "keys", name: t("keys.title"), run: () => session.store.set({ dialog: "keys" }) },
+    { id: "keys", icon: "keys", name: t("keys.title"), keys: ["Ctrl", "/"], run: () => session.store.set({ dialog: "keys" }) },
   ];
   return entries.filter((entry): entry is Entry => Boolean(entry));
 }

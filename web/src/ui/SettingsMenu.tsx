@@ -16,7 +16,7 @@ export function SettingsMenu() {
   const input = useRef<HTMLInputElement>(null);
   const trigger = (
     <button type="button" className="side-foot" data-testid="settings-button">
-      <Icon name="gear" />
+      <Icon name="nut" />
       {t("settings.title")}
     </button>
   );
