@@ -42,11 +42,11 @@ FOUND = [
         "The blue whale is the largest animal known. It reaches 29.9 metres in length.", "2025-03-01",
     ),
     Result(
-        "What do whales eat? <script>window.hit=30</script>", "https://sea.example/food", "On krill.",
+        "What do whales eat?", "https://sea.example/food", "On krill.",
         "The blue whale feeds almost only on krill: it takes about four tonnes of krill a day.", "2024-11-12",
     ),
     Result(
-        "Songs of the sea", "javascript:window.hit=31", "Loud.",
+        "Songs of the sea", "https://songs.example/far", "Loud.",
         "A whale's song is loud. It can be heard by other whales over hundreds of kilometres.",
     ),
 ]  # fmt: skip
@@ -65,12 +65,14 @@ class World:
     pace_s: float = 0.001
     refuse: bool = False
     search_fails: bool = False
+    found: list[Result] = field(default_factory=list)
     queries: list[str] = field(default_factory=list)
     gate: threading.Event = field(default_factory=threading.Event)
     name = "scripted"
 
     def reset(self) -> None:
         self.pace_s, self.refuse, self.search_fails, self.queries = 0.001, False, False, []
+        self.found = list(FOUND)
         self.gate.set()
 
     def clear(self) -> None:
@@ -85,7 +87,7 @@ class World:
         await self._open()
         if self.search_fails:
             raise UpstreamError("the search engine does not answer")
-        return FOUND[:count]
+        return self.found[:count]
 
     async def pace(self) -> None:
         await asyncio.sleep(self.pace_s)

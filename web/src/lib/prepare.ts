@@ -54,7 +54,7 @@ export function citations(text: string, checks: Check[] | null): string {
 export const CITED = /\[citation:\s*(\d{1,3}(?:\s*[,，]\s*\d{1,3})*)\s*(?::(yes|no))?\]/g;
 
 const HALF_CITATION = /\[(?:c(?:i(?:t(?:a(?:t(?:i(?:o(?:n(?::[\d\s,，]*)?)?)?)?)?)?)?)?)?$/;
-const HALF_FORMULA = /(?:\$\$(?:(?!\$\$)[\s\S])*|\\\[(?:(?!\\\])[\s\S])*|\\\((?:(?!\\\))[\s\S])*|\\)$/;
+const HALF_FORMULA = /(?:\$\$(?:(?!\$\$)[\s\S])*|\\\[(?:(?!\\\])[\s\S])*|\\\((?:(?!\\\))[\s\S])*|\\|\$)$/;
 
 /** Takes away or completes what is half-written at the end of a growing text. */
 export function growing(text: string): string {

@@ -275,16 +275,16 @@ export class Session {
         const { [chat]: __, ...drafts } = s.drafts;
         return { ...s, threads, drafts, list: { ...s.list, chats: s.list.chats.filter((c) => c.id !== chat) } };
       });
-      const run = () => void this.import(kept.body, gone?.pinned);
-      this.store.set({ toast: { text: words.deleted, action: { label: words.undo, run } } });
+      const run = async () => void (await this.import(JSON.parse(await kept.body.text()), gone?.pinned));
+      this.store.set({ toast: { text: words.deleted, action: { label: words.undo, run: () => void run() } } });
     }, true);
   }
 
-  /** Reads an exported conversation. Returns its id, or null where the file is none. */
-  async import(file: Blob, pinned?: boolean): Promise<string | null> {
+  /** Takes an exported conversation. Returns its id, or null where the server does not take it. */
+  async import(exported: unknown, pinned?: boolean): Promise<string | null> {
     let id: string | null = null;
     await this.guard(async () => {
-      const chat = await this.api.restore(JSON.parse(await file.text()));
+      const chat = await this.api.restore(exported);
       id = chat.id;
       if (pinned && !chat.pinned) await this.api.change(chat.id, { pinned });
       await this.refreshList();

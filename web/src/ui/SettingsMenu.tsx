@@ -61,7 +61,9 @@ export function SettingsMenu() {
         onChange={async (event) => {
           const file = event.target.files?.[0];
           event.target.value = "";
-          const id = file && (await session.import(file));
+          const exported = file && (await parsed(file));
+          if (exported === null) session.store.set({ toast: { text: t("chat.badFile") } });
+          const id = exported && (await session.import(exported));
           if (!id) return;
           session.store.set({ toast: { text: t("chat.imported") } });
           go(id);
@@ -70,6 +72,14 @@ export function SettingsMenu() {
       />
     </>
   );
+}
+
+async function parsed(file: File): Promise<unknown> {
+  try {
+    return JSON.parse(await file.text());
+  } catch {
+    return null;
+  }
 }
 
 export const themeOf = (name: unknown): Prefs["theme"] => (name === "light" || name === "dark" ? name : null);

@@ -11,7 +11,7 @@ export function Sources({ message, search, n }: { message: Message; search: Sear
   const t = useT();
   const list = useRef<HTMLOListElement>(null);
   useEffect(() => {
-    if (n !== null) list.current?.querySelector(`[data-n="${n}"]`)?.scrollIntoView({ block: "start" });
+    if (n !== null) list.current?.querySelector(`[data-n="${n}"]`)?.scrollIntoView({ block: "nearest" });
   }, [n]);
   const checks = message.checks ?? [];
   const found = checks.filter((c) => c.found).length;
@@ -89,6 +89,7 @@ function Item({ source, message, checks, current }: { source: Source; message: M
           </ul>
         </>
       )}
+      {checks.length > 0 && !claims.length && <h4>{t("search.uncited")}</h4>}
     </li>
   );
 }

@@ -14,7 +14,7 @@ export function TopBar({ chat, onToggleSidebar }: { chat: string | null; onToggl
   const [naming, setNaming] = useState(false);
   return (
     <header className="header">
-      <IconButton icon="panel" className="menu" label={t("side.show")} onClick={onToggleSidebar} testId="menu" />
+      <IconButton icon="panel" className="side-toggle" label={t("side.show")} onClick={onToggleSidebar} testId="menu" />
       <ModelPicker chat={chat} />
       {info && naming ? (
         <Title title={info.title} onClose={() => setNaming(false)} onSave={(title) => void session.rename(info.id, title)} />

@@ -4,7 +4,6 @@ export const en = {
   "app.caution": "A language model can be wrong. Check what matters.",
   "app.crash": "The page has stumbled",
   "app.reload": "Reload",
-  "app.loading": "Loading",
 
   "side.label": "Chats",
   "side.show": "Show chats",
@@ -125,7 +124,6 @@ export const en = {
   "code.diagram": "Diagram",
 
   "panel.close": "Close",
-  "panel.preview": "Preview",
 
   "settings.title": "Settings",
   "settings.chat": "Conversation settings",
@@ -167,8 +165,6 @@ export const en = {
   "palette.title": "Commands",
   "palette.placeholder": "Find a chat or a command",
   "palette.nothing": "Nothing found",
-  "palette.chats": "Chats",
-  "palette.commands": "Commands",
   "palette.theme": "Appearance: {name}",
   "palette.language": "Language: {name}",
   "palette.think": "Switch DeepThink",

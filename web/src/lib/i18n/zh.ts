@@ -5,7 +5,6 @@ export const zh: Dictionary = {
   "app.caution": "语言模型可能出错，重要内容请核实。",
   "app.crash": "页面出错了",
   "app.reload": "重新加载",
-  "app.loading": "加载中",
 
   "side.label": "对话列表",
   "side.show": "显示对话列表",
@@ -126,7 +125,6 @@ export const zh: Dictionary = {
   "code.diagram": "图表",
 
   "panel.close": "关闭",
-  "panel.preview": "预览",
 
   "settings.title": "设置",
   "settings.chat": "对话设置",
@@ -168,8 +166,6 @@ export const zh: Dictionary = {
   "palette.title": "命令",
   "palette.placeholder": "查找对话或命令",
   "palette.nothing": "没有找到",
-  "palette.chats": "对话",
-  "palette.commands": "命令",
   "palette.theme": "外观：{name}",
   "palette.language": "语言：{name}",
   "palette.think": "切换深度思考",
