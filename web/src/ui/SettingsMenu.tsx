@@ -63,7 +63,7 @@ export function SettingsMenu() {
           event.target.value = "";
           const exported = file && (await parsed(file));
           if (exported === null) session.store.set({ toast: { text: t("chat.badFile") } });
-          const id = exported && (await session.import(exported));
+          const id = exported ? await session.import(exported) : null;
           if (!id) return;
           session.store.set({ toast: { text: t("chat.imported") } });
           go(id);
