@@ -62,9 +62,11 @@ def seriously_wrong(page: Page) -> list[str]:
     if not AXE.is_file():
         pytest.fail("axe-core is not installed: run `npm ci` in web/.")
     page.evaluate(AXE.read_text())
-    found = page.evaluate("axe.run(document, { resultTypes: ['violations'] }).then(r => r.violations)")
+    # Base UI's guards at the ends of a menu can be focused and are hidden on purpose: they hand the focus on.
+    context = "{ exclude: ['[data-base-ui-focus-guard]'] }"
+    found = page.evaluate(f"axe.run({context}, {{ resultTypes: ['violations'] }}).then(r => r.violations)")
     return [
-        f"{v['id']} ({v['impact']}): {node['target']} {node['failureSummary']}"
+        f"{v['id']} ({v['impact']}): {node['target']} {node['html'][:200]} {node['failureSummary']}"
         for v in found
         if v["impact"] in ("serious", "critical")
         for node in v["nodes"]

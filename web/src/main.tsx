@@ -38,7 +38,7 @@ class Boundary extends Component<{ children: ReactNode }, { fault: string | null
 const disk = browserDisk();
 const store = createStore(load(disk));
 const session = new Session(store);
-window.addEventListener("pagehide", () => session.rescue()); // before `keep` writes
+window.addEventListener("pagehide", () => session.rescue());
 keep(store, disk);
 void session.start();
 

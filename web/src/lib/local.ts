@@ -30,6 +30,7 @@ export function load(disk: Disk | null): State {
 export function keep(store: Store, disk: Disk | null): void {
   let saved = store.get();
   let timer: ReturnType<typeof setTimeout> | undefined;
+  let leaving = false;
   const write = () => {
     clearTimeout(timer);
     timer = undefined;
@@ -41,9 +42,16 @@ export function keep(store: Store, disk: Disk | null): void {
   };
   store.subscribe(() => {
     const { prefs, key, drafts } = store.get();
-    if (prefs !== saved.prefs || key !== saved.key || drafts !== saved.drafts) timer ??= setTimeout(write, 250);
+    if (prefs === saved.prefs && key === saved.key && drafts === saved.drafts) return;
+    if (leaving) write();
+    else timer ??= setTimeout(write, 250);
   });
-  window.addEventListener("pagehide", write);
+  // Other listeners may change the state after this one: from here on nothing waits.
+  window.addEventListener("pagehide", () => {
+    leaving = true;
+    write();
+  });
+  window.addEventListener("pageshow", () => void (leaving = false));
 }
 
 function put(disk: Disk | null, name: string, value: string | null): void {

@@ -11,6 +11,7 @@ import {
   type Prefs,
   settingsOf,
   type Store,
+  type Thread,
   withInfo,
   withMessages,
   withThread,
@@ -48,10 +49,17 @@ export class Session {
     });
   }
 
+  /** Another key, or none: other conversations. What waits in the open one for want of a key is sent again. */
   async useKey(key: string | null, chat: string | null): Promise<void> {
-    this.store.set({ key, askKey: false, fault: null, threads: {}, list: { chats: [], next: null, query: "", loaded: false } });
+    const waiting = key !== null && chat !== null && this.unsent(chat);
+    const threads = waiting ? { [chat]: this.store.get().threads[chat] as Thread } : {};
+    this.store.set({ key, askKey: false, fault: null, setup: null, threads, list: { chats: [], next: null, query: "", loaded: false } });
     await this.start();
-    if (chat !== null && this.store.get().setup) await this.open(chat);
+    if (chat === null || !this.store.get().setup) return;
+    const thread = threads[chat];
+    const last = thread?.messages.get(thread.path.at(-1) ?? "");
+    if (last?.unsent) this.again(chat, last);
+    else await this.open(chat);
   }
 
   /** Runs something; what fails is shown, above the composer or (`quiet`) as a toast. Returns whether it went well. */

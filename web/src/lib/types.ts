@@ -46,6 +46,7 @@ export interface Search {
   queries: string[];
   sources: Source[];
   failed: string | null;
+  done?: boolean;
   problems?: { where: string; message: string }[];
 }
 
@@ -147,6 +148,12 @@ export type ChatEvent =
 export interface Fault {
   message: string;
   status?: number;
+}
+
+/** Where the search of an answer stands; what a reload finds under way says only whether it is done. */
+export function phaseOf(message: Message): Phase {
+  if (!message.search || message.search.done || !isRunning(message)) return "done";
+  return message.phase ?? (message.search.done === undefined ? "done" : message.search.queries.length ? "fetching" : "queries");
 }
 
 export const isRunning = (m: Pick<Message, "status">): boolean => m.status === "running" || m.status === "waiting";

@@ -1,7 +1,7 @@
 import { memo, useMemo } from "react";
 import { useSelect, useSession, useT } from "../hooks";
 import { plain } from "../lib/prepare";
-import { isRunning, type Message } from "../lib/types";
+import { isRunning, type Message, phaseOf } from "../lib/types";
 import { Copy, IconButton } from "./bits";
 import { SourcesContext } from "./Citation";
 import { Icon } from "./icons";
@@ -21,8 +21,7 @@ export const AnswerView = memo(function AnswerView({ chat, message, last }: Prop
   const t = useT();
   const session = useSession();
   const live = isRunning(message);
-  const searching = message.search !== null && live && message.phase !== "done";
-  const waiting = live && !message.content && !message.thinking && !searching;
+  const waiting = live && !message.content && !message.thinking && phaseOf(message) === "done";
   const sources = message.search?.sources;
   const context = useMemo(
     () => (sources ? { sources, open: (n: number) => session.show({ kind: "sources", message: message.id, n }) } : null),

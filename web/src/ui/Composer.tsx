@@ -32,7 +32,7 @@ export function Composer({ chat, onAsk }: Props) {
   const ready = draft.files.every((f) => f.info) && (text.trim() !== "" || draft.files.length > 0);
   const submit = (event?: SubmitEvent) => {
     event?.preventDefault();
-    if (running || !ready || !session.store.get().setup) return;
+    if (running || !ready) return;
     setText("");
     onAsk(text.trim());
   };

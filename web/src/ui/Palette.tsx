@@ -92,18 +92,20 @@ const PAUSE_MS = 120;
 
 /** The chats that the words are found in; the newest without words. */
 function useFound(session: Session, text: string): readonly Summary[] {
-  const [found, setFound] = useState<readonly Summary[]>(() => session.store.get().list.chats);
+  const [found, setFound] = useState<{ text: string; chats: readonly Summary[] }>(() => ({ text: "", chats: session.store.get().list.chats }));
   useEffect(() => {
     let here = true;
     const timer = setTimeout(() => {
-      session.api.list(text.trim(), null).then(({ chats }) => here && setFound(chats), () => undefined);
+      session.api.list(text.trim(), null).then(({ chats }) => here && setFound({ text, chats }), () => undefined);
     }, PAUSE_MS);
     return () => {
       here = false;
       clearTimeout(timer);
     };
   }, [session, text]);
-  return found;
+  // Until the server has answered for these words, those that the last answer's titles hold.
+  const words = text.trim().toLowerCase();
+  return useMemo(() => (found.text === text ? found.chats : found.chats.filter((c) => c.title.toLowerCase().includes(words))), [found, text, words]);
 }
 
 function commandsOf(session: Session, t: Translate, chat: string | null): Entry[] {

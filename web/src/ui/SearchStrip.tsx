@@ -1,6 +1,6 @@
 import { useSession, useT } from "../hooks";
 import type { Translate } from "../lib/i18n";
-import { isRunning, type Message, type Search } from "../lib/types";
+import { type Message, type Phase, phaseOf, type Search } from "../lib/types";
 import { SiteMark } from "./Citation";
 import { Icon } from "./icons";
 
@@ -10,21 +10,22 @@ const MARKS = 4;
 export function SearchStrip({ message, search }: { message: Message; search: Search }) {
   const t = useT();
   const session = useSession();
-  const searching = isRunning(message) && message.phase !== undefined && message.phase !== "done" && !message.content && !message.thinking;
+  const phase = phaseOf(message);
+  const searching = phase !== "done";
   const open = () => session.show({ kind: "sources", message: message.id, n: null });
   return (
-    <section className="search-strip" data-testid="search" data-phase={message.phase ?? "done"}>
+    <section className="search-strip" data-testid="search" data-phase={phase}>
       <div className={searching ? "search-state busy" : "search-state"}>
         {searching || !search.sources.length ? (
           <span className="search-words">
             <Icon name={search.failed ? "warn" : "globe"} size={16} />
-            {words(t, message, search, searching)}
+            {words(t, phase, search)}
           </span>
         ) : (
-          <button type="button" className="fold" onClick={open} aria-label={`${t("search.open")}: ${words(t, message, search, false)}`} data-testid="open-sources">
+          <button type="button" className="fold" onClick={open} title={t("search.open")} data-testid="open-sources">
             <Icon name="globe" size={16} />
-            {words(t, message, search, false)}
-            <span className="marks">
+            {words(t, phase, search)}
+            <span className="marks" aria-hidden="true">
               {search.sources.slice(0, MARKS).map((source) => (
                 <SiteMark key={source.n} site={source.site} />
               ))}
@@ -47,10 +48,10 @@ export function SearchStrip({ message, search }: { message: Message; search: Sea
   );
 }
 
-function words(t: Translate, message: Message, search: Search, searching: boolean): string {
+function words(t: Translate, phase: Phase, search: Search): string {
   if (search.failed) return t("search.failed", { reason: search.failed });
   const n = search.sources.length;
-  if (!searching) return n ? t("search.done", { n }) : t("search.none");
-  if (message.phase === "reading") return t("search.reading", { n });
-  return t(message.phase === "fetching" ? "search.fetching" : "search.queries");
+  if (phase === "done") return n ? t("search.done", { n }) : t("search.none");
+  if (phase === "reading") return t("search.reading", { n });
+  return t(phase === "fetching" ? "search.fetching" : "search.queries");
 }
