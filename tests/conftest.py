@@ -14,6 +14,7 @@ if not Path("/dev/nvidiactl").exists():
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=3, help="how often the test of killed training kills (make soak: 50)")
+    parser.addoption("--chat-kills", type=int, default=2, help="how often a chat server is killed (make soak: 100)")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -21,3 +22,9 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_data(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Commands keep their data in a folder of the tests', not in the home of whoever runs them."""
+    os.environ["RORQUAL_DATA_DIR"] = str(tmp_path_factory.mktemp("data"))

@@ -28,7 +28,8 @@ from rorqual.serve.admission import AdmittedEngine
 from rorqual.serve.border import Border, Traffic, answer_error, answer_nobody
 from rorqual.serve.callers import Caller
 from rorqual.serve.chats import routes as chat_routes
-from rorqual.serve.chats.files import Files, estimate
+from rorqual.serve.chats.files import Files
+from rorqual.serve.chats.prompting import estimate
 from rorqual.serve.chats.service import Chats
 from rorqual.serve.chats.store import ChatStore
 from rorqual.serve.chats.voices import OwnModels, TheirModels
@@ -79,15 +80,7 @@ def create_app(
     app.state.ready = False
     app.state.startup_error = None
     platform = Platform(app.state.models, settings)
-    app.state.chats = None
-    if settings.database_url:
-        app.state.chats = _chats(app, platform, upstream, searcher, metrics)
-        app.include_router(chat_routes.routes(app.state.chats, Files(app.state.chats.store, _counter(models))))
-    for prefix in PREFIXES:
-        app.include_router(search_routes(searcher), prefix=prefix)
-        app.include_router(_probes(app), prefix=prefix)
-        app.include_router(_metrics(metrics), prefix=prefix)
-        app.include_router(upstream.router(settings, metrics) if upstream else api(platform), prefix=prefix)
+    _mount(app, platform, metrics, searcher)
     app.include_router(_page(page))
     for kind in (RorqualError, RequestValidationError, HTTPException, Refused):
         app.add_exception_handler(kind, answer_error)
@@ -111,10 +104,21 @@ def _admitted(models: Mapping[str, ServedModel], settings: Settings, metrics: Me
     return {name: replace(served, engine=engines[id(served.engine)]) for name, served in models.items()}
 
 
-def _chats(
-    app: FastAPI, platform: Platform, upstream: Upstream | None, searcher: Searcher | None, metrics: Metrics
-) -> Chats:
-    settings, traffic = platform.settings, app.state.traffic
+def _mount(app: FastAPI, platform: Platform, metrics: Metrics, searcher: Searcher | None) -> None:
+    settings, upstream = platform.settings, app.state.upstream
+    app.state.chats = app.state.files = None
+    if settings.database_url:
+        app.state.chats = _chats(app, platform, searcher, metrics)
+        app.state.files = Files(app.state.chats.store, _counter(platform.models))
+        app.include_router(chat_routes.routes(app.state.chats, app.state.files))
+    for prefix in PREFIXES:
+        for router in (search_routes(searcher), _probes(app), _metrics(metrics)):
+            app.include_router(router, prefix=prefix)
+        app.include_router(upstream.router(settings, metrics) if upstream else api(platform), prefix=prefix)
+
+
+def _chats(app: FastAPI, platform: Platform, searcher: Searcher | None, metrics: Metrics) -> Chats:
+    settings, traffic, upstream = platform.settings, app.state.traffic, app.state.upstream
 
     def hold(caller: Caller) -> Callable[[], None]:
         """A running answer is one of the caller's requests, and what a draining server waits for."""

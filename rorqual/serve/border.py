@@ -1,11 +1,11 @@
 """The outermost layer: what holds for every request whatever its route.
 
 Every response carries `x-request-id` (the client's own where it is clean), `openai-processing-ms` and what is
-left of the key's limits, and one log line tells of it. A key is asked for before anything of the body is read,
-on every path that was not declared public: a route that someone adds later is closed until it is opened on
-purpose. POST is what costs, but where it was declared free: its requests are counted against the key's limits, refused beyond what the server
-can hold, and refused while it drains. Bodies over the limit are refused. Exceptions that nobody expected end
-here, with a traceback in the log and without one in the answer.
+left of the key's limits, and one log line tells of it. A key is asked for before anything of the body is
+read, on every path that was not declared public: a route that someone adds later is closed until it is opened
+on purpose. POST is what costs, but where it was declared free: its requests are counted against the key's
+limits, refused beyond what the server can hold, and refused while it drains. Bodies over the limit are
+refused. Exceptions that nobody expected end here, with a traceback in the log and without one in the answer.
 
 It is plain ASGI because Starlette's BaseHTTPMiddleware puts a queue between the route and the connection, and
 then a client's departure is noticed late. Left out: CORS, on purpose; pages of other origins have no business

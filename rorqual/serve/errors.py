@@ -24,6 +24,7 @@ from rorqual.errors import CapacityError, Conflict, NotFound, PromptTooLong, Req
 KINDS: Mapping[int, tuple[str, str | None]] = {
     400: ("invalid_request_error", None),
     401: ("invalid_request_error", "invalid_api_key"),
+    403: ("invalid_request_error", "forbidden"),
     404: ("invalid_request_error", "unknown_url"),
     405: ("invalid_request_error", "method_not_allowed"),
     409: ("invalid_request_error", "conflict"),

@@ -171,9 +171,7 @@ class Message(Body):
         if self.tool_calls:
             message["tool_calls"] = [call.model_dump(exclude_unset=True) for call in self.tool_calls]
         if self.prefix:
-            message["prefix"] = True
-            if self.thinking_done:
-                message["thinking_done"] = True
+            message |= {"prefix": True} | ({"thinking_done": True} if self.thinking_done else {})
         return message
 
 

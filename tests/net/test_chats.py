@@ -127,6 +127,22 @@ def test_two_listeners_and_one_that_left_and_came_back_hear_the_same(page: Page)
     assert [f["type"] for _, f in ended] == ["state"] and ended[0][1]["message"]["status"] == "done"
 
 
+def test_what_has_ended_never_runs_again(page: Page) -> None:
+    """Whoever asks just when an answer ends is told one thing by every route, and the next question sees all of it."""
+    page.server.script("One two three four five six seven.")
+    chat = page.chat()
+    leaf = None
+    for _ in range(15):
+        _, answer = page.ask(chat, "?", leaf)
+        while page.message(chat, answer)["status"] == "running":
+            pass
+        assert page.message(chat, answer)["status"] == "done"
+        assert page.call("GET", f"/chats/{chat}")["messages"][-1]["status"] == "done"
+        leaf = answer
+    page.asked(chat, "?", leaf)
+    assert page.prompt().count("One two three four five six seven.") == 15
+
+
 def test_silence_is_filled_with_pings(page: Page, gate: Gate) -> None:
     page.server.script("now", gate=gate.wait)
     chat = page.chat()
@@ -432,6 +448,21 @@ def test_a_key_sees_its_own_chats_only(tokenizer: Tokenizer, tmp_path: Path, gat
         assert len(salts) == 1 and salts != {""}
         for page in pages:
             page.http.close()
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200), ({"host": "localhost:1"}, 200), ({"host": "[::1]:1"}, 200), ({"origin": "http://localhost:5173"}, 200),
+        ({"host": "evil.example"}, 403), ({"host": "127.0.0.1.evil.example"}, 403),
+        ({"host": "localhost@evil.example"}, 403), ({"origin": "https://evil.example"}, 403), ({"origin": "null"}, 403),
+        ({"origin": "http://localhost.evil.example"}, 403),
+    ],
+)  # fmt: skip
+def test_pages_of_other_sites_read_no_conversations(page: Page, headers: dict[str, str], status: int) -> None:
+    """Without keys nothing else keeps a page that somebody visits from asking this machine."""
+    assert page.http.get("/chats", headers=headers).status_code == status
+    assert page.http.post("/chats", json={"id": "x"}, headers=headers).status_code == status
 
 
 # ---- size -------------------------------------------------------------------------------------------------------

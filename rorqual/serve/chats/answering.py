@@ -27,7 +27,7 @@ from rorqual.search.turn import SearchSettings, research
 from rorqual.serve.callers import VISIT, Caller, Visit
 from rorqual.serve.chats.live import Live
 from rorqual.serve.chats.prompting import Prompt, begun, conversation, source_json, source_of, with_sources
-from rorqual.serve.chats.shapes import ChatSettings, Status, Turn
+from rorqual.serve.chats.shapes import ChatSettings, Message, Status, Turn
 from rorqual.serve.chats.store import checks_json
 from rorqual.serve.chats.voices import Asked, ModelCard, Voice, card
 from rorqual.serve.chats.work import Work
@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 SAVE_S = 0.4
 USAGE_S = 1.0
 QUERY_TOKENS = 200
+ANSWER_TOKENS = 1024
 Wish = Literal["stop", "answer", "cut", "gone"]
 ENDINGS: Mapping[Wish, Status] = {"stop": "stopped", "cut": "cut", "gone": "stopped", "answer": "stopped"}
 
@@ -92,11 +93,23 @@ class Answering:
             keeper.cancel()
             await asyncio.gather(keeper, return_exceptions=True)
         self.live.stop_clock()
-        self._message.status = status
         self._account()
-        self.live.settle()
-        await self._finish()
+        # First written, then told: the next question reads this answer from the database.
+        ended = replace(self.live.settle(), status=status)
+        written = await self._written(ended, 0.0, 0.5, 2.0)
+        self._message.status = status
         self.live.end()
+        self._tell()
+        while not written:  # a full disk, a database that is away: for as long as it takes
+            written = await self._written(ended, 10.0)
+
+    def _tell(self) -> None:
+        """One log line, as of any request."""
+        usage = self._message.usage or {}
+        names = ("prompt_tokens", "cached_tokens", "completion_tokens")
+        fields = {"request_id": f"chat_{self._message.id}", "key": self._caller.id, "model": self._message.model}
+        fields |= {"status": self._message.status, **{name: usage.get(name, 0) for name in names}}
+        log.info("%(request_id)s %(model)s %(status)s %(completion_tokens)s tokens", fields, extra={"fields": fields})
 
     async def _speak_until_done(self) -> Status:
         while True:
@@ -127,7 +140,7 @@ class Answering:
         messages = with_sources(messages, self._sources(), self._message.created)
         messages += begun(self.live.settle(), answers_now=self._answers_now)
         s = self._settings
-        asked = Asked(s.model, messages, s.thinking, s.temperature, s.top_p, s.max_tokens)
+        asked = Asked(s.model, messages, s.thinking, s.temperature, s.top_p, s.max_tokens, s.seed)
         reason = "stop"
         self._open()
         told = time.monotonic()
@@ -191,11 +204,24 @@ class Answering:
                     found["problems"].append({"where": where, "message": text})
                     self.live.tell("search", "reading")
                 case Sources(sources=sources):
-                    found["sources"] = [source_json(source) for source in sources]
+                    fitting = await self._fitting(messages, list(sources), model)
+                    found["sources"] = [source_json(source) for source in fitting]
         if found["queries"] and not found["sources"]:
             found["failed"] = found["problems"][0]["message"] if found["problems"] else "nothing was found"
         found["done"] = True
         self.live.tell("search", "done")
+
+    async def _fitting(self, messages: Prompt, sources: list[Source], model: ModelCard) -> list[Source]:
+        """The sources without the last passages, as many as do not fit beside the conversation and room for an answer."""
+        room = model.context_length - min(ANSWER_TOKENS, model.context_length // 4)
+        while sources and model.context_length:
+            shown = with_sources(messages, sources, self._message.created)
+            if await self._tools.voice.tokens(Asked(model.id, shown, self._settings.thinking)) <= room:
+                break
+            *sources, last = sources
+            if last.passages[1:]:
+                sources.append(replace(last, passages=last.passages[:-1]))
+        return sources
 
     async def _ask(self, messages: Sequence[Mapping[str, str]]) -> AsyncIterator[str]:
         """The model for the queries: without thought, briefly."""
@@ -224,7 +250,7 @@ class Answering:
         while True:
             await asyncio.sleep(SAVE_S)
             self._message.usage = self._usage.json(self._message.thinking_tokens or 0)
-            kept = replace(self.live.settle())  # a copy: the thread must not read what this loop goes on changing
+            kept = self.live.snapshot()
             try:
                 wish = await asyncio.to_thread(self._tools.work.save, kept)
             except (
@@ -237,14 +263,16 @@ class Answering:
             elif wish in ("stop", "answer"):
                 self.wish("stop" if wish == "stop" else "answer")
 
-    async def _finish(self) -> None:
-        for pause_s in (0.0, 0.5, 2.0, 5.0):
+    async def _written(self, ended: Message, *pauses_s: float) -> bool:
+        """Write it down, after each of the pauses until it succeeds."""
+        for pause_s in pauses_s:
             await asyncio.sleep(pause_s)
             try:
-                await asyncio.to_thread(self._tools.work.finish, replace(self._message))
-                return
+                await asyncio.to_thread(self._tools.work.finish, ended)
+                return True
             except SQLAlchemyError as error:
                 log.error("the end of answer %s could not be saved: %s", self._message.id, error)
+        return False
 
 
 class _Meter:

@@ -155,9 +155,3 @@ def clean_name(name: str) -> str:
     """A name without its path, for people and models to read."""
     name = unicodedata.normalize("NFC", storable(name)).replace("\\", "/").rpartition("/")[2]
     return neutral_line(name, 150) or "file"
-
-
-def estimate(text: str) -> int:
-    """Tokens of a text where no tokenizer is at hand, as DeepSeek's documentation counts them."""
-    wide = sum(c > "\u2e80" for c in text)
-    return round(0.3 * (len(text) - wide) + 0.6 * wide)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rorqual.serve.chats.shapes import Message
@@ -104,6 +104,10 @@ class Live:
         self.message.thinking = self.thinking.whole() or None
         self.message.content = self.content.whole()
         return self.message
+
+    def snapshot(self) -> Message:
+        """The message as it is now, for whoever keeps it: this one goes on changing."""
+        return replace(self.settle())
 
     def _wake(self) -> None:
         self.position += 1

@@ -10,8 +10,10 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
-from fastapi import APIRouter, Query, Request, Response, UploadFile
+from fastapi import APIRouter, Depends, Query, Request, Response, UploadFile
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, StreamingResponse
 
 from rorqual.errors import RequestError
@@ -31,6 +33,7 @@ from rorqual.serve.chats.shapes import (
 )
 from rorqual.serve.chats.store import LIST_LIMIT
 from rorqual.serve.errors import ApiError, Refused
+from rorqual.serve.run import is_loopback
 
 Limit = Annotated[int, Query(ge=1, le=LIST_LIMIT)]
 Words = Annotated[str, Query(max_length=500)]
@@ -44,6 +47,21 @@ def is_free(path: str) -> bool:
     return (path == "/chats" or path.startswith("/chats/")) and not path.endswith(COSTS)
 
 
+def same_site(request: Request) -> None:
+    """Without keys, who can reach the server can read it: the people of this machine, and so every web page they visit,
+    unless its address gives it away. A page of another site shows it in `Origin`; one that made its own name mean this
+    machine (DNS rebinding) has that name in `Host`. Raises HTTPException 403."""
+    if caller().id:  # a page that knows a key was given it
+        return
+    origin = request.headers.get("origin")
+    hosts = [
+        urlsplit(f"//{request.headers.get('host', '')}").hostname,
+        urlsplit(origin).hostname if origin else "localhost",
+    ]
+    if not all(host and is_loopback(host) for host in hosts):
+        raise HTTPException(403, "Conversations are told to pages of this machine alone, unless there are API keys.")
+
+
 def caller() -> Caller:
     visit = VISIT.get()
     assert visit is not None, "the border gives every request a visit"
@@ -55,7 +73,7 @@ def owner() -> str:
 
 
 def routes(chats: Chats, files: Files) -> APIRouter:
-    router = APIRouter(prefix="/chats")
+    router = APIRouter(prefix="/chats", dependencies=[Depends(same_site)])
     for part in (_conversations, _files, _messages):
         part(router, chats, files)
     return router

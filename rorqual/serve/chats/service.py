@@ -35,6 +35,7 @@ from rorqual.serve.searching import Searcher
 log = logging.getLogger(__name__)
 BEAT_S = 3.0
 LOOK_S = 0.5
+STOP_S = 10.0
 T = TypeVar("T")
 
 
@@ -85,7 +86,8 @@ class Chats:
         running = list(self._running.values())
         for answering, _ in running:
             answering.wish("cut")
-        await asyncio.gather(*(task for _, task in running), return_exceptions=True)
+        if running:  # what cannot be written down by then is cut as by a kill
+            await asyncio.wait([task for _, task in running], timeout=STOP_S)
         self._beating.cancel()
         await asyncio.gather(self._beating, return_exceptions=True)
         self._beating = None
@@ -141,13 +143,13 @@ class Chats:
             release()
 
         task.add_done_callback(ended)
-        return live.settle()
+        return live.snapshot()
 
     # ---- while it runs ----------------------------------------------------------------------------------------------
 
     async def stop_answer(self, owner: str, chat: str, message: str, *, thinking: bool = False) -> Message:
         """The answer as it stands once it has stopped, or, for `thinking`, while it goes on."""
-        found: Message = await asyncio.to_thread(self.store.message, owner, chat, message)
+        found = await self._find(owner, chat, message)
         running = self._running.get(found.n)
         if running is None:
             if found.running:
@@ -156,8 +158,8 @@ class Chats:
         answering, task = running
         answering.wish("answer" if thinking else "stop")
         if not thinking:
-            await asyncio.wait([task], timeout=10)
-        return answering.live.settle()
+            await asyncio.wait([task], timeout=STOP_S)
+        return answering.live.snapshot()
 
     async def delete(self, owner: str, chat: str) -> None:
         for number in await asyncio.to_thread(self.store.delete, owner, chat):
@@ -165,12 +167,24 @@ class Chats:
                 self._running[number][0].wish("gone")
 
     async def message(self, owner: str, chat: str, message: str) -> Message:
-        return self._current(await asyncio.to_thread(self.store.message, owner, chat, message))
+        return self._current(await self._find(owner, chat, message))
+
+    async def _find(self, owner: str, chat: str, message: str) -> Message:
+        """As the database has it. One of ours that runs there and not here any more ended while it was read."""
+        for pause_s in (0.01, 0.1, 1.0, 0.0):
+            found: Message = await asyncio.to_thread(self.store.message, owner, chat, message)
+            if not found.running or found.worker != self.work.id or found.n in self._running:
+                break
+            await asyncio.sleep(pause_s)
+        return found
 
     async def chat(self, owner: str, chat: str) -> dict[str, Any]:
         """With what runs here up to this moment."""
+        # Those that run before it is read, too: they may end meanwhile.
+        running = [answering.live for answering, _ in self._running.values()]
         found: dict[str, Any] = await asyncio.to_thread(self.store.get, owner, chat)
-        live = {answering.live.message.id: answering.live for answering, _ in self._running.values()}
+        running += [answering.live for answering, _ in self._running.values()]
+        live = {one.message.id: one for one in running}
         for i, message in enumerate(found["messages"]):
             here = live.get(message["id"]) if message["status"] == "running" else None
             if here is not None and here.message.chat == chat:
@@ -179,11 +193,11 @@ class Chats:
 
     def _current(self, message: Message) -> Message:
         running = self._running.get(message.n)
-        return running[0].live.settle() if running else message
+        return running[0].live.snapshot() if running else message
 
     async def events(self, owner: str, chat: str, message: str) -> AsyncGenerator[Frame | None, None]:
         """What is told of an answer from now on. Raises NotFound at once."""
-        found: Message = await asyncio.to_thread(self.store.message, owner, chat, message)
+        found = await self._find(owner, chat, message)
         running = self._running.get(found.n)
         if running is not None:
             return running[0].live.frames(self._heartbeat_s)

@@ -49,6 +49,7 @@ class ChatSettings(Body):
     temperature: Annotated[float | None, Field(ge=0, le=2, allow_inf_nan=False)] = None
     top_p: Annotated[float | None, Field(ge=0, le=1, allow_inf_nan=False)] = None
     max_tokens: Annotated[int | None, Field(ge=1)] = None
+    seed: Annotated[int | None, Field(ge=0, lt=2**53)] = None
 
     def changed(self, given: ChatSettings | None) -> ChatSettings:
         """With what was given, and only that, in place of its own."""

@@ -15,11 +15,11 @@ from typing import Any, Literal, Protocol
 
 from rorqual.errors import NotFound, UpstreamError
 from rorqual.serve.callers import VISIT
-from rorqual.serve.chats.prompting import Prompt
+from rorqual.serve.chats.prompting import Prompt, estimate
 from rorqual.serve.errors import ApiError, Refused
 from rorqual.serve.events import Event, Finish, Reason, ReasoningDelta, TextDelta, Usage
 from rorqual.serve.metrics import Metrics
-from rorqual.serve.prepare import Platform, prepare_chat
+from rorqual.serve.prepare import Platform, prepare_chat, render
 from rorqual.serve.schemas import ChatRequest
 from rorqual.serve.settings import Settings
 from rorqual.serve.upstream import Relay, Upstream
@@ -55,17 +55,22 @@ class Asked:
     temperature: float | None = None
     top_p: float | None = None
     max_tokens: int | None = None
+    seed: int | None = None
 
     def body(self) -> dict[str, Any]:
         """As the API has it."""
         body: dict[str, Any] = {"model": self.model, "messages": self.messages}
-        given = {"temperature": self.temperature, "top_p": self.top_p, "max_tokens": self.max_tokens}
+        given = {name: getattr(self, name) for name in ("temperature", "top_p", "max_tokens", "seed")}
         return body | {name: value for name, value in given.items() if value is not None}
 
 
 class Voice(Protocol):
     async def models(self) -> list[ModelCard]:
         """The first is the one that answers where none is named. Raises UpstreamError."""
+        ...
+
+    async def tokens(self, asked: Asked) -> int:
+        """How long the prompt is; about, where its tokenizer is not here. Raises as chat completions do."""
         ...
 
     def answer(self, asked: Asked) -> AsyncGenerator[Event, None]:
@@ -96,11 +101,17 @@ class OwnModels:
             cards.append(ModelCard(name, served.engine.info.max_model_len, mode))
         return cards
 
-    async def answer(self, asked: Asked) -> AsyncGenerator[Event, None]:
+    def _request(self, asked: Asked) -> ChatRequest:
         body = asked.body()
         if self._platform.find(asked.model).has_thinking_switch:
             body["thinking"] = {"type": "enabled" if asked.thinking else "disabled"}
-        call = await prepare_chat(ChatRequest.model_validate(body), self._platform)
+        return ChatRequest.model_validate(body)
+
+    async def tokens(self, asked: Asked) -> int:
+        return len((await render(self._request(asked), self._platform)).prompt)
+
+    async def answer(self, asked: Asked) -> AsyncGenerator[Event, None]:
+        call = await prepare_chat(self._request(asked), self._platform)
         async with aclosing(call.events(self._platform.replay)) as events:
             async for event in events:
                 yield event
@@ -128,6 +139,9 @@ class TheirModels:
             can = entry.get("thinking", entry.get("owned_by") in THEIR_WORDS)
             cards.append(ModelCard(entry["id"], length if isinstance(length, int) else 0, "switch" if can else "none"))
         return cards
+
+    async def tokens(self, asked: Asked) -> int:
+        return estimate("".join(message["content"] for message in asked.messages))
 
     async def answer(self, asked: Asked) -> AsyncGenerator[Event, None]:
         entry = next((e for e in await self._listed() if e["id"] == asked.model), {})
