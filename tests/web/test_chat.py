@@ -477,6 +477,7 @@ def test_keyboard_and_palette(page: Page) -> None:
     page.keyboard.press("Control+Shift+o")
     expect(page.get_by_test_id("welcome")).to_be_visible()
     page.keyboard.press("Control+k")
+    expect(page.get_by_test_id("palette-input")).to_be_focused()
     page.keyboard.type("hello")
     expect(page.get_by_test_id("palette-entry").first).to_contain_text("hello whales")
     page.keyboard.press("Enter")

@@ -1,4 +1,4 @@
-import { useEffect, useState } from "react";
+import { useCallback, useEffect, useState } from "react";
 import { go, useLanguage, useRoute, useSelect, useSession, WordsContext } from "./hooks";
 import { NEW, type Session } from "./lib/session";
 import { NO_DRAFT, settingsOf } from "./lib/store";
@@ -20,30 +20,31 @@ export function App() {
   const words = useLanguage();
   const session = useSession();
   const chat = useRoute();
-  const thread = useSelect((s) => (chat === null ? undefined : s.threads[chat]));
+  // Not the thread itself: it changes with every frame of an answer, and the page around it does not.
+  const title = useSelect((s) => (chat === null ? undefined : s.threads[chat]?.info.title));
   const panel = useSelect((s) => s.panel !== null) && chat !== null;
   const docked = useSelect((s) => s.prefs.sidebar);
   const [drawer, setDrawer] = useState(false);
   useTheme();
   useOpen(session, chat, words.t("chat.missing"));
   useEffect(() => {
-    document.title = thread ? `${thread.info.title} · rorqual` : "rorqual";
-  }, [thread?.info.title]);
+    document.title = title ? `${title} · rorqual` : "rorqual";
+  }, [title]);
   useEffect(() => {
     setDrawer(false);
     session.store.update((s) => (s.panel || s.editing ? { ...s, panel: null, editing: null } : s));
   }, [chat, session]);
 
-  const toggleSidebar = () => {
-    if (matchMedia(NARROW).matches) setDrawer(!drawer);
-    else session.prefs({ sidebar: !docked });
-  };
+  const toggleSidebar = useCallback(() => {
+    if (matchMedia(NARROW).matches) setDrawer((open) => !open);
+    else session.prefs({ sidebar: !session.store.get().prefs.sidebar });
+  }, [session]);
   useShortcuts(session, chat, { drawer, closeDrawer: () => setDrawer(false), toggleSidebar });
-  const ask = (text: string) => {
+  const ask = useCallback((text: string) => {
     const { files } = session.store.get().drafts[chat ?? NEW] ?? NO_DRAFT;
     const id = session.ask(chat, text, files.flatMap((f) => f.info ?? []));
     if (id !== chat) go(id);
-  };
+  }, [session, chat]);
 
   return (
     <WordsContext value={words}>
@@ -52,7 +53,7 @@ export function App() {
         <div className="scrim" onClick={() => setDrawer(false)} aria-hidden="true" />
         <main className={chat === null ? "main fresh" : "main"} inert={drawer}>
           <TopBar chat={chat} onToggleSidebar={toggleSidebar} />
-          {chat === null ? <Welcome onAsk={ask} /> : thread ? <Thread key={chat} thread={thread} /> : <div className="thread" aria-busy="true" />}
+          {chat === null ? <Welcome onAsk={ask} /> : title !== undefined ? <Thread key={chat} chat={chat} /> : <div className="thread" aria-busy="true" />}
           <Composer chat={chat} onAsk={ask} />
         </main>
         {chat !== null && <Panel chat={chat} />}

@@ -2,8 +2,8 @@
 import { createContext, type RefObject, useContext, useEffect, useMemo, useRef, useState, useSyncExternalStore } from "react";
 import { type Language, LANGUAGES, languageOf, type Translate, translator } from "./lib/i18n";
 import type { Session } from "./lib/session";
-import type { State } from "./lib/store";
-import type { Message } from "./lib/types";
+import { settingsOf, type State } from "./lib/store";
+import type { Message, Settings } from "./lib/types";
 
 export const SessionContext = createContext<Session | null>(null);
 
@@ -17,6 +17,15 @@ export function useSession(): Session {
 export function useSelect<T>(select: (state: State) => T): T {
   const { store } = useSession();
   return useSyncExternalStore(store.subscribe, () => select(store.get()));
+}
+
+/** What a conversation (null: the next one) is asked with. */
+export function useSettings(chat: string | null): Settings {
+  const own = useSelect((s) => (chat === null ? undefined : s.threads[chat]?.info.settings));
+  const fresh = useSelect((s) => s.prefs.settings);
+  const setup = useSelect((s) => s.setup);
+  const { store } = useSession();
+  return useMemo(() => settingsOf(store.get(), chat), [store, chat, own, fresh, setup]);
 }
 
 export const useMessage = (chat: string, id: string): Message | undefined => useSelect((s) => s.threads[chat]?.messages.get(id));

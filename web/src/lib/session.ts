@@ -24,6 +24,7 @@ export const newId = (): string =>
   Array.from(crypto.getRandomValues(new Uint8Array(12)), (b) => b.toString(16).padStart(2, "0")).join("");
 
 export const NEW = "new";
+const SOON_MS = 400;
 
 export class Session {
   readonly api: Api;
@@ -252,7 +253,20 @@ export class Session {
     this.store.update((s) => ({ ...s, prefs: { ...s.prefs, settings: { ...s.prefs.settings, ...lasting(values) } } }));
     if (chat === null) return this.prefs({ settings: { ...settings } });
     this.store.update((s) => withInfo(s, chat, { settings }));
-    void this.guard(async () => void (await this.api.change(chat, { settings: values })), true);
+    const waiting = this.untold.get(chat);
+    clearTimeout(waiting?.timer);
+    this.untold.set(chat, { values: { ...waiting?.values, ...values }, timer: setTimeout(() => this.tellSettings(chat), SOON_MS) });
+  }
+
+  private readonly untold = new Map<string, { values: Partial<Settings>; timer: ReturnType<typeof setTimeout> }>();
+
+  /** Typing in a field makes one request, not one for each letter. A question carries its settings anyway. */
+  private tellSettings(chat: string): void {
+    const waiting = this.untold.get(chat);
+    if (!waiting) return;
+    clearTimeout(waiting.timer);
+    this.untold.delete(chat);
+    void this.guard(async () => void (await this.api.change(chat, { settings: waiting.values }, true)), true);
   }
 
   // ---- the chat as a whole
@@ -312,8 +326,9 @@ export class Session {
     return false;
   }
 
-  /** Before the page goes: questions that the server never took become drafts again. */
+  /** Before the page goes: what waits is told, and questions that the server never took become drafts again. */
   rescue(): void {
+    for (const chat of [...this.untold.keys()]) this.tellSettings(chat);
     for (const thread of Object.values(this.store.get().threads)) {
       for (const message of thread.messages.values()) {
         if (!message.unsent || message.role !== "user") continue;

@@ -1,4 +1,4 @@
-import { memo, useMemo } from "react";
+import { memo, useDeferredValue, useMemo } from "react";
 import { useSelect, useSession, useT } from "../hooks";
 import { plain } from "../lib/prepare";
 import { isRunning, type Message, phaseOf } from "../lib/types";
@@ -41,7 +41,7 @@ export const AnswerView = memo(function AnswerView({ chat, message, last }: Prop
         )}
         {message.content && (
           <div data-testid="answer-text">
-            <Markdown text={message.content} live={live} checks={message.checks} />
+            <Text message={message} live={live} />
           </div>
         )}
         {!live && <Ending chat={chat} message={message} last={last} />}
@@ -50,6 +50,14 @@ export const AnswerView = memo(function AnswerView({ chat, message, last }: Prop
     </SourcesContext>
   );
 });
+
+/** A finished answer that comes into view is plain for a moment: React renders its Markdown in slices between the
+ *  frames, so that scrolling through long answers never waits for a parser. */
+function Text({ message, live }: { message: Message; live: boolean }) {
+  const ready = useDeferredValue(true, live);
+  if (!ready) return <div className="md plain">{plain(message.content)}</div>;
+  return <Markdown text={message.content} live={live} checks={message.checks} />;
+}
 
 function Foot({ chat, message, last }: Props) {
   const t = useT();

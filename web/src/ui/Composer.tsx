@@ -1,7 +1,7 @@
-import { type ClipboardEvent, type KeyboardEvent, type SubmitEvent, useEffect, useLayoutEffect, useRef, useState } from "react";
-import { useSelect, useSession, useT } from "../hooks";
+import { type ClipboardEvent, type KeyboardEvent, type RefObject, type SubmitEvent, memo, useEffect, useLayoutEffect, useRef, useState } from "react";
+import { useSelect, useSession, useSettings, useT } from "../hooks";
 import { NEW } from "../lib/session";
-import { NO_DRAFT, settingsOf } from "../lib/store";
+import { NO_DRAFT } from "../lib/store";
 import { isRunning } from "../lib/types";
 import { attach, detach } from "../lib/uploads";
 import { Attachments } from "./Attachments";
@@ -17,7 +17,7 @@ interface Props {
 
 const KEEP_MS = 250;
 
-export function Composer({ chat, onAsk }: Props) {
+export const Composer = memo(function Composer({ chat, onAsk }: Props) {
   const t = useT();
   const session = useSession();
   const place = chat ?? NEW;
@@ -27,12 +27,13 @@ export function Composer({ chat, onAsk }: Props) {
   const area = useRef<HTMLTextAreaElement>(null);
   useLayoutEffect(() => fitHeight(area.current, 240), [text]);
   useFocus(area, place);
-  useKept(place, text, setText);
+  const kept = useKept(place, text, setText);
 
   const ready = draft.files.every((f) => f.info) && (text.trim() !== "" || draft.files.length > 0);
   const submit = (event?: SubmitEvent) => {
     event?.preventDefault();
     if (running || !ready) return;
+    kept.current.text = "";
     setText("");
     onAsk(text.trim());
   };
@@ -84,7 +85,7 @@ export function Composer({ chat, onAsk }: Props) {
       <CostLine chat={chat} />
     </div>
   );
-}
+});
 
 /** The id of the answer that is being written at the end of what is shown. */
 export function useRunning(chat: string | null): string | null {
@@ -95,19 +96,24 @@ export function useRunning(chat: string | null): string | null {
   });
 }
 
-function useFocus(area: React.RefObject<HTMLTextAreaElement | null>, place: string): void {
+function useFocus(area: RefObject<HTMLTextAreaElement | null>, place: string): void {
   useEffect(() => {
     if (matchMedia("(hover: hover)").matches) area.current?.focus(); // no keyboard popping up on phones
   }, [area, place]);
 }
 
 /** The text survives: typing only changes this component, and is kept in the draft a moment later. */
-function useKept(place: string, text: string, setText: (text: string) => void): void {
+function useKept(place: string, text: string, setText: (text: string) => void): RefObject<{ place: string; text: string }> {
   const session = useSession();
   const now = useRef({ place, text });
   const stored = useSelect((s) => s.drafts[place]?.text ?? "");
+  const keepNow = () => {
+    const draft = session.store.get().drafts[now.current.place] ?? NO_DRAFT;
+    if (now.current.text) session.keepDraft(now.current.place, { ...draft, text: now.current.text });
+  };
   useEffect(() => {
     if (now.current.place !== place || (now.current.text === "" && stored)) {
+      keepNow(); // what was typed last, where it was typed
       now.current = { place, text: stored };
       setText(stored); // another chat, or its draft has just come from the server
     }
@@ -126,6 +132,7 @@ function useKept(place: string, text: string, setText: (text: string) => void): 
       window.removeEventListener("pagehide", keep);
     };
   }, [text]);
+  return now;
 }
 
 /** The last question that is shown, in its editor. */
@@ -164,12 +171,9 @@ function AttachButton({ place }: { place: string }) {
 function Switches({ chat }: { chat: string | null }) {
   const t = useT();
   const session = useSession();
-  const thread = useSelect((s) => (chat === null ? undefined : s.threads[chat]?.info.settings));
-  const prefs = useSelect((s) => s.prefs.settings);
+  const settings = useSettings(chat);
   const setup = useSelect((s) => s.setup);
   if (!setup) return null;
-  void [thread, prefs];
-  const settings = settingsOf(session.store.get(), chat);
   const model = setup.models.find((m) => m.id === settings.model);
   return (
     <>

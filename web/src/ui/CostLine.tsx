@@ -16,7 +16,8 @@ export function CostLine({ chat }: { chat: string | null }) {
   const totals = useMemo(() => (messages ? totalsOf(messages) : null), [messages]);
   if (!messages || !totals || totals.prompt + totals.completion === 0) return <p className="caution">{t("app.caution")}</p>;
   const price = prices?.find((p) => p.name === chosen) ?? prices?.[0];
-  const speed = path?.map((id) => messages.get(id)?.usage?.tokens_per_s).findLast((s) => typeof s === "number");
+  const last = path?.findLast((id) => typeof messages.get(id)?.usage?.tokens_per_s === "number");
+  const speed = messages.get(last ?? "")?.usage?.tokens_per_s;
   const percent = totals.prompt ? `${Math.round((100 * totals.cached) / totals.prompt)}%` : "0%";
   const parts = [
     t("cost.tokens", { input: short(totals.prompt), output: short(totals.completion) }),

@@ -1,11 +1,7 @@
 import { Popover } from "@base-ui/react/popover";
-import { useEffect, useState } from "react";
-import { useSelect, useSession, useT } from "../hooks";
-import { settingsOf } from "../lib/store";
+import { useSelect, useSession, useSettings, useT } from "../hooks";
 import type { Settings } from "../lib/types";
 import { IconButton } from "./bits";
-
-const PAUSE_MS = 300;
 
 /** System prompt and sampling of one conversation; without one, of the next. */
 export function Parameters({ chat }: { chat: string | null }) {
@@ -29,27 +25,9 @@ export function Parameters({ chat }: { chat: string | null }) {
 function Fields({ chat }: { chat: string | null }) {
   const t = useT();
   const session = useSession();
-  const stored = settingsOf(session.store.get(), chat);
-  const limit = useSelect((s) => s.setup?.models.find((m) => m.id === stored.model)?.max_output);
-  const [values, setValues] = useState(stored);
-  const [changed, setChanged] = useState<Partial<Settings>>({});
-  useEffect(() => {
-    if (!Object.keys(changed).length) return;
-    const send = () => session.settings(chat, changed);
-    const timer = setTimeout(() => {
-      send();
-      setChanged({});
-    }, PAUSE_MS);
-    return () => clearTimeout(timer);
-  }, [changed]);
-  // Closing at once must not lose the last key stroke.
-  const [last] = useState<{ changed: Partial<Settings> }>({ changed: {} });
-  last.changed = changed;
-  useEffect(() => () => void (Object.keys(last.changed).length && session.settings(chat, last.changed)), []);
-  const set = (news: Partial<Settings>) => {
-    setValues({ ...values, ...news });
-    setChanged({ ...changed, ...news });
-  };
+  const values = useSettings(chat);
+  const limit = useSelect((s) => s.setup?.models.find((m) => m.id === values.model)?.max_output);
+  const set = (news: Partial<Settings>) => session.settings(chat, news);
   return (
     <>
       <div className="field">

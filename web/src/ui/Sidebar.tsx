@@ -1,4 +1,4 @@
-import { useEffect, useRef, useState } from "react";
+import { memo, useEffect, useRef, useState } from "react";
 import { routeTo, useSelect, useSession, useT } from "../hooks";
 import type { Key } from "../lib/i18n";
 import type { Summary } from "../lib/types";
@@ -8,7 +8,7 @@ import { Icon } from "./icons";
 import { Mark } from "./Mark";
 import { SettingsMenu } from "./SettingsMenu";
 
-export function Sidebar({ chat, onToggle }: { chat: string | null; onToggle: () => void }) {
+export const Sidebar = memo(function Sidebar({ chat, onToggle }: { chat: string | null; onToggle: () => void }) {
   const t = useT();
   return (
     <aside className="sidebar" aria-label={t("side.label")} data-testid="sidebar">
@@ -26,7 +26,7 @@ export function Sidebar({ chat, onToggle }: { chat: string | null; onToggle: () 
       <SettingsMenu />
     </aside>
   );
-}
+});
 
 const PAUSE_MS = 180;
 

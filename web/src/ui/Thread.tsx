@@ -3,27 +3,28 @@ import { Virtualizer } from "virtua";
 import { MemoryContext, useFollow, useMessage, useSelect, useT } from "../hooks";
 import type { Translate } from "../lib/i18n";
 import { plain } from "../lib/prepare";
-import type { Thread as Conversation } from "../lib/store";
 import { isRunning, type Message } from "../lib/types";
 import { AnswerView } from "./AnswerView";
 import { IconButton } from "./bits";
+import { useRunning } from "./Composer";
 import { QuestionView } from "./QuestionView";
 
 /** Up to here all messages stay in the document, so that the browser's own search finds them. */
 const ALL = 40;
 
-export function Thread({ thread }: { thread: Conversation }) {
+const NO_PATH: readonly string[] = [];
+
+export function Thread({ chat }: { chat: string }) {
   const t = useT();
-  const { path, messages } = thread;
-  const chat = thread.info.id;
+  const path = useSelect((s) => s.threads[chat]?.path ?? NO_PATH);
   const { box, content, following, toEnd } = useFollow(chat);
   const memory = useRef(new Map<string, unknown>());
   const editing = useSelect((s) => s.editing);
   const last = path.at(-1);
-  const lastMessage = last === undefined ? undefined : messages.get(last);
+  const running = useRunning(chat) !== null;
   const questions = useRef(last);
   useEffect(() => {
-    if (questions.current !== last && lastMessage && isRunning(lastMessage)) toEnd(); // a question was asked: show it
+    if (questions.current !== last && running) toEnd(); // a question was asked: show it
     questions.current = last;
   }, [last]);
   const mounted = useMemo(() => {
@@ -45,9 +46,7 @@ export function Thread({ thread }: { thread: Conversation }) {
         {!following && (
           <IconButton icon="down" className="jump" label={t("thread.jump")} onClick={() => toEnd(path.length <= ALL)} testId="jump" />
         )}
-        <p className="offscreen" role="status" aria-live="polite">
-          {spoken(t, lastMessage)}
-        </p>
+        <Spoken chat={chat} />
       </div>
     </MemoryContext>
   );
@@ -62,6 +61,16 @@ const Row = memo(function Row({ chat, id, last }: { chat: string; id: string; la
     </div>
   );
 });
+
+function Spoken({ chat }: { chat: string }) {
+  const t = useT();
+  const words = useSelect((s) => spoken(t, s.threads[chat]?.messages.get(s.threads[chat]?.path.at(-1) ?? "")));
+  return (
+    <p className="offscreen" role="status" aria-live="polite">
+      {words}
+    </p>
+  );
+}
 
 /** For screen readers: what happens, and the answer once it is whole (not word by word). */
 function spoken(t: Translate, last: Message | undefined): string {

@@ -1,4 +1,4 @@
-import { useState } from "react";
+import { memo, useState } from "react";
 import { routeTo, useSelect, useSession, useT } from "../hooks";
 import { short } from "../lib/i18n";
 import { settingsOf } from "../lib/store";
@@ -7,7 +7,7 @@ import { ChatActions } from "./ChatRow";
 import { Icon } from "./icons";
 import { Parameters } from "./Parameters";
 
-export function TopBar({ chat, onToggleSidebar }: { chat: string | null; onToggleSidebar: () => void }) {
+export const TopBar = memo(function TopBar({ chat, onToggleSidebar }: { chat: string | null; onToggleSidebar: () => void }) {
   const t = useT();
   const session = useSession();
   const info = useSelect((s) => (chat === null ? undefined : s.threads[chat]?.info));
@@ -36,7 +36,7 @@ export function TopBar({ chat, onToggleSidebar }: { chat: string | null; onToggl
       )}
     </header>
   );
-}
+});
 
 function Title({ title, onClose, onSave }: { title: string; onClose: () => void; onSave: (title: string) => void }) {
   const t = useT();
