@@ -14,6 +14,7 @@ if not Path("/dev/nvidiactl").exists():
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=3, help="how often the test of killed training kills (make soak: 50)")
+    parser.addoption("--database", help="an empty database for the tests of conversations, instead of SQLite")
     parser.addoption("--chat-kills", type=int, default=2, help="how often a chat server is killed (make soak: 100)")
 
 

@@ -14,8 +14,10 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 from rich.markdown import Markdown
+from rich.segment import SegmentLines
 
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_ITEM = re.compile(r"(?:[-+*]|\d{1,9}[.)]?)(?:\s|$)")  # or what may become one
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 
 
@@ -25,19 +27,20 @@ def harmless(text: str) -> str:
 
 
 def finished(text: str) -> int:
-    """How much of a growing Markdown text is in blocks that cannot change any more: up to the last blank line outside of
-    code."""
+    """How much of a growing Markdown text is in blocks that cannot change any more: up to a line at the margin that follows
+    a blank one and begins something new, which an item of a list does not, and nothing within code."""
     at = end = 0
-    fence = ""
+    fence, blank = "", False
     for line in text.splitlines(keepends=True):
-        at += len(line)
+        if blank and not fence and line.strip() and not line[0].isspace() and not _ITEM.match(line):
+            end = at
         mark = _FENCE.match(line)
         if mark and not fence:
             fence = mark[1]
         elif mark and fence and mark[1].startswith(fence) and line.strip() == mark[1]:
             fence = ""
-        if not line.strip() and not fence and line.endswith("\n"):
-            end = at
+        blank = not line.strip()
+        at += len(line)
     return end
 
 
@@ -83,7 +86,7 @@ class Painter:
         self._waiting += harmless(text)
         if at := finished(self._waiting):
             self._stop()
-            self._console.print(Markdown(cited(self._waiting[:at])))
+            self._print(self._waiting[:at])
             self._console.print()
             self._waiting = self._waiting[at:]
         if self._waiting.strip():
@@ -95,8 +98,17 @@ class Painter:
         if self._thinks or (not self._pretty and self._waiting):
             self._console.print()
         elif self._waiting.strip():
-            self._console.print(Markdown(cited(self._waiting)))
+            self._print(self._waiting)
         self._thinks, self._waiting = False, ""
+
+    def _print(self, block: str) -> None:
+        """For good, without the blank lines that rich puts around some blocks."""
+        lines = self._console.render_lines(Markdown(cited(block)), pad=False)
+        while lines and not "".join(part.text for part in lines[0]).strip():
+            lines.pop(0)
+        while lines and not "".join(part.text for part in lines[-1]).strip():
+            lines.pop()
+        self._console.print(SegmentLines(lines, new_lines=True), end="")
 
     def _draw(self) -> None:
         if self._live is None:

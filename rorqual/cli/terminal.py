@@ -6,7 +6,6 @@ line of /help.
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -282,13 +281,13 @@ class Terminal:
 
     def export(self, rest: str) -> None:
         """/export [PATH]  write the conversation to a file: .json whole, else the branch shown, as Markdown"""
-        from rorqual.serve.chats.export import as_json, as_markdown, file_name
+        from rorqual.serve.chats.export import as_json, as_markdown, file_name, whole
 
         found = self._found()
         path = Path(rest or file_name(found["title"], "md")).expanduser()
         if path.suffix == ".json":
             texts = self._room.chats.store.file_texts(self._owner, found["id"])
-            body = json.dumps(as_json(found, texts), ensure_ascii=False, indent=1)
+            body = whole(as_json(found, texts)).decode()
         else:
             body = as_markdown(found)
         try:

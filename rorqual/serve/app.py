@@ -94,6 +94,7 @@ def create_app(
         metrics=metrics,
         is_public=lambda method, path: method in ("GET", "HEAD") and path in public,
         is_free=chat_routes.is_free,
+        is_upload=lambda path: path in chat_routes.UPLOADS,
     )
     return app
 
@@ -137,7 +138,7 @@ def _chats(app: FastAPI, platform: Platform, searcher: Searcher | None, metrics:
         TheirModels(upstream, settings, metrics) if upstream else OwnModels(platform),
         searcher,
         default_model=next(iter(platform.models), ""),
-        file_bytes=settings.max_body_bytes - FORM_BYTES,
+        file_bytes=settings.max_upload_bytes - FORM_BYTES,
         heartbeat_s=settings.heartbeat_s,
         hold=hold,
     )

@@ -65,7 +65,8 @@ class Traffic:
 
 
 class Border:
-    """ASGI middleware. `is_public(method, path)` names what needs no key, `is_free(path)` the POSTs that cost nothing."""
+    """ASGI middleware. `is_public(method, path)` names what needs no key, `is_free(path)` the POSTs that cost nothing,
+    `is_upload(path)` those whose bodies may be larger."""
 
     def __init__(
         self,
@@ -76,6 +77,7 @@ class Border:
         metrics: Metrics,
         is_public: Callable[[str, str], bool],
         is_free: Callable[[str], bool] = lambda path: False,
+        is_upload: Callable[[str], bool] = lambda path: False,
     ) -> None:
         self._app = app
         self._settings = settings
@@ -84,13 +86,16 @@ class Border:
         self._metrics = metrics
         self._is_public = is_public
         self._is_free = is_free
+        self._is_upload = is_upload
         self._callers = Callers(time.monotonic)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        crossing = _Crossing(scope, receive, send, self._settings.max_body_bytes, self._metrics)
+        uploads = self._is_upload(scope["path"])
+        limit = self._settings.max_upload_bytes if uploads else self._settings.max_body_bytes
+        crossing = _Crossing(scope, receive, send, limit, self._metrics)
         try:
             refusal = await self._identify(crossing, scope) or self._enter(crossing, scope)
             if refusal is None:
@@ -127,8 +132,8 @@ class Border:
 
     def _enter(self, crossing: _Crossing, scope: Scope) -> ApiError | None:
         length = Headers(scope=scope).get("content-length", "")
-        if length.isdigit() and int(length) > self._settings.max_body_bytes:
-            return to_api_error(_too_large(self._settings.max_body_bytes))
+        if length.isdigit() and int(length) > crossing.max_body_bytes:
+            return to_api_error(_too_large(crossing.max_body_bytes))
         if scope["method"] != "POST" or crossing.visit is None or self._is_free(scope["path"]):
             return None
         if self._traffic.draining:
@@ -162,15 +167,15 @@ class _Crossing:
         self.counted = False
         self._receive = receive
         self._send = send
-        self._max_body_bytes = max_body_bytes
+        self.max_body_bytes = max_body_bytes
         self._body_bytes = 0
         self._metrics = metrics
 
     async def receive(self) -> Message:
         message = await self._receive()
         self._body_bytes += len(message.get("body", b""))
-        if self._body_bytes > self._max_body_bytes:  # a chunked body announces no length
-            raise _too_large(self._max_body_bytes)
+        if self._body_bytes > self.max_body_bytes:  # a chunked body announces no length
+            raise _too_large(self.max_body_bytes)
         return message
 
     async def send(self, message: Message) -> None:

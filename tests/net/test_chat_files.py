@@ -46,7 +46,7 @@ def pdf(*pages: str, password: str = "") -> bytes:
 @pytest.fixture(scope="module")
 def page(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     url = database_url(tmp_path_factory.mktemp("files"))
-    settings = Settings(database_url=url, max_body_bytes=1 << 20)
+    settings = Settings(database_url=url, max_body_bytes=1 << 16, max_upload_bytes=1 << 20)
     with (
         running(tokenizer, settings, context=1 << 16) as server,
         httpx.Client(base_url=server.url, timeout=60) as http,

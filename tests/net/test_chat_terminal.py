@@ -202,11 +202,14 @@ def test_the_page_sees_the_terminals_conversations_while_it_answers(person: Pers
 # ---- painting ---------------------------------------------------------------------------------------------------
 
 
-def test_blocks_are_finished_outside_of_code_only() -> None:
-    assert finished("a") == finished("a\n") == 0 and finished("a\n\nb") == 3
+def test_blocks_are_finished_where_something_new_begins() -> None:
+    assert finished("a") == finished("a\n") == finished("a\n\n") == 0 and finished("a\n\nb") == 3
     code = "```py\na\n\nb\n```\n"
-    assert finished(code) == 0 and finished("x\n\n" + code) == 3 and finished(code + "\n") == len(code) + 1
-    assert finished("```\n\n~~~\n\n") == 0, "another fence does not close this one"
+    assert finished(code) == 0 and finished("x\n\n" + code) == 3 and finished(code + "\nc") == len(code) + 1
+    assert finished("```\n\n~~~\n\nx") == 0, "another fence does not close this one"
+    for more in ("2", "2.", "2. b", "-", "- b", "   a paragraph of it"):
+        assert finished(f"1. a\n\n{more}") == 0, "a list goes on"
+    assert finished("1. a\n\n20th") == 6
 
 
 def test_a_terminal_obeys_nothing_that_a_model_says() -> None:

@@ -24,8 +24,10 @@ from tests.net.harness import Gate, eventually, running
 
 
 @pytest.fixture(scope="module")
-def shared(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    url = database_url(tmp_path_factory.mktemp("chats"))
+def shared(
+    tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> Iterator[Page]:
+    url = pytestconfig.getoption("--database") or database_url(tmp_path_factory.mktemp("chats"))
     with (
         running(tokenizer, Settings(database_url=url, heartbeat_s=0.2), context=8192) as server,
         httpx.Client(base_url=server.url, timeout=30) as http,
@@ -67,6 +69,8 @@ def test_nobody_listens_and_the_answer_is_there(page: Page, gate: Gate) -> None:
     _, answer = page.ask(chat, "?")
     assert page.message(chat, answer)["status"] == "running"
     assert page.call("GET", "/chats")["chats"][0]["running"]
+    early = {"id": new(), "parent": answer, "content": "?", "answer": {"id": new()}}
+    assert "still being written" in page.call("POST", f"/chats/{chat}/messages", early, status=409)["error"]["message"]
     gate.open()
     assert page.ended(chat, answer)["content"] == "A whale of an answer."
     assert not page.call("GET", "/chats")["chats"][0]["running"]

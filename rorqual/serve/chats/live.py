@@ -15,6 +15,7 @@ from typing import Any
 
 from rorqual.serve.chats.shapes import Message
 
+PACE_S = 0.02  # what comes in between goes out together: fifty times a second is more than an eye sees
 Frame = tuple[int, dict[str, Any]]
 """(position, data) of one event."""
 
@@ -120,8 +121,11 @@ class Live:
         yield self.position, {"type": "state", "message": self.settle().json()}
         while True:
             changed = self._changed
-            for frame in self._since(place):
+            frames = self._since(place)
+            for frame in frames:
                 yield self.position, frame
+            if frames and not self.ended:
+                await asyncio.sleep(PACE_S)
             if self._changed is not changed:  # more came while those were sent
                 continue
             if self.ended:

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Depends, Query, Request, Response, UploadFile
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, StreamingResponse
+from starlette.responses import StreamingResponse
 
 from rorqual.errors import RequestError
 from rorqual.serve.callers import VISIT, Caller
@@ -39,6 +39,7 @@ Limit = Annotated[int, Query(ge=1, le=LIST_LIMIT)]
 Words = Annotated[str, Query(max_length=500)]
 
 
+UPLOADS = ("/chats/files", "/chats/import")
 COSTS = ("/messages", "/answers", "/continue", "/files")
 
 
@@ -74,7 +75,7 @@ def owner() -> str:
 
 def routes(chats: Chats, files: Files) -> APIRouter:
     router = APIRouter(prefix="/chats", dependencies=[Depends(same_site)])
-    for part in (_conversations, _files, _messages):
+    for part in (_transfers, _conversations, _files, _messages):
         part(router, chats, files)
     return router
 
@@ -94,13 +95,10 @@ def _conversations(router: APIRouter, chats: Chats, files: Files) -> None:
     async def create(body: NewChat) -> dict[str, Any]:
         return await asyncio.to_thread(store.create, owner(), body)
 
-    @router.post("/import")
-    async def import_chat(body: ImportedChat) -> dict[str, Any]:
-        return await asyncio.to_thread(export.load, store, owner(), body)
-
     @router.get("/{chat}")
     async def get(chat: str) -> Response:
-        return JSONResponse(await chats.chat(owner(), chat))  # FastAPI's own way walks through ten thousand messages
+        body = await asyncio.to_thread(export.whole, await chats.chat(owner(), chat))
+        return Response(body, media_type="application/json")
 
     @router.patch("/{chat}")
     async def patch(chat: str, body: ChatPatch) -> dict[str, Any]:
@@ -110,16 +108,25 @@ def _conversations(router: APIRouter, chats: Chats, files: Files) -> None:
     async def delete(chat: str) -> None:
         await chats.delete(owner(), chat)
 
+
+def _transfers(router: APIRouter, chats: Chats, files: Files) -> None:
+    store = chats.store
+
+    @router.post("/import")
+    async def import_chat(body: ImportedChat) -> Response:
+        found = await asyncio.to_thread(export.load, store, owner(), body)
+        return Response(await asyncio.to_thread(export.whole, found), media_type="application/json")
+
     @router.get("/{chat}/export")
     async def export_chat(chat: str, format: str = "markdown") -> Response:
         if format not in ("markdown", "json"):
             raise RequestError(f"there is no format {format!r}", remedy="markdown or json", param="format")
         found = await chats.chat(owner(), chat)
         if format == "markdown":
-            body, suffix, kind = export.as_markdown(found), "md", "text/markdown; charset=utf-8"
+            body, suffix, kind = export.as_markdown(found).encode(), "md", "text/markdown; charset=utf-8"
         else:
             texts = await asyncio.to_thread(store.file_texts, owner(), chat)
-            body = json.dumps(export.as_json(found, texts), ensure_ascii=False, indent=1)
+            body = await asyncio.to_thread(export.whole, export.as_json(found, texts))
             suffix, kind = "json", "application/json"
         name = export.file_name(found["title"], suffix)
         headers = {"content-disposition": f'attachment; filename="{name}"', "x-content-type-options": "nosniff"}

@@ -220,14 +220,15 @@ class ChatStore:
         return files
 
     @staticmethod
-    def insert_message(connection: Connection, chat: int, values: Mapping[str, Any]) -> int:
+    def insert_message(connection: Connection, chat: int, values: Mapping[str, Any], *, indexed: bool = True) -> int:
+        """Its number. Not `indexed`: whoever inserts many puts their words into the index at once."""
         row = {
             "chat": chat, "parent": None, "created": time.time(), "content": "", "status": "done", "model": "",
             "worker": "", "wish": "", **values,
         }  # fmt: skip
         key = connection.execute(insert(MESSAGES).values(row)).inserted_primary_key
         assert key is not None
-        if row["content"]:
+        if indexed and row["content"]:
             words.put(connection, [(key[0], row["content"])])
         return int(key[0])
 

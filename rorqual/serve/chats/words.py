@@ -19,6 +19,7 @@ from rorqual.serve.chats.shapes import utf16
 from rorqual.serve.chats.tables import CHATS, MESSAGES
 
 SNIPPET = 160
+_REMOVE = text("DELETE FROM chat_words WHERE rowid = :row")
 _FOUND = text("SELECT rowid FROM chat_words WHERE chat_words MATCH :asked ORDER BY rowid DESC LIMIT 20000")
 
 
@@ -31,19 +32,18 @@ def indexes(connection: Connection) -> bool:
 
 def put(connection: Connection, rows: Iterable[tuple[int, str]]) -> None:
     """Replace what the index has under these numbers."""
-    if not indexes(connection):
+    rows = list(rows)
+    if not rows or not indexes(connection):
         return
-    for row, body in rows:
-        remove(connection, [row])
-        if body:
-            sql = text("INSERT INTO chat_words (rowid, body) VALUES (:row, :body)")
-            connection.execute(sql, {"row": row, "body": spaced(body)})
+    connection.execute(_REMOVE, [{"row": row} for row, _ in rows])
+    if said := [{"row": row, "body": spaced(body)} for row, body in rows if body]:
+        connection.execute(text("INSERT INTO chat_words (rowid, body) VALUES (:row, :body)"), said)
 
 
 def remove(connection: Connection, rows: Iterable[int]) -> None:
     many = [{"row": row} for row in rows]
     if many and indexes(connection):
-        connection.execute(text("DELETE FROM chat_words WHERE rowid = :row"), many)
+        connection.execute(_REMOVE, many)
 
 
 def find(connection: Connection, owner: str, query: str) -> dict[int, tuple[str, str | None]]:

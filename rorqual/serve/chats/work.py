@@ -142,6 +142,8 @@ class Work:
         found = self.store.find_message(connection, chat, parent)
         if found is None or found.role != role:
             raise NotFound(f"there is no {role} message {parent!r} in this chat", param="parent")
+        if found.running:
+            raise Conflict("the answer before is still being written", remedy="wait for it, or stop it", param="parent")
 
     @staticmethod
     def _attach(connection: Connection, owner: str, message: int, files: Sequence[str]) -> None:
