@@ -47,6 +47,7 @@ def main() -> None:
     with running() as world, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
         figures = {
+            "kind": "page",
             "what": "the chat page in headless Chromium, scripted model, loopback",
             "when": time.strftime("%Y-%m-%d"),
             "hardware": {
