@@ -6,7 +6,8 @@
 #   make bench      the CPU benchmark table, pairwise against installed peers
 #   make interop    builds llama.cpp and compares our exports with it and with transformers
 #   make soak       the long tests: kills, load
-.PHONY: serve test check setup setup-dev page docs speedrun bench soak parity interop clean
+#   make pictures  the chat's screenshots in docs/, and what the page measures (benchmarks/page.json)
+.PHONY: serve test check setup setup-dev page docs speedrun bench soak parity interop pictures clean
 SHELL := /bin/bash
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -q
@@ -70,6 +71,12 @@ interop: setup-dev
 
 soak: setup-dev page
 	$(BIN)/python scripts/soak.py $(ARGS)
+
+pictures: setup-dev page
+	./scripts/browser.sh
+	$(BIN)/python scripts/screenshots.py
+	$(BIN)/python scripts/page_bench.py --json benchmarks/page.json
+	$(BIN)/python scripts/benchmarks.py
 
 clean:
 	rm -rf .venv web/node_modules rorqual/serve/page out

@@ -1,14 +1,15 @@
 """Takes the pictures of the chat that the documentation shows, after `make page`.
 
-    python scripts/screenshots.py [DIR]         into docs/chat, or DIR
+    python scripts/screenshots.py [DIR]         into docs, or DIR
 
-The server is the product's own with a scripted model behind it (tests/web/world.py), so that every picture is the same
-each time: they show the page, not a model's skill.
+For the pictures in chat/ the server is the product's own with a scripted model behind it (tests/web/world.py), so that every
+picture is the same each time: they show the page, not a model's skill. chat.png shows what the bundled model says.
 """
 
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from playwright.sync_api import Browser, Page, sync_playwright  # noqa: E402
 
+from tests.net.test_bundled import SERVE, serving  # noqa: E402
 from tests.web.conftest import FLAGS, chromium  # noqa: E402
 from tests.web.world import World, running  # noqa: E402
 
@@ -33,8 +35,10 @@ def main(folder: Path) -> None:
             world.reset()
             world.clear()
             take(browser, world, folder)
+        with tempfile.TemporaryDirectory() as data, serving((*SERVE, "--data-dir", data)) as server:
+            bundled(browser, server.url, folder.parent / "chat.png")
         browser.close()
-    for picture in sorted(folder.glob("*.png")):
+    for picture in sorted([*folder.glob("*.png"), folder.parent / "chat.png"]):
         size = picture.stat().st_size
         print(f"{picture.name:24} {size / 1000:6.0f} kB")
         if size > LARGEST:
@@ -54,7 +58,7 @@ def ask(page: Page, text: str) -> None:
     page.get_by_test_id("input").fill(text)
     page.get_by_test_id("send").click()
     page.locator(f"[data-testid=answer] >> nth={before}").wait_for()
-    page.locator("[data-testid=answer][data-status=running]").wait_for(state="detached")
+    page.locator("[data-testid=answer][data-status=running]").wait_for(state="detached", timeout=120_000)
 
 
 def fresh(page: Page) -> None:
@@ -158,5 +162,25 @@ def phone(browser: Browser, world: World, folder: Path) -> None:
     shoot(page, folder, "phone-dark-drawer")
 
 
+def bundled(browser: Browser, url: str, picture: Path) -> None:
+    """An ordinary question and an addition with its thinking open, of the bundled model, drawn greedily."""
+    page = browser.new_page(base_url=url, viewport={"width": 1280, "height": 800}, locale="en-GB", color_scheme="light")
+    page.goto("/")
+    page.get_by_test_id("model").wait_for()
+    page.get_by_test_id("parameters-button").click()
+    page.get_by_test_id("temperature").fill("0")
+    page.keyboard.press("Escape")
+    ask(page, "Who are you?")
+    page.get_by_test_id("deepthink").click()
+    ask(page, "What is 47 + 38?")
+    toggle = page.get_by_test_id("thinking-toggle").last
+    if toggle.get_attribute("aria-expanded") == "false":
+        toggle.click()
+    page.get_by_test_id("input").blur()
+    page.mouse.move(1200, 60)
+    page.wait_for_timeout(500)
+    page.screenshot(path=picture)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path("docs/chat"))
+    main((Path(sys.argv[1]) if len(sys.argv) > 1 else Path("docs")) / "chat")

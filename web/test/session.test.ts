@@ -10,6 +10,7 @@ import { info, message, SETTINGS } from "./make";
 function world(over: Partial<Record<keyof Api, unknown>> = {}) {
   const calls: [string, ...unknown[]][] = [];
   const streams = new Map<string, Following>();
+  const store = createStore(EMPTY);
   const note = (name: string, answer: (...args: never[]) => unknown) => (...args: never[]) => {
     calls.push([name, ...args]);
     return answer(...args);
@@ -24,10 +25,9 @@ function world(over: Partial<Record<keyof Api, unknown>> = {}) {
       answer: message({ id: body.answer.id, chat, parent: body.id, status: "running" }),
     })),
     answer: note("answer", async (chat: string, body: { id: string; parent: string }) => message({ id: body.id, chat, parent: body.parent, status: "running" })),
-    stop: note("stop", async (chat: string, id: string) => message({ id, chat, parent: "q", status: "stopped", content: "half" })),
+    stop: note("stop", async (chat: string, id: string) => ({ ...store.get().threads[chat]!.messages.get(id)!, status: "stopped", content: "half" })),
     ...Object.fromEntries(Object.entries(over).map(([name, answer]) => [name, note(name, answer as never)])),
   } as unknown as Api;
-  const store = createStore(EMPTY);
   const session = new Session(store, api, (_, __, id, on) => {
     streams.set(id, on);
     return () => streams.delete(id);
@@ -108,10 +108,9 @@ test("stop takes the server's word for what there is", async () => {
   await session.start();
   const chat = session.ask(null, "slow", []);
   await settle();
-  const [question, answer] = shown(chat) as [Message, Message];
-  await session.stop(chat, answer.id);
+  await session.stop(chat, shown(chat)[1]!.id);
   expect(streams.size).toBe(0);
-  expect(shown(chat).at(-1)?.status ?? question.status).toBeDefined();
+  expect(shown(chat)[1]).toMatchObject({ status: "stopped", content: "half" });
 });
 
 test("a refused key asks for one", async () => {
@@ -141,7 +140,10 @@ test("switches are told to the server and start the next chat; a system prompt s
   const chat = session.ask(null, "x", []);
   await settle();
   session.settings(chat, { thinking: true, system: "Be brief." });
-  expect(calls.at(-1)).toEqual(["change", chat, { settings: { thinking: true, system: "Be brief." } }]);
+  session.settings(chat, { system: "Be very brief." });
+  session.rescue(); // what waits is told when the page goes
+  const told = calls.filter(([name]) => name === "change");
+  expect(told).toEqual([["change", chat, { settings: { thinking: true, system: "Be very brief." } }, true]]);
   expect(store.get().prefs.settings).toEqual({ thinking: true });
-  expect(store.get().threads[chat]!.info.settings).toEqual({ ...SETTINGS, thinking: true, system: "Be brief." });
+  expect(store.get().threads[chat]!.info.settings).toEqual({ ...SETTINGS, thinking: true, system: "Be very brief." });
 });
