@@ -64,7 +64,8 @@ def _page(r: dict[str, Any]) -> str:
             f"| longest task of the main thread, {name} | {t['processor']['longest_ms']} ms of processor time, "
             f"{t['clock']['longest_ms']} ms by the clock |"
         )
-    lines.append(f"| from a key to its frame meanwhile, median and slowest | {typing['median_ms']:.0f} and {typing['slowest_ms']:.0f} ms |")
+    keys = f"{typing['median_ms']:.0f} and {typing['slowest_ms']:.0f} ms"
+    lines.append(f"| from a key to its frame meanwhile, median and slowest | {keys} |")
     return "\n".join(lines) + "\n"
 
 

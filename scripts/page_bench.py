@@ -26,11 +26,11 @@ from urllib.request import Request, urlopen
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from playwright.sync_api import Browser, Page, sync_playwright  # noqa: E402
+from playwright.sync_api import Browser, Page, sync_playwright
 
-from tests.web.answers import MARKDOWN, MATHS  # noqa: E402
-from tests.web.conftest import FLAGS, chromium  # noqa: E402
-from tests.web.world import PAGE, World, running  # noqa: E402
+from tests.web.answers import MARKDOWN, MATHS
+from tests.web.conftest import FLAGS, chromium
+from tests.web.world import PAGE, World, running
 
 MESSAGES = 10_000
 BUDGET_BYTES = 350_000
@@ -72,9 +72,10 @@ def sizes() -> dict[str, Any]:
     first = set(re.findall(r'src="\./([^"]+\.js)"', (PAGE / "index.html").read_text()))
     files = {str(p.relative_to(PAGE)): len(gzip.compress(p.read_bytes())) for p in sorted(PAGE.rglob("*.js"))}
     lazy = {re.sub(r"^assets/|-[\w-]{8}(?=\.js)", "", name): size for name, size in files.items() if name not in first}
+    styles = sum(len(gzip.compress(p.read_bytes())) for p in PAGE.glob("assets/index-*.css"))
     return {
         "first_load_gzip_bytes": sum(files[name] for name in first), "budget_gzip_bytes": BUDGET_BYTES,
-        "lazy_gzip_bytes": lazy, "css_gzip_bytes": sum(len(gzip.compress(p.read_bytes())) for p in PAGE.glob("assets/index-*.css")),
+        "lazy_gzip_bytes": lazy, "css_gzip_bytes": styles,
     }  # fmt: skip
 
 
@@ -102,7 +103,12 @@ def long_chat(world: World) -> str:
         time.sleep(0.05)
     exported = _call(f"{world.url}/chats/sample/export?format=json")
     question, answer = exported["messages"]
-    texts = ("A short answer.", "Two paragraphs.\n\nThe second has **bold** words and `code`.", MARKDOWN[:900], MATHS[:300])
+    texts = (
+        "A short answer.",
+        "Two paragraphs.\n\nThe second has **bold** words and `code`.",
+        MARKDOWN[:900],
+        MATHS[:300],
+    )
     messages, parent = [], None
     for n in range(MESSAGES // 2):
         messages.append({**question, "id": f"q{n}", "parent": parent, "content": f"Question {n}: what about whales?"})
@@ -121,12 +127,19 @@ def tasks(browser: Browser, page: Page) -> Iterator[dict[str, Any]]:
         yield told
     finally:
         events = json.loads(browser.stop_tracing())["traceEvents"]
-        mains = {(e["pid"], e["tid"]) for e in events if e.get("name") == "thread_name" and e["args"]["name"] == "CrRendererMain"}
+        mains = {
+            (e["pid"], e["tid"])
+            for e in events
+            if e.get("name") == "thread_name" and e["args"]["name"] == "CrRendererMain"
+        }
         turns = [e for e in events if (e["pid"], e["tid"]) in mains and e["name"].endswith("RunTask") and "dur" in e]
         clock, processor = [e["dur"] / 1000 for e in turns], [e["tdur"] / 1000 for e in turns if "tdur" in e]
         told["tasks"] = len(turns)
         for name, times in (("clock", clock), ("processor", processor)):
-            told[name] = {"longest_ms": round(max(times, default=0), 1), "longer_than_50_ms": sum(t > 50 for t in times)}
+            told[name] = {
+                "longest_ms": round(max(times, default=0), 1),
+                "longer_than_50_ms": sum(t > 50 for t in times),
+            }
 
 
 def scroll(browser: Browser, world: World) -> dict[str, Any]:

@@ -15,16 +15,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from playwright.sync_api import Browser, Page, sync_playwright  # noqa: E402
+from playwright.sync_api import Browser, Page, sync_playwright
 
-from tests.net.test_bundled import SERVE, serving  # noqa: E402
-from tests.web.conftest import FLAGS, chromium  # noqa: E402
-from tests.web.world import World, running  # noqa: E402
+from tests.net.test_bundled import SERVE, serving
+from tests.web.conftest import FLAGS, chromium
+from tests.web.world import World, running
 
 LARGEST = 250_000
 DESKTOP = {"viewport": {"width": 1440, "height": 900}}
 PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "has_touch": True, "is_mobile": True}
-HISTORY = ("Which whales sing, and why?", "A name for a small boat", "Plan two days in Tadoussac", "Explain RoPE with one example")
+HISTORY = (
+    "Which whales sing, and why?",
+    "A name for a small boat",
+    "Plan two days in Tadoussac",
+    "Explain RoPE with one example",
+)
 
 
 def main(folder: Path) -> None:

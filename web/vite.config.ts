@@ -1,4 +1,5 @@
-import { readFileSync } from "node:fs";
+import { readFileSync, writeFileSync } from "node:fs";
+import { gzipSync } from "node:zlib";
 import react from "@vitejs/plugin-react";
 import { type Plugin } from "vite";
 import { defineConfig } from "vitest/config";
@@ -56,6 +57,19 @@ function frames(): Plugin {
   };
 }
 
+/** Beside each text file its gzipped form, which the server sends to whoever takes it. */
+const gzipped: Plugin = {
+  name: "gzipped",
+  apply: "build",
+  writeBundle({ dir = "" }, bundle) {
+    for (const name of Object.keys(bundle)) {
+      if (!/\.(js|css|html)$/.test(name)) continue;
+      const body = readFileSync(`${dir}/${name}`);
+      if (body.length > 1024) writeFileSync(`${dir}/${name}.gz`, gzipSync(body, { level: 9 }));
+    }
+  },
+};
+
 /** Every browser that runs the page reads woff2: KaTeX's older formats would only be carried along. */
 const onlyWoff2: Plugin = {
   name: "only-woff2",
@@ -65,7 +79,7 @@ const onlyWoff2: Plugin = {
 
 export default defineConfig({
   base: "./",
-  plugins: [react(), contentSecurityPolicy, frames(), onlyWoff2],
+  plugins: [react(), contentSecurityPolicy, frames(), onlyWoff2, gzipped],
   build: {
     outDir: "../rorqual/serve/page",
     emptyOutDir: true,

@@ -64,7 +64,9 @@ def watched(page: Page, url: str) -> list[str]:
     """What must not happen while the page is open: a script error, a request to any other host."""
     faults: list[str] = []
     page.on("pageerror", lambda error: faults.append(f"script error: {error}"))
-    page.on("request", lambda r: None if r.url.startswith((url, "data:", "blob:")) else faults.append(f"request to {r.url}"))
+    page.on(
+        "request", lambda r: None if r.url.startswith((url, "data:", "blob:")) else faults.append(f"request to {r.url}")
+    )
     return faults
 
 

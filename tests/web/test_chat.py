@@ -33,7 +33,7 @@ import pytest
 from playwright.sync_api import Browser, Locator, Page, expect
 
 from tests.web.answers import MARKDOWN
-from tests.web.world import World
+from tests.web.world import Killable, World
 
 
 def ask(page: Page, text: str, status: str | None = "done") -> Locator:
@@ -73,7 +73,9 @@ def test_an_answer_is_streamed_rendered_and_counted(page: Page, world: World) ->
     expect(answer.locator("td").nth(2)).to_have_css("text-align", "right")
     expect(answer.get_by_test_id("code-block").locator(".hljs-keyword").first).to_have_text("def")
     expect(answer.get_by_test_id("stats")).to_contain_text(re.compile(r"\d+ tokens.*tokens/s"))
-    expect(page.get_by_test_id("cost")).to_contain_text(re.compile(r"\d+ in, \d+ out.*\d+% cached.*tokens/s.*\$0\.\d+ at "))
+    expect(page.get_by_test_id("cost")).to_contain_text(
+        re.compile(r"\d+ in, \d+ out.*\d+% cached.*tokens/s.*\$0\.\d+ at ")
+    )
     expect(page).to_have_title("markdown, please · rorqual")
     page.get_by_test_id("cost-price").click()
     page.get_by_test_id("price").last.click()
@@ -220,6 +222,29 @@ def test_an_unreachable_server_costs_no_question(page: Page) -> None:
     expect(page.get_by_test_id("question")).to_have_count(1)
 
 
+def test_a_killed_server_leaves_a_cut_answer_that_goes_on(browser: Browser, tmp_path: Path) -> None:
+    server = Killable(tmp_path)
+    page = browser.new_page(locale="en-GB")
+    try:
+        page.goto(server.start())
+        answer = ask(page, "slow", None)
+        expect(answer).to_contain_text("word8 ")
+        server.kill()
+        expect(page.get_by_test_id("notice")).to_contain_text("connection is lost")
+        server.start()
+        expect(answer).to_have_attribute("data-status", "cut")
+        expect(answer.get_by_test_id("ending")).to_contain_text("the server stopped")
+        answer.get_by_test_id("continue").click()
+        expect(answer).to_contain_text("word25 ")
+        page.get_by_test_id("stop").click()
+        expect(answer).to_have_attribute("data-status", "stopped")
+        words = re.findall(r"word\d+", answer.get_by_test_id("answer-text").inner_text())
+        assert words == [f"word{n}" for n in range(len(words))]
+    finally:
+        page.context.close()
+        server.kill()
+
+
 def test_a_refused_answer_can_be_retried(page: Page, world: World) -> None:
     world.refuse = True
     answer = ask(page, "hello", "error")
@@ -295,7 +320,9 @@ def test_search_cites_and_checks(page: Page, world: World) -> None:
     expect(strip).to_have_attribute("data-phase", "queries")
     world.gate.set()
     expect(answer).to_have_attribute("data-status", "done")
-    expect(answer.get_by_test_id("queries").locator("li")).to_have_text(["blue whale length", "what do blue whales eat"])
+    expect(answer.get_by_test_id("queries").locator("li")).to_have_text(
+        ["blue whale length", "what do blue whales eat"]
+    )
     chips = answer.get_by_test_id("citation")
     expect(chips).to_have_text(["2", "1", "3", "2", "3"])
     expect(answer.get_by_test_id("answer-text")).not_to_contain_text("citation:")
@@ -351,8 +378,10 @@ def test_the_frame_alone_has_no_origin_and_no_network(page: Page, world: World) 
     page.goto("/preview.html")
     assert page.evaluate("self.origin") == "null"
     assert page.evaluate("fetch('/health').then(() => 'reached', () => 'blocked')") == "blocked"
-    assert page.evaluate("new Promise(d => { const i = new Image(); i.onload = () => d('reached'); i.onerror = () => d('blocked');"
-                         "i.src = '/mark.svg' })") == "blocked"  # fmt: skip
+    picture = (
+        "const i = new Image(); i.onload = () => d('reached'); i.onerror = () => d('blocked'); i.src = '/mark.svg'"
+    )
+    assert page.evaluate(f"new Promise(d => {{ {picture} }})") == "blocked"
 
 
 def test_diagrams_and_svg(page: Page) -> None:
@@ -601,7 +630,9 @@ def test_a_narrow_screen(browser: Browser, world: World, scheme: str) -> None:
 
 
 def test_a_corrupt_or_missing_storage_never_breaks_the_page(page: Page) -> None:
-    page.evaluate("() => { localStorage.setItem('rorqual.settings', '{{{'); localStorage.setItem('rorqual.drafts', '[1,2') }")
+    page.evaluate(
+        "() => { localStorage.setItem('rorqual.settings', '{{{'); localStorage.setItem('rorqual.drafts', '[1,2') }"
+    )
     page.reload()
     expect(page.get_by_test_id("welcome")).to_be_visible()
     page.add_init_script("Object.defineProperty(window, 'localStorage', { get() { throw new Error('no') } })")

@@ -17,7 +17,11 @@ NASTY = "<script>window.hit=30</script><img src=x onerror=window.hit=31>"
 
 def test_no_payload_runs(page: Page, world: World) -> None:
     first, second, third = world.found
-    world.found = [replace(first, title=NASTY), replace(second, content=second.content + NASTY), replace(third, url="javascript:window.hit=32")]
+    world.found = [
+        replace(first, title=NASTY),
+        replace(second, content=second.content + NASTY),
+        replace(third, url="javascript:window.hit=32"),
+    ]
     page.get_by_test_id("search-toggle").click()
     files = [{"name": f"{NASTY}.txt", "mimeType": "text/plain", "buffer": NASTY.encode()}]
     page.get_by_test_id("file-input").set_input_files(files)
@@ -89,7 +93,12 @@ def test_axe_finds_nothing_serious(page: Page, scheme: str) -> None:
     page.get_by_test_id("citation").first.click()
     wrong += seriously_wrong(page, rule)
     page.get_by_test_id("panel-close").click()
-    for opener, closes in (("parameters-button", True), ("cost-price", True), ("settings-button", True), ("model", True)):
+    for opener, closes in (
+        ("parameters-button", True),
+        ("cost-price", True),
+        ("settings-button", True),
+        ("model", True),
+    ):
         page.get_by_test_id(opener).click()
         page.wait_for_timeout(250)  # the transition: half-faded text has no contrast
         wrong += seriously_wrong(page, rule)

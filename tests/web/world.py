@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -17,6 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.request import Request, urlopen
+
+from fastapi import FastAPI
 
 from rorqual.data.special import END_THINK, THINK
 from rorqual.data.template import ChatTemplate
@@ -28,6 +32,7 @@ from rorqual.net import SafeFetcher
 from rorqual.search.api import Result
 from rorqual.serve.app import ServedModel, Settings, create_app
 from rorqual.serve.database import database_url
+from rorqual.serve.run import serve
 from rorqual.serve.searching import Searcher
 from tests.net.harness import serving
 from tests.web.answers import ANSWERS, OTHER, QUERIES, THOUGHT, THOUGHTS
@@ -127,7 +132,9 @@ class World:
         thought, answer = THOUGHTS.get(kind, THOUGHT), ANSWERS.get(kind, OTHER)
         end = self.tokenizer.special(END_THINK)
         if THINK in begun and END_THINK not in begun:
-            left = thought.removeprefix(begun.removeprefix(THINK)) if thought.startswith(begun.removeprefix(THINK)) else ""
+            left = (
+                thought.removeprefix(begun.removeprefix(THINK)) if thought.startswith(begun.removeprefix(THINK)) else ""
+            )
             return [*self.tokenizer.encode(left), end, *self.tokenizer.encode(answer)]
         written = begun.rpartition(END_THINK)[2]
         return self.tokenizer.encode(answer[len(written) :] if answer.startswith(written) else answer)
@@ -138,10 +145,9 @@ def _kind(question: str) -> str:
     return re.sub(r"\W", "", asked[0]).lower() if asked else ""
 
 
-@contextmanager
-def running(*, key: str | None = None, page: Path = PAGE) -> Iterator[World]:
-    """A world, its server on a free port. Raises NotBuiltError without a page."""
-    if not (page / "index.html").is_file():
+def built(folder: Path, key: str | None = None) -> tuple[World, FastAPI]:
+    """A world and its server, which keeps its data in the folder. Raises NotBuiltError without a page."""
+    if not (PAGE / "index.html").is_file():
         raise NotBuiltError("The chat page is not built: run `npm ci && npm run build` in web/ (Node 20 or newer).")
     tokenizer = Tokenizer.load(ROOT / "models" / "rorqual-nano")
     world = World(tokenizer)
@@ -150,12 +156,43 @@ def running(*, key: str | None = None, page: Path = PAGE) -> Iterator[World]:
     engine = ScriptedEngine(world.scripts(), info)
     nano = ServedModel(engine, tokenizer, ChatTemplate("v3.1"), name="rorqual-nano", created=7)
     models = {"rorqual-nano": nano, "rorqual-mini": replace(nano, name="rorqual-mini")}
+    settings = Settings(database_url=database_url(folder), page_dir=PAGE, api_keys=(key,) if key else (), heartbeat_s=2)
+    return world, create_app(models, settings, searcher=Searcher(world, SafeFetcher()))
+
+
+@contextmanager
+def running(*, key: str | None = None) -> Iterator[World]:
+    """A world, its server in a thread on a free port. Raises NotBuiltError."""
     with tempfile.TemporaryDirectory() as folder:
-        settings = Settings(
-            database_url=database_url(Path(folder)), page_dir=page, api_keys=(key,) if key else (), heartbeat_s=2
-        )
-        app = create_app(models, settings, searcher=Searcher(world, SafeFetcher()))
+        world, app = built(Path(folder), key)
         with serving(app) as server:
             world.url = server.url
             yield world
             world.gate.set()
+
+
+@dataclass
+class Killable:
+    """The same in a process of its own, which comes back at the same address."""
+
+    folder: Path
+    port: int = 0
+    process: subprocess.Popen[str] | None = None
+
+    def start(self) -> str:
+        command = [sys.executable, "-m", "tests.web.world", str(self.folder), str(self.port)]
+        self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert self.process.stdout is not None
+        url = self.process.stdout.readline().strip()
+        assert url.startswith("http"), "the server did not start"
+        self.port = int(url.rpartition(":")[2])
+        return url
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+
+if __name__ == "__main__":
+    serve(built(Path(sys.argv[1]))[1], port=int(sys.argv[2]), on_ready=lambda url: print(url, flush=True))

@@ -30,10 +30,10 @@ export function detach(session: Session, chat: string, key: string): void {
 function faultOf(session: Session, file: File, t: Translate): string | null {
   const setup = session.store.get().setup;
   if (!setup) return null;
-  if (file.size > setup.limits.file_bytes) return t("ask.tooLarge", { name: file.name, size: bytes(setup.limits.file_bytes) });
+  if (file.size > setup.limits.file_bytes) return t("ask.tooLarge", { size: bytes(setup.limits.file_bytes) });
   const end = /\.[^.]+$/.exec(file.name.toLowerCase())?.[0];
   const known = !end || !setup.upload_types.length || setup.upload_types.includes(end) || file.type.startsWith("text/");
-  return known ? null : t("ask.badType", { name: file.name });
+  return known ? null : t("ask.badType");
 }
 
 async function upload(session: Session, chat: string, key: string, file: File, t: Translate): Promise<void> {

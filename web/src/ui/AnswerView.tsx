@@ -66,7 +66,7 @@ function Foot({ chat, message, last }: Props) {
   const { usage } = message;
   const stats = [
     several && message.model,
-    usage && t("answer.tokens", { n: usage.completion_tokens }),
+    usage && usage.completion_tokens > 0 && t("answer.tokens", { n: usage.completion_tokens }),
     usage?.tokens_per_s && t("answer.speed", { n: rounded(usage.tokens_per_s) }),
   ].filter((part) => typeof part === "string");
   return (

@@ -14,7 +14,13 @@ export function Diagram({ code }: { code: string }) {
     return () => void (here = false);
   }, [code, dark]);
   if (!drawn) return <p className="drawing">{t("code.drawing")}</p>;
-  if ("svg" in drawn) return <img className="diagram" src={imageOf(drawn.svg)} alt={`${t("code.diagram")}: ${code}`} data-testid="diagram" />;
+  if ("svg" in drawn) {
+    return (
+      <div className="canvas" tabIndex={0} role="group" aria-label={t("code.diagram")}>
+        <img className="diagram" src={imageOf(drawn.svg)} alt={`${t("code.diagram")}: ${code}`} data-testid="diagram" />
+      </div>
+    );
+  }
   return (
     <>
       <p className="drawing" role="note">
