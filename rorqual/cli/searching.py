@@ -28,10 +28,14 @@ SearchKey = Annotated[
 
 
 def searcher(name: str, url: str, key: str, data_dir: Path | None) -> Searcher | None:
-    """None for "none". Raises ConfigError for a name that there is not, and where an address or a key is missing."""
+    """None for "none", and with a warning where the index cannot work on this machine. Raises ConfigError for a name that
+    there is not, and where an address or a key is missing."""
     if name == "none":
         return None
+    import logging
+
     from rorqual.cli.index import open_index
+    from rorqual.errors import BackendUnavailable
     from rorqual.net import SafeFetcher, ServiceClient
     from rorqual.search.api import Provider
     from rorqual.search.index import LocalProvider
@@ -40,7 +44,11 @@ def searcher(name: str, url: str, key: str, data_dir: Path | None) -> Searcher |
 
     provider: Provider
     if name == "local":
-        provider = LocalProvider(open_index(data_dir))
+        try:
+            provider = LocalProvider(open_index(data_dir))
+        except BackendUnavailable as error:  # a SQLite without FTS5 is no reason not to serve
+            logging.getLogger(__name__).warning("there is no search: %s", error)
+            return None
     else:
         provider = make_provider(name, ServiceClient(), url=url, key=key)
     return Searcher(provider, SafeFetcher())

@@ -12,19 +12,22 @@ there is something to do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from sqlalchemy import URL, Connection, Engine, MetaData, create_engine, event, inspect, make_url, text
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, SQLAlchemyError
 
 from rorqual.errors import ConfigError
 
+P = ParamSpec("P")
+T = TypeVar("T")
 FILE = "rorqual.sqlite3"
 METADATA = MetaData()
 HEAD = "0002"
+BUSY_MS = 5000
 MIGRATIONS = Path(__file__).parent / "migrations"
 _LOCK = 7_201_865  # any number, the same for everyone who migrates a PostgreSQL database
 
@@ -73,6 +76,15 @@ def writing(engine: Engine) -> Iterator[Connection]:
         yield connection
 
 
+def twice(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """A transaction that looks whether something is there before it makes it. Where another made it in between (PostgreSQL
+    lets both begin), it is there when one looks again."""
+    try:
+        return call(*args, **kwargs)
+    except IntegrityError:
+        return call(*args, **kwargs)
+
+
 def migrate(engine: Engine) -> None:
     """Bring the tables to this version. Raises ConfigError for a database of a newer one."""
     with engine.connect() as connection:
@@ -112,7 +124,7 @@ def _set_up_sqlite(connection: Any, record: object) -> None:
     """Readers do not wait for the writer, writers wait for each other instead of failing, references are checked.
     Transactions begin where SQLAlchemy says so: by itself the driver begins none for a CREATE TABLE."""
     connection.isolation_level = None
-    for pragma in ("journal_mode=WAL", "busy_timeout=5000", "synchronous=NORMAL", "foreign_keys=ON"):
+    for pragma in ("journal_mode=WAL", f"busy_timeout={BUSY_MS}", "synchronous=NORMAL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")
 
 

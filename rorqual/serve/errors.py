@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
+from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 
 from rorqual.errors import CapacityError, Conflict, NotFound, PromptTooLong, RequestError, RorqualError, UpstreamError
@@ -83,6 +84,8 @@ def to_api_error(error: BaseException) -> ApiError:
             return ApiError(502, str(error), headers=RETRY_LATER)
         case Refused():
             return error.error
+        case OperationalError():
+            return ApiError(503, "The database is busy or away; try again.", None, "database_unavailable", RETRY_LATER)
         case RorqualError():
             return ApiError(500, str(error))
         case _:

@@ -224,6 +224,17 @@ def test_what_was_found_is_cut_to_a_short_context(tokenizer: Tokenizer, tmp_path
     index.close()
 
 
+def test_where_there_is_no_room_for_queries_the_question_is_the_query(
+    tokenizer: Tokenizer, tmp_path: Path, world: World
+) -> None:
+    with serving(tokenizer, tmp_path, world.searcher(), context=900) as short:
+        play(short, "unheard", "ok")
+        _, ended = short.asked(short.chat(search=True, max_tokens=5), "long " * 160)
+        assert ended["status"] in ("done", "length"), ended["error"]
+        assert ended["search"]["queries"] == world.queries and world.queries[0].startswith("long long")
+        assert ended["search"]["sources"] == [], "nor for pages"
+
+
 def test_stopping_while_it_searches(online: Page, gate: Gate) -> None:
     play(online, "krill", "late")
     online.server.engine.scripts[0] = replace(online.server.engine.scripts[0], gate=gate.wait)

@@ -14,13 +14,13 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from rorqual.errors import RorqualError
+from rorqual.errors import PromptTooLong, RorqualError
 from rorqual.search.api import Problem, Queries, Source, Sources
 from rorqual.search.check import check_text
 from rorqual.search.turn import SearchSettings, research
@@ -224,14 +224,15 @@ class Answering:
         return sources
 
     async def _ask(self, messages: Sequence[Mapping[str, str]]) -> AsyncIterator[str]:
-        """The model for the queries: without thought, briefly."""
+        """The model for the queries: without thought, briefly; nothing where there is no room for them."""
         self._open()
         asked = Asked(self._settings.model, [dict(m) for m in messages], temperature=0.0, max_tokens=QUERY_TOKENS)
-        async with aclosing(self._tools.voice.answer(asked)) as events:
-            async for event in events:
-                self._usage.count(event)
-                if isinstance(event, TextDelta):
-                    yield event.text
+        with suppress(PromptTooLong):
+            async with aclosing(self._tools.voice.answer(asked)) as events:
+                async for event in events:
+                    self._usage.count(event)
+                    if isinstance(event, TextDelta):
+                        yield event.text
         self._usage.close()
 
     def _sources(self) -> list[Source]:

@@ -9,12 +9,13 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import insert, update
+from sqlalchemy import Connection, insert, update
 
 from rorqual.errors import RequestError
 from rorqual.search.citations import markers
 from rorqual.serve.chats import words
-from rorqual.serve.chats.shapes import RUNNING, ChatSettings, ImportedChat, storable
+from rorqual.serve.chats.imported import File, ImportedChat
+from rorqual.serve.chats.shapes import RUNNING
 from rorqual.serve.chats.store import ChatStore
 from rorqual.serve.chats.tables import ATTACHED, CHATS, FILES
 from rorqual.serve.database import writing
@@ -98,22 +99,20 @@ def load(store: ChatStore, owner: str, chat: ImportedChat) -> dict[str, Any]:
     """Stores an exported conversation, under a new id where its own is taken. Raises RequestError for one whose messages
     are no tree."""
     _check_tree(chat)
-    allowed = ChatSettings.model_fields
-    settings = ChatSettings.model_validate({k: v for k, v in chat.settings.items() if k in allowed})
     with writing(store.engine) as connection:
         taken = store.find_chat(connection, owner, chat.id) is not None
         name = uuid.uuid4().hex if taken else chat.id
         number = store.insert_chat(
-            connection, owner, name, chat.title, settings.model_dump(), chat.created or time.time()
+            connection, owner, name, chat.title, chat.settings.model_dump(), chat.created or time.time()
         )
         said = [(-number, chat.title)]
         for message in chat.messages:
             values = message.model_dump(exclude={"files"})
             values["created"] = message.created or time.time()
-            values["status"] = "cut" if message.status == RUNNING else message.status[:16]
+            values["status"] = "cut" if message.status == RUNNING else message.status
             row = store.insert_message(connection, number, values, indexed=False)
             said.append((row, message.content))
-            for position, file in enumerate(message.files[:100]):
+            for position, file in enumerate(message.files):
                 kept = _file(connection, owner, file)
                 connection.execute(insert(ATTACHED).values(message=row, position=position, file=kept))
         head = chat.head or (chat.messages[-1].id if chat.messages else None)
@@ -135,14 +134,9 @@ def _check_tree(chat: ImportedChat) -> None:
         raise RequestError(f"there is no message {chat.head!r}", param="head")
 
 
-def _file(connection: Any, owner: str, file: Mapping[str, Any]) -> int:
-    text = storable(str(file.get("text") or ""))
-    kind = file.get("kind") if file.get("kind") in ("text", "code", "pdf") else "text"
-    about = {
-        "id": f"file-{uuid.uuid4().hex}", "name": storable(str(file.get("name") or "file"))[:150],
-        "type": storable(str(file.get("type") or ""))[:100], "kind": kind, "chars": len(text),
-        "bytes": int(file.get("bytes") or 0), "tokens": int(file.get("tokens") or 0),
-        "truncated": bool(file.get("truncated")),
-    }  # fmt: skip
-    row = {"owner": owner, "id": about["id"], "created": time.time(), "about": about, "text": text}
-    return int(connection.execute(insert(FILES).values(row)).inserted_primary_key[0])
+def _file(connection: Connection, owner: str, file: File) -> int:
+    about = {"id": f"file-{uuid.uuid4().hex}", "chars": len(file.text), **file.model_dump(exclude={"text"})}
+    row = {"owner": owner, "id": about["id"], "created": time.time(), "about": about, "text": file.text}
+    key = connection.execute(insert(FILES).values(row)).inserted_primary_key
+    assert key is not None
+    return int(key[0])

@@ -20,18 +20,19 @@ from rorqual.errors import RequestError
 from rorqual.serve.callers import VISIT, Caller
 from rorqual.serve.chats import export
 from rorqual.serve.chats.files import Files
+from rorqual.serve.chats.imported import ImportedChat
 from rorqual.serve.chats.live import Frame
 from rorqual.serve.chats.service import Chats
 from rorqual.serve.chats.shapes import (
     ChatPatch,
     Continuation,
-    ImportedChat,
     NewAnswer,
     NewChat,
     NewQuestion,
     Stop,
 )
 from rorqual.serve.chats.store import LIST_LIMIT
+from rorqual.serve.database import twice
 from rorqual.serve.errors import ApiError, Refused
 from rorqual.serve.run import is_loopback
 
@@ -93,7 +94,7 @@ def _conversations(router: APIRouter, chats: Chats, files: Files) -> None:
 
     @router.post("")
     async def create(body: NewChat) -> dict[str, Any]:
-        return await asyncio.to_thread(store.create, owner(), body)
+        return await asyncio.to_thread(twice, store.create, owner(), body)
 
     @router.get("/{chat}")
     async def get(chat: str) -> Response:

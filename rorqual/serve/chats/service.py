@@ -30,6 +30,7 @@ from rorqual.serve.chats.shapes import (
 from rorqual.serve.chats.store import ChatStore
 from rorqual.serve.chats.voices import Voice
 from rorqual.serve.chats.work import Work
+from rorqual.serve.database import twice
 from rorqual.serve.searching import Searcher
 
 log = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ class Chats:
         """The question and its answer, which has begun, or had when this was asked before."""
 
         async def whole() -> tuple[Message, Message]:
-            question, answer, begun = await asyncio.to_thread(self.work.ask, owner, chat, body)
+            question, answer, begun = await asyncio.to_thread(twice, self.work.ask, owner, chat, body)
             return question, await self._begin(answer, begun, caller)
 
         return await _undisturbed(whole())
@@ -108,7 +109,7 @@ class Chats:
         """Another answer to a question that is there."""
 
         async def whole() -> Message:
-            return await self._begin(*await asyncio.to_thread(self.work.answer, owner, chat, body), caller)
+            return await self._begin(*await asyncio.to_thread(twice, self.work.answer, owner, chat, body), caller)
 
         return await _undisturbed(whole())
 
@@ -117,7 +118,7 @@ class Chats:
         over = body.thinking is not None and body.content is not None
 
         async def whole() -> Message:
-            answer, begun = await asyncio.to_thread(self.work.go_on, owner, chat, message, body)
+            answer, begun = await asyncio.to_thread(twice, self.work.go_on, owner, chat, message, body)
             return await self._begin(answer, begun, caller, answers_now=over)
 
         return await _undisturbed(whole())

@@ -17,7 +17,6 @@ RESUMABLE = ("length", "cut", "stopped", "error")
 TITLE_CHARS = 200
 CONTENT_CHARS = 400_000
 FILES_PER_MESSAGE = 10
-IMPORT_MESSAGES = 50_000
 
 
 def storable(text: str) -> str:
@@ -99,37 +98,6 @@ class Continuation(Body):
 
 class Stop(Body):
     thinking: bool = False
-
-
-class ImportedMessage(BaseModel):
-    """Read generously: what a newer version adds is left out."""
-
-    id: Id
-    parent: Id | None = None
-    role: Literal["user", "assistant"]
-    created: float = 0.0
-    content: Text = ""
-    thinking: Text | None = None
-    thinking_s: float | None = None
-    thinking_tokens: int | None = None
-    status: str = "done"
-    model: Annotated[str, Field(max_length=200)] = ""
-    files: list[dict[str, Any]] = []
-    settings: dict[str, Any] | None = None
-    usage: dict[str, Any] | None = None
-    search: dict[str, Any] | None = None
-    checks: list[dict[str, Any]] | None = None
-    error: dict[str, Any] | None = None
-
-
-class ImportedChat(BaseModel):
-    id: Id
-    title: Title = ""
-    pinned: bool = False
-    created: float = 0.0
-    settings: dict[str, Any] = {}
-    head: Id | None = None
-    messages: Annotated[list[ImportedMessage], Field(max_length=IMPORT_MESSAGES)]
 
 
 @dataclass(frozen=True, slots=True)

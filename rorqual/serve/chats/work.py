@@ -219,7 +219,7 @@ def _progress(message: Message) -> dict[str, Any]:
 def _lives(worker: Row[Any], now: float) -> bool:
     if worker.host != platform.node():
         return bool(now - worker.beat < FOREIGN_LEASE_S)
-    if worker.pid != os.getpid():
+    if worker.pid != os.getpid() and os.name == "posix":  # elsewhere signal 0 is no question
         try:
             os.kill(worker.pid, 0)
         except ProcessLookupError:
