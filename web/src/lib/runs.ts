@@ -36,6 +36,7 @@ export class Runs {
     this.streams.get(message.id)?.stop();
     this.streams.delete(message.id);
     this.store.update((s) => withMessages(s, chat, [message]));
+    this.finished();
   }
 
   forget(chat: string): void {

@@ -19,10 +19,13 @@ export const TopBar = memo(function TopBar({ chat, onToggleSidebar }: { chat: st
       {info && naming ? (
         <Title title={info.title} onClose={() => setNaming(false)} onSave={(title) => void session.rename(info.id, title)} />
       ) : (
-        <h1 className="title" title={info?.title}>
-          {info?.title}
-        </h1>
+        info && (
+          <h1 className="title" title={info.title}>
+            {info.title}
+          </h1>
+        )
       )}
+      {!info && <span className="grow" />}
       <Parameters key={chat} chat={chat} />
       {info && (
         <MenuOf label={t("chat.options")} trigger={<IconButton icon="more" label={t("chat.options")} testId="thread-menu" />}>
