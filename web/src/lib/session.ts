@@ -1,6 +1,7 @@
 /** What a person does, as methods: ask, stop, edit, choose a branch, rename, search. Every change is drawn at once
  *  and told to the server; the state is in the store. */
 import { Api, ApiError, type Question } from "./api";
+import { blank, blankAgain, lasting, newId, titleOf } from "./blank";
 import { type Follower, Runs } from "./runs";
 import {
   type Draft,
@@ -18,10 +19,6 @@ import {
 } from "./store";
 import { leafOf } from "./tree";
 import { type FileInfo, isRunning, type Message, type Settings, type Summary } from "./types";
-
-/** Not crypto.randomUUID: it is missing on plain http beyond localhost. */
-export const newId = (): string =>
-  Array.from(crypto.getRandomValues(new Uint8Array(12)), (b) => b.toString(16).padStart(2, "0")).join("");
 
 export const NEW = "new";
 const SOON_MS = 400;
@@ -358,47 +355,4 @@ export class Session {
   prefs = (values: Partial<Prefs>): void => this.store.update((s) => ({ ...s, prefs: { ...s.prefs, ...values } }));
   show = (panel: Panel): void => this.store.set({ panel });
   editing = (editing: string | null): void => this.store.set({ editing });
-}
-
-/** The choices that the next new conversation inherits; a system prompt or parameters stay with their own. */
-function lasting({ model, thinking, search }: Partial<Settings>): Partial<Settings> {
-  return { ...(model !== undefined && { model }), ...(thinking !== undefined && { thinking }), ...(search !== undefined && { search }) };
-}
-
-function blank(chat: string, parent: string | null, role: Message["role"], settings: Settings, values: Partial<Message>): Message {
-  return {
-    id: newId(),
-    chat,
-    parent,
-    role,
-    created: Date.now() / 1000,
-    content: "",
-    files: [],
-    thinking: null,
-    thinking_s: null,
-    thinking_tokens: null,
-    status: role === "user" ? "done" : "running",
-    error: null,
-    model: role === "user" ? null : settings.model,
-    settings: role === "user" ? null : settings,
-    usage: null,
-    search: null,
-    checks: null,
-    ...values,
-  };
-}
-
-function blankAgain(message: Message): Message {
-  const { unsent: _, ...rest } = message;
-  return { ...rest, error: null, status: "done" };
-}
-
-/** The first words of a message, whole, in at most `limit` characters: until the server has made its own. */
-export function titleOf(message: string, limit = 60): string {
-  const line = message.trim().replace(/\s+/g, " ");
-  if (line.length <= limit) return line;
-  const cut = line.slice(0, limit + 1);
-  const space = cut.lastIndexOf(" ");
-  const words = space > limit / 3 ? cut.slice(0, space) : Array.from(line).slice(0, limit).join("");
-  return `${words.replace(/[\s.,;:!?–-]+$/, "")}…`;
 }

@@ -1,7 +1,8 @@
 /** Files for the next message: checked against the server's limits, handed to it, kept in the draft. */
 import { ApiError } from "./api";
+import { newId } from "./blank";
 import { bytes, type Translate } from "./i18n";
-import { newId, type Session } from "./session";
+import type { Session } from "./session";
 import { type Attachment, NO_DRAFT } from "./store";
 
 const running = new Map<string, AbortController>();
