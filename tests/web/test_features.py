@@ -209,6 +209,27 @@ def test_chats_are_found_renamed_pinned_and_deleted(page: Page) -> None:
     expect(page.get_by_test_id("answer-text")).to_contain_text("pleated throat")
 
 
+def test_a_hit_leads_to_its_message_on_its_branch(page: Page) -> None:
+    ask(page, "hello")
+    ask(page, "first: the narwhal")
+    questions = page.get_by_test_id("question")
+    questions.last.hover()
+    questions.last.get_by_test_id("edit").click()
+    page.get_by_test_id("edit-input").fill("second: the beluga")
+    page.get_by_test_id("edit-send").click()
+    expect(page.get_by_test_id("answer").last).to_have_attribute("data-status", "done")
+    for _ in range(2):
+        ask(page, "long")
+    page.get_by_test_id("new-chat").click()
+    for word, count in (("narwhal", 2), ("beluga", 4)):
+        page.get_by_test_id("search-chats").fill(word)
+        expect(page.get_by_test_id("match")).to_contain_text(word)
+        page.get_by_test_id("chat").get_by_role("link").click()
+        expect(questions).to_have_count(count)
+        expect(questions.nth(1)).to_contain_text(word)
+        expect(questions.nth(1)).to_be_in_viewport()
+
+
 def test_export_and_import(page: Page, tmp_path: Path) -> None:
     ask(page, "markdown")
     page.get_by_test_id("thread-menu").click()

@@ -35,11 +35,12 @@ export function App() {
     session.store.update((s) => (s.panel || s.editing ? { ...s, panel: null, editing: null } : s));
   }, [chat, session]);
 
+  const closeDrawer = useCallback(() => setDrawer(false), []);
   const toggleSidebar = useCallback(() => {
     if (matchMedia(NARROW).matches) setDrawer((open) => !open);
     else session.prefs({ sidebar: !session.store.get().prefs.sidebar });
   }, [session]);
-  useShortcuts(session, chat, { drawer, closeDrawer: () => setDrawer(false), toggleSidebar });
+  useShortcuts(session, chat, { drawer, closeDrawer, toggleSidebar });
   const ask = useCallback((text: string) => {
     const { files } = session.store.get().drafts[chat ?? NEW] ?? NO_DRAFT;
     const id = session.ask(chat, text, files.flatMap((f) => f.info ?? []));
@@ -49,7 +50,7 @@ export function App() {
   return (
     <WordsContext value={words}>
       <div className={`app${docked ? " docked" : ""}${drawer ? " drawer" : ""}${panel ? " split" : ""}`}>
-        <Sidebar chat={chat} onToggle={toggleSidebar} />
+        <Sidebar chat={chat} onToggle={toggleSidebar} onPick={closeDrawer} />
         <div className="scrim" onClick={() => setDrawer(false)} aria-hidden="true" />
         <main className={chat === null ? "main fresh" : "main"} inert={drawer}>
           <TopBar chat={chat} onToggleSidebar={toggleSidebar} />

@@ -87,6 +87,8 @@ export function useFollow(key: unknown): {
   content: RefObject<HTMLDivElement | null>;
   following: boolean;
   toEnd: (smooth?: boolean) => void;
+  /** Stops following, as scrolling up does. */
+  hold: () => void;
 } {
   const box = useRef<HTMLDivElement>(null);
   const content = useRef<HTMLDivElement>(null);
@@ -135,7 +137,7 @@ export function useFollow(key: unknown): {
     };
   }, [key]);
 
-  return { box, content, following, toEnd };
+  return { box, content, following, toEnd, hold: () => set(false) };
 }
 
 /** The time in ms, again every second while `active`. */

@@ -58,6 +58,8 @@ export interface State {
   /** The question or the thought (as `thought:ID`) that is being edited. */
   editing: string | null;
   toast: Toast | null;
+  /** A message that the search has found: the conversation shows its branch and scrolls to it. */
+  reveal: { chat: string; message: string } | null;
   /** The event stream of a running answer has been away for a while. */
   offline: boolean;
 }
@@ -75,6 +77,7 @@ export const EMPTY: State = {
   dialog: null,
   editing: null,
   toast: null,
+  reveal: null,
   offline: false,
 };
 

@@ -119,6 +119,11 @@ function Ending({ chat, message, last }: Props) {
         <strong>{title}</strong>
         <p>{message.error?.message || t("ask.unreachable")}</p>
       </div>
+      {last && message.content && !message.unsent && (
+        <button type="button" className="button" onClick={() => void session.goOn(chat, message)} data-testid="continue">
+          {t("answer.continue")}
+        </button>
+      )}
       <button
         type="button"
         className="button"

@@ -7,10 +7,18 @@ export const ChatRow = memo(function ChatRow({ summary, current }: { summary: Su
   const t = useT();
   const [naming, setNaming] = useState(false);
   const { id, title, match, running } = summary;
+  const session = useSession();
+  const found = match?.message;
   if (naming) return <Naming summary={summary} onClose={() => setNaming(false)} />;
   return (
     <li data-testid="chat" className={running ? "running" : undefined}>
-      <a href={routeTo(id)} aria-current={current ? "page" : undefined} title={title} onDoubleClick={() => setNaming(true)}>
+      <a
+        href={routeTo(id)}
+        aria-current={current ? "page" : undefined}
+        title={title}
+        onClick={() => found && session.store.set({ reveal: { chat: id, message: found } })}
+        onDoubleClick={() => setNaming(true)}
+      >
         {match?.message === null ? <Marked text={match.text} ranges={match.ranges} /> : title}
         {running && <span className="offscreen">, {t("side.running")}</span>}
         {match && match.message !== null && (

@@ -8,10 +8,10 @@ import { Icon } from "./icons";
 import { Mark } from "./Mark";
 import { SettingsMenu } from "./SettingsMenu";
 
-export const Sidebar = memo(function Sidebar({ chat, onToggle }: { chat: string | null; onToggle: () => void }) {
+export const Sidebar = memo(function Sidebar({ chat, onToggle, onPick }: { chat: string | null; onToggle: () => void; onPick: () => void }) {
   const t = useT();
   return (
-    <aside className="sidebar" aria-label={t("side.label")} data-testid="sidebar">
+    <aside className="sidebar" aria-label={t("side.label")} onClick={(event) => (event.target as Element).closest("a") && onPick()} data-testid="sidebar">
       <div className="brand">
         <Mark size={28} />
         <span>rorqual</span>

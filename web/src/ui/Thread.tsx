@@ -1,6 +1,6 @@
-import { memo, useEffect, useMemo, useRef } from "react";
-import { Virtualizer } from "virtua";
-import { MemoryContext, useFollow, useMessage, useSelect, useT } from "../hooks";
+import { memo, type RefObject, useEffect, useMemo, useRef } from "react";
+import { Virtualizer, type VirtualizerHandle } from "virtua";
+import { MemoryContext, useFollow, useMessage, useSelect, useSession, useT } from "../hooks";
 import type { Translate } from "../lib/i18n";
 import { plain } from "../lib/prepare";
 import { isRunning, type Message } from "../lib/types";
@@ -17,7 +17,9 @@ const NO_PATH: readonly string[] = [];
 export function Thread({ chat }: { chat: string }) {
   const t = useT();
   const path = useSelect((s) => s.threads[chat]?.path ?? NO_PATH);
-  const { box, content, following, toEnd } = useFollow(chat);
+  const { box, content, following, toEnd, hold } = useFollow(chat);
+  const list = useRef<VirtualizerHandle>(null);
+  const revealed = useReveal(chat, path, list, hold);
   const memory = useRef(new Map<string, unknown>());
   const editing = useSelect((s) => s.editing);
   const last = path.at(-1);
@@ -38,8 +40,8 @@ export function Thread({ chat }: { chat: string }) {
       <div className="thread">
         <div className="scroll" ref={box} tabIndex={0} role="region" aria-label={t("thread.label")} data-testid="thread">
           <div className="column" ref={content}>
-            <Virtualizer data={path} scrollRef={box} keepMounted={mounted} bufferSize={600}>
-              {(id) => <Row key={id} chat={chat} id={id} last={id === last} />}
+            <Virtualizer ref={list} data={path} scrollRef={box} keepMounted={mounted} bufferSize={600}>
+              {(id) => <Row key={id} chat={chat} id={id} last={id === last} found={id === revealed} />}
             </Virtualizer>
           </div>
         </div>
@@ -52,11 +54,32 @@ export function Thread({ chat }: { chat: string }) {
   );
 }
 
-const Row = memo(function Row({ chat, id, last }: { chat: string; id: string; last: boolean }) {
+const SHOWN_MS = 2500;
+
+/** Goes to the message that a search has found, on whichever branch it is. Returns its id for a moment. */
+function useReveal(chat: string, path: readonly string[], list: RefObject<VirtualizerHandle | null>, hold: () => void): string | null {
+  const session = useSession();
+  const id = useSelect((s) => (s.reveal?.chat === chat ? s.reveal.message : null));
+  useEffect(() => {
+    if (id === null) return;
+    const index = path.indexOf(id);
+    if (index < 0) {
+      if (session.store.get().threads[chat]?.messages.has(id)) session.choose(chat, id);
+      return;
+    }
+    hold();
+    list.current?.scrollToIndex(index, { align: "center" });
+    const timer = setTimeout(() => session.store.set({ reveal: null }), SHOWN_MS);
+    return () => clearTimeout(timer);
+  }, [chat, id, path]);
+  return id;
+}
+
+const Row = memo(function Row({ chat, id, last, found }: { chat: string; id: string; last: boolean; found: boolean }) {
   const message = useMessage(chat, id);
   if (!message) return null;
   return (
-    <div className={message.role === "user" ? "row ask" : "row"}>
+    <div className={`row${message.role === "user" ? " ask" : ""}${found ? " found" : ""}`}>
       {message.role === "user" ? <QuestionView chat={chat} message={message} /> : <AnswerView chat={chat} message={message} last={last} />}
     </div>
   );
