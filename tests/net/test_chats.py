@@ -19,6 +19,7 @@ from rorqual.serve.app import Settings
 from rorqual.serve.chats.shapes import title_of, utf16
 from rorqual.serve.chats.store import ChatStore
 from rorqual.serve.chats.tables import MESSAGES
+from rorqual.serve.chats.work import Work
 from rorqual.serve.database import database_url, writing
 from rorqual.serve.keys import KeyStore, Limits
 from tests.net.chatting import Frames, Page, heard, new
@@ -147,6 +148,31 @@ def test_what_has_ended_never_runs_again(page: Page) -> None:
         leaf = answer
     page.asked(chat, "?", leaf)
     assert page.prompt().count("One two three four five six seven.") == 15
+
+
+def test_a_slow_write_in_the_middle_does_not_undo_the_end(
+    page: Page, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, begun, release = Work.save, threading.Event(), threading.Event()
+
+    def slow(self: Work, message: Any) -> str | None:
+        begun.set()
+        assert release.wait(20)
+        return save(self, message)
+
+    monkeypatch.setattr(Work, "save", slow)
+    page.server.script("The whole of it.", gate=gate.wait)
+    chat = page.chat()
+    _, answer = page.ask(chat, "?")
+    assert begun.wait(20)  # with nothing of the answer yet
+    gate.open()
+    assert eventually(lambda: not page.server.engine.live)
+    release.set()
+    page.ended(chat, answer)
+    store: ChatStore = page.server.server.config.app.state.chats.store
+    assert store.message("local", chat, answer).content == "The whole of it."
+    assert eventually(lambda: store.message("local", chat, answer).status == "done")
+    assert store.message("local", chat, answer).content == "The whole of it."
 
 
 def test_silence_is_filled_with_pings(page: Page, gate: Gate) -> None:

@@ -66,6 +66,7 @@ class Answering:
         self._answers_now = answers_now
         self._wish: Wish | None = None
         self._inner: asyncio.Task[Status] | None = None
+        self._over = asyncio.Event()
         self._usage = _Meter(self._message.usage)
 
     def wish(self, wish: Wish) -> None:
@@ -90,7 +91,8 @@ class Answering:
             status = "error"
             self._fail(error)
         finally:
-            keeper.cancel()
+            # Not cancelled: a thread goes on all the same, and would write an older text over the last one.
+            self._over.set()
             await asyncio.gather(keeper, return_exceptions=True)
         self.live.stop_clock()
         self._account()
@@ -248,8 +250,7 @@ class Answering:
 
     async def _keep(self) -> None:
         """Saves what is new, and learns what other processes wish."""
-        while True:
-            await asyncio.sleep(SAVE_S)
+        while not await self._is_over(SAVE_S):
             self._message.usage = self._usage.json(self._message.thinking_tokens or 0)
             kept = self.live.snapshot()
             try:
@@ -263,6 +264,13 @@ class Answering:
                 self.wish("gone")
             elif wish in ("stop", "answer"):
                 self.wish("stop" if wish == "stop" else "answer")
+
+    async def _is_over(self, within_s: float) -> bool:
+        try:
+            async with asyncio.timeout(within_s):
+                return await self._over.wait()
+        except TimeoutError:
+            return False
 
     async def _written(self, ended: Message, *pauses_s: float) -> bool:
         """Write it down, after each of the pauses until it succeeds."""
