@@ -14,10 +14,12 @@ from tests.web.world import Killable, World
 def test_an_answer_is_streamed_rendered_and_counted(page: Page, world: World) -> None:
     expect(page.get_by_test_id("welcome")).to_contain_text("rorqual")
     expect(page.get_by_test_id("example")).to_have_count(3)
-    world.pace_s = 0.004
+    world.pause_at = 50
     answer = ask(page, "markdown, please", None)
     expect(answer).to_have_attribute("data-status", "running")
     expect(page.get_by_test_id("stop")).to_be_visible()
+    expect(answer).to_contain_text("Three of its relatives")
+    world.gate.set()
     expect(answer).to_have_attribute("data-status", "done")
     expect(answer.locator("ol > li")).to_have_count(3)
     expect(answer.locator("tbody tr")).to_have_count(3)

@@ -17,13 +17,13 @@ def test_thinking_is_shown_timed_counted_and_folded(page: Page, world: World) ->
     expect(toggle).to_have_attribute("aria-pressed", "false")
     page.keyboard.press("Alt+t")
     expect(toggle).to_have_attribute("aria-pressed", "true")
-    world.pace_s = 0.05
+    world.pause_at = 30
     answer = ask(page, "think about it", None)
     button, text = answer.get_by_test_id("thinking-toggle"), answer.get_by_test_id("thinking-text")
     expect(button).to_contain_text(re.compile(r"Thinking… [1-9]\d* s.*\d+ tokens"))
     expect(button).to_have_attribute("aria-expanded", "true")
     expect(text).to_contain_text("The question is")
-    world.pace_s = 0.001
+    world.gate.set()
     expect(answer).to_have_attribute("data-status", "done")
     expect(button).to_contain_text(re.compile(r"Thought for \d+ s.*\d+ tokens"))
     expect(button).to_have_attribute("aria-expanded", "false")
@@ -36,13 +36,13 @@ def test_thinking_is_shown_timed_counted_and_folded(page: Page, world: World) ->
 
 def test_thinking_can_be_stopped_and_its_thought_edited(page: Page, world: World) -> None:
     page.get_by_test_id("deepthink").click()
-    world.pace_s = 0.05
+    world.pause_at = 20
     answer = ask(page, "think slowly", None)
     expect(answer.get_by_test_id("thinking-text")).to_contain_text("The question is")
-    world.gate.clear()
-    answer.get_by_test_id("stop-thinking").click()
-    world.gate.set()
-    world.pace_s = 0.001
+    with page.expect_response("**/stop"):
+        answer.get_by_test_id("stop-thinking").click()
+        page.wait_for_timeout(100)  # the request is on its way before the model goes on
+        world.gate.set()
     expect(answer).to_have_attribute("data-status", "done")
     expect(answer.get_by_test_id("answer-text")).to_contain_text("twice")
     answer.get_by_test_id("thinking-toggle").click()

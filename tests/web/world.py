@@ -68,6 +68,9 @@ class World:
     tokenizer: Tokenizer
     url: str = ""
     pace_s: float = 0.001
+    pause_at: int | None = None
+    """After so many tokens since `reset` the gate closes: a test may look at an answer in its middle for long."""
+    said: int = 0
     refuse: bool = False
     search_fails: bool = False
     found: list[Result] = field(default_factory=list)
@@ -77,7 +80,7 @@ class World:
 
     def reset(self) -> None:
         self.pace_s, self.refuse, self.search_fails, self.queries = 0.001, False, False, []
-        self.found = list(FOUND)
+        self.found, self.pause_at, self.said = list(FOUND), None, 0
         self.gate.set()
 
     def clear(self) -> None:
@@ -95,6 +98,9 @@ class World:
         return self.found[:count]
 
     async def pace(self) -> None:
+        self.said += 1
+        if self.said == self.pause_at:
+            self.gate.clear()
         await asyncio.sleep(self.pace_s)
         await self._open()
 

@@ -22,6 +22,10 @@ test("a state replaces everything: what was missed is there, what was ahead is n
 test("a thought that was under way before a reload is timed from the answer's beginning", () => {
   const state = { ...live, created: 100, thinking: "so far" };
   expect(after(live, [{ type: "state", message: state }], 130_000).thinkingSince).toBe(100_000);
+  const told = { ...live, created: 100, thinking: "so far", thinking_s: 12 };
+  const next = after(live, [{ type: "state", message: told }], 130_000);
+  expect(next.thinkingSince).toBe(118_000);
+  expect(after(next, [{ type: "text", text: "So" }], 133_000).thinking_s).toBe(15);
 });
 
 test("search goes through its phases and ends with checks", () => {

@@ -1,7 +1,7 @@
 /** The state of the page and the pure functions that change it. Nothing here touches the network, the clock or
  *  the browser; a message that did not change stays the same object, so it is not drawn again. */
 import { type Messages, type Shape, shapeOf } from "./tree";
-import type { ChatEvent, ChatInfo, Fault, FileInfo, FullChat, Message, Settings, Setup, Summary } from "./types";
+import { type ChatEvent, type ChatInfo, type Fault, type FileInfo, type FullChat, isRunning, type Message, type Settings, type Setup, type Summary } from "./types";
 
 /** `null` follows the system (theme, language) or the first of the list (price). */
 export interface Prefs {
@@ -130,13 +130,18 @@ export function withMessages(state: State, id: string, news: Message[], head?: s
 
 export const messageOf = (state: State, chat: string, id: string): Message | undefined => state.threads[chat]?.messages.get(id);
 
+/** When a thought that still runs began, in ms: by the server's clock where it tells, since the answer's beginning at most. */
+function thinkingSince(old: Message, told: Message, now: number): number | undefined {
+  if (isRunning(told) && told.thinking_s !== null && !told.content) return now - told.thinking_s * 1000;
+  return old.thinkingSince ?? (told.thinking ? told.created * 1000 : undefined);
+}
+
 /** A message after some of its events, which came within one frame. `now` is in ms. */
 export function after(message: Message, events: ChatEvent[], now: number): Message {
   const next = { ...message };
   for (const event of events) {
     if (event.type === "state" || event.type === "end") {
-      // The server does not say how long a thought has run that still runs: since the answer began, at most.
-      const since = next.thinkingSince ?? (event.message.thinking ? event.message.created * 1000 : undefined);
+      const since = thinkingSince(next, event.message, now);
       const { phase } = next;
       for (const key of Object.keys(next)) delete (next as Record<string, unknown>)[key];
       Object.assign(next, event.message);
@@ -146,7 +151,7 @@ export function after(message: Message, events: ChatEvent[], now: number): Messa
       next.thinkingSince ??= now;
       next.thinking = (next.thinking ?? "") + event.text;
     } else if (event.type === "text") {
-      if (next.thinking !== null && next.thinking_s === null) next.thinking_s = (now - (next.thinkingSince ?? now)) / 1000;
+      if (next.thinking !== null && !next.content) next.thinking_s = (now - (next.thinkingSince ?? now)) / 1000;
       next.content += event.text;
     } else if (event.type === "search") {
       next.search = event.search;

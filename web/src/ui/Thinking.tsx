@@ -12,7 +12,7 @@ export function Thinking({ chat, message }: { chat: string; message: Message }) 
   const { t } = useWords();
   const session = useSession();
   const running = isRunning(message);
-  const thinking = running && !message.content && message.thinking_s === null;
+  const thinking = running && !message.content;
   const [choice, setChoice] = useMemory<boolean | null>(`thinking:${message.id}`, null);
   const editing = useSelect((s) => s.editing === `thought:${message.id}`);
   const open = choice ?? thinking;
