@@ -7,7 +7,8 @@
 #   make interop    builds llama.cpp and compares our exports with it and with transformers
 #   make clients    installs the API's clients, each by itself, and runs their guides' snippets
 #   make soak       the long tests: kills, load, fuzzing
-.PHONY: serve test check setup setup-dev page docs speedrun bench clients soak parity interop clean
+#   make pictures   the chat's screenshots in docs/, and what the page measures (benchmarks/page.json)
+.PHONY: serve test check setup setup-dev page docs speedrun bench clients soak parity interop pictures clean
 SHELL := /bin/bash
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -q
@@ -78,6 +79,12 @@ clients: setup-dev
 soak: setup-dev page
 	$(BIN)/python scripts/soak_server.py
 	$(BIN)/python scripts/soak.py $(ARGS)
+
+pictures: setup-dev page
+	./scripts/browser.sh
+	$(BIN)/python scripts/screenshots.py
+	$(BIN)/python scripts/page_bench.py --json benchmarks/page.json
+	$(BIN)/python scripts/benchmarks.py
 
 clean:
 	rm -rf .venv web/node_modules rorqual/serve/page out
