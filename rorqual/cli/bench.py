@@ -301,6 +301,7 @@ def layer(
         one = layers.Layer(cfg, name, device)
         for scheme in ("weight_only", "dynamic"):
             one.use(torch.bfloat16, scheme)
+            one.absorb()
             for n in batch or (1, 32, 256):
                 with torch.inference_mode():
                     step = layers.decode_step(one, n, context, device)

@@ -14,7 +14,7 @@ from rorqual.ops.formats import Weight
 from rorqual.ops.fused import fuses
 from rorqual.ops.router import route
 
-DECODING = 64
+DECODING = 256
 """Up to so many tokens the experts are computed by the kernels for few tokens (`ops.triton.experts`), on a GPU."""
 
 
