@@ -46,6 +46,10 @@ def trees() -> Iterator[tuple[Path, ast.Module]]:
 # ---- what an import costs ---------------------------------------------------------------------------------------
 
 
+BENCH = ("benchmarks", "layers", "loading", "profiling", "serving", "soaking")
+"""What the bench commands import when they run."""
+
+
 @pytest.mark.parametrize(
     "names",
     [
@@ -56,11 +60,7 @@ def trees() -> Iterator[tuple[Path, ast.Module]]:
         names_in("data"),
         names_in("plan"),
         ["rorqual.net", *names_in("search")],
-        [
-            name
-            for name in names_in("cli")
-            if not name.endswith(("benchmarks", "layers", "loading", "profiling", "serving", "soaking"))
-        ],  # bench imports them when it runs
+        [name for name in names_in("cli") if not name.endswith(BENCH)],
     ],
     ids=lambda names: names[0],
 )
