@@ -10,6 +10,7 @@
     ├── EngineDied             an engine's process has ended under its requests
     └── RequestError           one request is at fault; everything else goes on
         ├── NotFound           ... it names something that does not exist
+        ├── Conflict           ... what it would do cannot follow on what was done
         ├── PromptTooLong      ... it does not fit the model's context
         ├── FetchError         ... the address it names is refused, or no page comes from there
         └── CapacityError      ... nothing is wrong with it, but there is no room now
@@ -82,6 +83,10 @@ class RequestError(RorqualError):
 
 class NotFound(RequestError):
     """The request names a model, file or route that does not exist."""
+
+
+class Conflict(RequestError):
+    """The request is well made, and contradicts what is there: an id that is taken, an answer that is complete."""
 
 
 class PromptTooLong(RequestError):

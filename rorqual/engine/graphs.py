@@ -29,6 +29,7 @@ from rorqual.engine.scheduler import Job, Slice
 from rorqual.engine.verification import Verification
 from rorqual.model.batch import Batch, LatentPages
 from rorqual.model.transformer import Transformer
+from rorqual.ops.most_likely import most_likely
 
 log = logging.getLogger(__name__)
 
@@ -87,9 +88,8 @@ class _Graph:
         logits_BV = self.model.head(h_BD)
         if self.drawn:
             return logits_BV, draw(logits_BV, self.params)
-        # What is not finite in a hidden state is not finite in its logits, and max passes it on.
-        top, best = logits_BV.max(-1)
-        return logits_BV, torch.where(top.isfinite(), best, -1)
+        # What is not finite in a hidden state is not finite in its logits.
+        return logits_BV, most_likely(logits_BV)
 
     def launch(self, places: Sequence[Place], page_size: int, tokens: Sequence[int] | _Ahead) -> _Ahead:
         """Start a step, and the copy of its answer to the host. tokens: what goes in, or the step that draws it (and of

@@ -24,6 +24,7 @@ from rorqual.engine.replay import Replay, pinned
 from rorqual.engine.scheduler import Slice
 from rorqual.model.batch import Batch, LatentPages
 from rorqual.model.transformer import Transformer
+from rorqual.ops.most_likely import most_likely
 
 VOID = -2
 
@@ -86,8 +87,7 @@ class Verification:
         if self.drawn:
             best = draw(logits_NV, self.params.flatten(0, 1))
         else:
-            top, best = logits_NV.max(-1)
-            best = torch.where(top.isfinite(), best, -1)
+            best = most_likely(logits_NV)
         best_BW = best.view(self.batch, self.W)
         last_B = (best_BW[:, :-1] == tokens[:, 1:]).long().cumprod(1).sum(1)
         stands = torch.arange(self.W, device=best_BW.device) <= last_B[:, None]
@@ -115,8 +115,7 @@ class Verification:
                     h_BD, drafts[-1], at, page * self.page_size + at % self.page_size, at + 1, table, real
                 )
                 at = at + 1
-            top, best = self.model.head(h_BD).max(-1)
-            drafts.append(torch.where(real & top.isfinite(), best, -1))
+            drafts.append(torch.where(real, most_likely(self.model.head(h_BD)), -1))
         return (torch.stack(drafts, 1),)
 
     def _predict(

@@ -1,11 +1,11 @@
 """The outermost layer: what holds for every request whatever its route.
 
 Every response carries `x-request-id` (the client's own where it is clean), `openai-processing-ms` and what is
-left of the key's limits, and one log line tells of it. A key is asked for before anything of the body is read,
-on every path that was not declared public: a route that someone adds later is closed until it is opened on
-purpose. POST is what costs: its requests are counted against the key's limits, refused beyond what the server
-can hold, and refused while it drains. Bodies over the limit are refused. Exceptions that nobody expected end
-here, with a traceback in the log and without one in the answer.
+left of the key's limits, and one log line tells of it. A key is asked for before anything of the body is
+read, on every path that was not declared public: a route that someone adds later is closed until it is opened
+on purpose. POST is what costs, but where it was declared free: its requests are counted against the key's
+limits, refused beyond what the server can hold, and refused while it drains. Bodies over the limit are
+refused. Exceptions that nobody expected end here, with a traceback in the log and without one in the answer.
 
 It is plain ASGI because Starlette's BaseHTTPMiddleware puts a queue between the route and the connection, and
 then a client's departure is noticed late. Left out: CORS, on purpose; pages of other origins have no business
@@ -65,7 +65,8 @@ class Traffic:
 
 
 class Border:
-    """ASGI middleware. `is_public(method, path)` names what needs no key."""
+    """ASGI middleware. `is_public(method, path)` names what needs no key, `is_free(path)` the POSTs that cost nothing,
+    `is_upload(path)` those whose bodies may be larger."""
 
     def __init__(
         self,
@@ -75,6 +76,8 @@ class Border:
         traffic: Traffic,
         metrics: Metrics,
         is_public: Callable[[str, str], bool],
+        is_free: Callable[[str], bool] = lambda path: False,
+        is_upload: Callable[[str], bool] = lambda path: False,
     ) -> None:
         self._app = app
         self._settings = settings
@@ -82,13 +85,17 @@ class Border:
         self._traffic = traffic
         self._metrics = metrics
         self._is_public = is_public
+        self._is_free = is_free
+        self._is_upload = is_upload
         self._callers = Callers(time.monotonic)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        crossing = _Crossing(scope, receive, send, self._settings.max_body_bytes, self._metrics)
+        uploads = self._is_upload(scope["path"])
+        limit = self._settings.max_upload_bytes if uploads else self._settings.max_body_bytes
+        crossing = _Crossing(scope, receive, send, limit, self._metrics)
         try:
             refusal = await self._identify(crossing, scope) or self._enter(crossing, scope)
             if refusal is None:
@@ -127,9 +134,9 @@ class Border:
 
     def _enter(self, crossing: _Crossing, scope: Scope) -> ApiError | None:
         length = Headers(scope=scope).get("content-length", "")
-        if length.isdigit() and int(length) > self._settings.max_body_bytes:
-            return to_api_error(_too_large(self._settings.max_body_bytes))
-        if scope["method"] != "POST" or crossing.visit is None:
+        if length.isdigit() and int(length) > crossing.max_body_bytes:
+            return to_api_error(_too_large(crossing.max_body_bytes))
+        if scope["method"] != "POST" or crossing.visit is None or self._is_free(scope["path"]):
             return None
         if self._traffic.draining:
             # The connection is about to end, and a retry should find another server.
@@ -163,15 +170,15 @@ class _Crossing:
         self.gone = False  # the client, or all sense from its connection
         self._receive = receive
         self._send = send
-        self._max_body_bytes = max_body_bytes
+        self.max_body_bytes = max_body_bytes
         self._body_bytes = 0
         self._metrics = metrics
 
     async def receive(self) -> Message:
         message = await self._receive()
         self._body_bytes += len(message.get("body", b""))
-        if self._body_bytes > self._max_body_bytes:  # a chunked body announces no length
-            raise _too_large(self._max_body_bytes)
+        if self._body_bytes > self.max_body_bytes:  # a chunked body announces no length
+            raise _too_large(self.max_body_bytes)
         return message
 
     async def send(self, message: Message) -> None:

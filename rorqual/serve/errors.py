@@ -18,16 +18,28 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
+from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 
-from rorqual.errors import CapacityError, EngineDied, NotFound, PromptTooLong, RequestError, RorqualError, UpstreamError
+from rorqual.errors import (
+    CapacityError,
+    Conflict,
+    EngineDied,
+    NotFound,
+    PromptTooLong,
+    RequestError,
+    RorqualError,
+    UpstreamError,
+)
 
 # What each status says when nothing more particular is known: (type, code).
 KINDS: Mapping[int, tuple[str, str | None]] = {
     400: ("invalid_request_error", None),
     401: ("invalid_request_error", "invalid_api_key"),
+    403: ("invalid_request_error", "forbidden"),
     404: ("invalid_request_error", "unknown_url"),
     405: ("invalid_request_error", "method_not_allowed"),
+    409: ("invalid_request_error", "conflict"),
     413: ("invalid_request_error", "request_too_large"),
     429: ("rate_limit_error", "engine_overloaded"),
     500: ("server_error", "internal_error"),
@@ -96,6 +108,8 @@ def to_api_error(error: BaseException) -> ApiError:
             return ApiError(400, str(error), error.param, "context_length_exceeded")
         case NotFound():
             return ApiError(404, str(error), error.param, "model_not_found" if error.param == "model" else "not_found")
+        case Conflict():
+            return ApiError(409, str(error), error.param)
         case CapacityError():
             return ApiError(429, str(error), error.param, headers=RETRY_LATER)
         case RequestError():
@@ -110,6 +124,8 @@ def to_api_error(error: BaseException) -> ApiError:
             return ApiError(502, str(error), headers=RETRY_LATER)
         case Refused():
             return error.error
+        case OperationalError():
+            return ApiError(503, "The database is busy or away; try again.", None, "database_unavailable", RETRY_LATER)
         case RorqualError():
             return ApiError(500, str(error))
         case _:

@@ -180,6 +180,7 @@ class Message(Body):
     reasoning_content: str | None = None
     reasoning: str | None = None
     prefix: bool | None = None
+    thinking_done: bool | None = None  # ours: a prefix whose thought is over, though its text has not begun
 
     @field_validator("content", mode="before", json_schema_input_type=str | list[TextPart] | None)
     @classmethod
@@ -213,7 +214,7 @@ class Message(Body):
         if self.tool_calls:
             message["tool_calls"] = [call.model_dump(exclude_unset=True) for call in self.tool_calls]
         if self.prefix:
-            message["prefix"] = True
+            message |= {"prefix": True} | ({"thinking_done": True} if self.thinking_done else {})
         return message
 
 

@@ -139,3 +139,38 @@ def merged_values(
         BLOCK_C=triton.next_power_of_2(C), BLOCK_U=block_u, num_warps=4,
     )  # fmt: skip
     return out
+
+
+@triton.jit
+def _best_kernel(logits, top, best, V, stride, BLOCK: tl.constexpr):
+    n, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(logits + n * stride + at, mask=at < V, other=float("-inf")).to(tl.float32)
+    unsound = (x != x) | (x == float("inf"))
+    value = tl.max(tl.where(unsound, float("inf"), x), 0)
+    place = n * tl.num_programs(1) + block
+    tl.store(top + place, value)
+    tl.store(best + place, tl.min(tl.where(x == value, at, V), 0))
+
+
+@triton.jit
+def _told_kernel(top, best, told, blocks, V, BLOCK: tl.constexpr):
+    n, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    value = tl.load(top + n * blocks + i, mask=i < blocks, other=float("-inf"))
+    largest = tl.max(value, 0)
+    index = tl.load(best + n * blocks + i, mask=i < blocks, other=V)
+    first = tl.min(tl.where(value == largest, index, V), 0)
+    sound = (largest < float("inf")) & (largest > float("-inf"))
+    tl.store(told + n, tl.where(sound, first, -1).to(tl.int64))
+
+
+def most_likely(logits_NV: Tensor) -> Tensor:
+    """`ops.most_likely` in two launches; a row is cut into blocks, or few multiprocessors would read it."""
+    (N, V), block = logits_NV.shape, 4096
+    blocks = triton.cdiv(V, block)
+    top = torch.empty(N, blocks, dtype=torch.float32, device=logits_NV.device)
+    best = torch.empty(N, blocks, dtype=torch.int32, device=logits_NV.device)
+    told = torch.empty(N, dtype=torch.int64, device=logits_NV.device)
+    _best_kernel[(N, blocks)](logits_NV, top, best, V, logits_NV.stride(0), BLOCK=block, num_warps=8)
+    _told_kernel[(N,)](top, best, told, blocks, V, BLOCK=triton.next_power_of_2(blocks), num_warps=1)
+    return told

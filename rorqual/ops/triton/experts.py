@@ -28,39 +28,34 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import linear
 
-from rorqual.ops.formats import PLAIN, Weight
+from rorqual.ops.formats import FP8, PLAIN, Weight
 from rorqual.ops.triton.fp8 import Tiling, launch, tile_rows
 from rorqual.ops.triton.fused import swiglu
-from rorqual.ops.triton.stream import add_columns, no_sums, row_sums
+from rorqual.ops.triton.stream import add_columns, no_sums
 
 FEW = 2
 """Up to so many slots an expert on average, each slot reads its expert's weights for itself."""
 TILE = Tiling(block_m=16, block_n=64, splits=1, warps=4, stages=3)
 """For more; 32 rows from 16 an expert on, which changes no order of additions. Not `ops.triton.fp8.tiling`, whose splits
 depend on the number of rows."""
-PROCESSORS = 132
-"""An H100's multiprocessors."""
 
 
 class Streams(NamedTuple):
-    """How few slots read weights: rows of gate (and as many of up) a program, rows of down, columns a step, and steps
-    in flight."""
+    """How few slots read weights: rows of a program and columns of a step, of gate and up and of down."""
 
     gate_rows: int
+    gate_columns: int
     down_rows: int
-    columns: int
-    warps: int
-    stages: int
+    down_columns: int
+    warps: int = 4
 
 
-def streams(D: int, F: int, K: int, kind: int = PLAIN) -> Streams:
-    """The most rows a program with which one token alone still gives every multiprocessor something to read."""
-    gate = 8 if 8 * PROCESSORS <= K * F else 4
-    down = 8 if 8 * (PROCESSORS - 4) <= D else 4  # 1,024 wide: 128 programs of 8
-    if kind == PLAIN:
-        return Streams(gate, down, 512, 4, 3)
-    # So many at once that nothing is left to fetch ahead: scales are too small for asynchronous copies.
-    return Streams(gate, down, 2048 if kind == 4 else 1024, 4, 1)
+STREAMS = {
+    PLAIN: Streams(4, 1024, 4, 1024), FP8: Streams(4, 1024, 4, 2048), 8: Streams(8, 1024, 8, 1024),
+    4: Streams(8, 1024, 8, 2048),
+}  # fmt: skip
+"""By kind of weight, measured on an H200. So many columns at once that nothing is left to fetch ahead; fewer rows leave
+registers for more programs."""
 
 
 @triton.jit(do_not_specialize=["stride_se", "stride_sh", "stride_s", "stride_own_s"])
@@ -68,7 +63,7 @@ def _swiglu_kernel(
     x, w, w_scale, gate, gate_scale, up, up_scale, h, chosen,
     stride_x, stride_we, stride_wh, stride_w, stride_se, stride_sh, stride_s, stride_own, stride_own_s,
     K: tl.constexpr, S: tl.constexpr, D: tl.constexpr, F: tl.constexpr, KIND: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """h[slot, f] = silu(gate_f x) (up_f x), fp32, for ROWS of the f of one slot. A token has K slots of chosen experts and
     then S slots of F rows each of the shared expert (gate and up)."""
@@ -87,13 +82,13 @@ def _swiglu_kernel(
     x += token.to(tl.int64) * stride_x
     gates = no_sums(KIND, ROWS, COLUMNS)
     ups = no_sums(KIND, ROWS, COLUMNS)
-    for at in tl.range(0, D, COLUMNS, num_stages=STAGES):
+    for at in range(0, D, COLUMNS):
         gates = add_columns(
             gates, x, gate_w, gate_s, row, at, 1.0, D, stride, stride_scale, KIND, COLUMNS, D % COLUMNS == 0
         )
         ups = add_columns(ups, x, up_w, up_s, row, at, 1.0, D, stride, stride_scale, KIND, COLUMNS, D % COLUMNS == 0)
-    gate_f = row_sums(gates, KIND)
-    tl.store(h + slot.to(tl.int64) * F + f, gate_f * tl.sigmoid(gate_f) * row_sums(ups, KIND), mask=f < F)
+    gate_f = tl.sum(gates, 1)
+    tl.store(h + slot.to(tl.int64) * F + f, gate_f * tl.sigmoid(gate_f) * tl.sum(ups, 1), mask=f < F)
 
 
 @triton.jit(do_not_specialize=["stride_se", "stride_s", "stride_own_s"])
@@ -101,17 +96,17 @@ def _down_kernel(
     h, w, w_scale, own, own_scale, gates, chosen, add, y, stride_we, stride_w, stride_se, stride_s, stride_own,
     stride_own_s, stride_add,
     K: tl.constexpr, S: tl.constexpr, D: tl.constexpr, F: tl.constexpr, KIND: tl.constexpr, ADD: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """y[n, d] = sum over slots of gate down_d h, for ROWS of the d of one token. One loop over slots and columns, so
-    that the next expert's weights are on their way before this one's are used up."""
+    that lanes are added once."""
     n = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row = tl.minimum(d, D - 1).to(tl.int64)
     h += n * (K + S) * F
     acc = no_sums(KIND, ROWS, COLUMNS)
     STEPS: tl.constexpr = (F + COLUMNS - 1) // COLUMNS
-    for step in tl.range(0, K * STEPS, num_stages=STAGES):
+    for step in range(0, K * STEPS):
         k = step // STEPS
         at = step % STEPS * COLUMNS
         expert = tl.load(chosen + n * K + k).to(tl.int64)
@@ -122,12 +117,12 @@ def _down_kernel(
         )  # fmt: skip
     if S:
         # The shared expert's slots lie side by side in its rows.
-        for at in tl.range(0, S * F, COLUMNS, num_stages=STAGES):
+        for at in range(0, S * F, COLUMNS):
             acc = add_columns(
                 acc, h + K * F, own, own_scale, row, at, 1.0, S * F, stride_own, stride_own_s, KIND, COLUMNS,
                 S * F % COLUMNS == 0,
             )  # fmt: skip
-    total = row_sums(acc, KIND)
+    total = tl.sum(acc, 1)
     if ADD:
         total += tl.load(add + n * stride_add + d, mask=d < D, other=0.0).to(tl.float32)
     tl.store(y + n * D + d, total.to(y.dtype.element_ty), mask=d < D)
@@ -222,19 +217,19 @@ def few_slots(
     assert gate.data.stride(0) == up.data.stride(0) and gate.scale.stride(0) == up.scale.stride(0)
     h_MF = torch.empty(N * (K + S), F, dtype=torch.float32, device=x_ND.device)
     y_ND = torch.empty(N, D, dtype=x_ND.dtype, device=x_ND.device)
-    how = how or streams(D, F, K, w.kind)
+    how = how or STREAMS[w.kind]
     _swiglu_kernel[(N * (K + S), triton.cdiv(F, how.gate_rows))](
         x_ND, w.data, w.scale, gate.data, gate.scale, up.data, up.scale, h_MF, chosen_NK,
         x_ND.stride(0), *w.data.stride()[:3], *w.scale.stride()[:3], gate.data.stride(0), gate.scale.stride(0),
         K=K, S=S, D=D, F=F, KIND=w.kind,
-        ROWS=how.gate_rows, COLUMNS=how.columns, STAGES=how.stages, num_warps=how.warps,
+        ROWS=how.gate_rows, COLUMNS=how.gate_columns, num_warps=how.warps,
     )  # fmt: skip
     _down_kernel[(N, triton.cdiv(D, how.down_rows))](
         h_MF, d.data, d.scale, own.data, own.scale, gates_NK, chosen_NK, add_ND, y_ND,
         *d.data.stride()[:2], *d.scale.stride()[:2], own.data.stride(0), own.scale.stride(0),
         0 if add_ND is None else add_ND.stride(0),
         K=K, S=S, D=D, F=F, KIND=d.kind, ADD=add_ND is not None,
-        ROWS=how.down_rows, COLUMNS=how.columns, STAGES=how.stages, num_warps=how.warps,
+        ROWS=how.down_rows, COLUMNS=how.down_columns, num_warps=how.warps,
     )  # fmt: skip
     return y_ND
 

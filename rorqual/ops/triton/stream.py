@@ -23,21 +23,9 @@ TOKENS = 4
 
 @triton.jit
 def no_sums(KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Where `add_columns` adds: [rows, lanes], of quantised weights [rows, blocks, lanes]."""
-    if KIND == 1:
-        acc = tl.zeros((ROWS, COLUMNS // 128, 128), tl.float32)
-    elif KIND >= 4:
-        acc = tl.zeros((ROWS, COLUMNS // 32, KIND), tl.float32)
-    else:
-        acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    return acc  # one return: the compiler wants one type of all
-
-
-@triton.jit
-def row_sums(acc, KIND: tl.constexpr):
-    if KIND > 0:
-        acc = tl.sum(acc, 2)
-    return tl.sum(acc, 1)
+    """Where `add_columns` adds: one sum for each run of columns that a thread loads at once, 16 bytes of a row."""
+    RUN: tl.constexpr = 32 if KIND >= 4 else (16 if KIND == 1 else 8)
+    return tl.zeros((ROWS, COLUMNS // RUN), tl.float32)
 
 
 @triton.jit
@@ -45,8 +33,8 @@ def add_columns(
     acc, x, w, scale, row, at, gate, width, stride_w, stride_s,
     KIND: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """acc (`no_sums`) plus w[row, at : at + COLUMNS] times gate x[at : ...], lanes left apart. KIND is `Weight.kind`; of FP8
-    blocks all rows must lie in one. EVEN: the columns end with the matrix."""
+    """acc (`no_sums`) plus w[row, at : at + COLUMNS] times gate x[at : ...]. KIND is `Weight.kind`; of FP8 blocks all rows
+    must lie in one. EVEN: the columns end with the matrix."""
     if KIND >= 4:
         # A group of 32 is KIND words. In units of groups: a quotient by 32 would hide from the compiler what is aligned.
         PER: tl.constexpr = 32 // KIND
@@ -56,37 +44,29 @@ def add_columns(
         place = w + (row * stride_w)[:, None, None] + word[None, :, :]
         words = tl.load(place, mask=inside[None, :, None], other=0)
         scales = tl.load(scale + (row * stride_s)[:, None] + group[None, :], mask=inside[None, :], other=0.0)
-        part = tl.zeros_like(acc)
+        part = tl.zeros(words.shape, tl.float32)
         for j in tl.static_range(PER):
             # As the last bits of 2^23 a code is a float without a conversion, which is slower than all the rest.
             code = ((words >> (KIND * j)) & (2**KIND - 1)) | 0x4B000000
             value = tl.load(x + word * PER + j, mask=inside[:, None], other=0.0).to(tl.float32)
             part += (code.to(tl.float32, bitcast=True) - (8388608.0 + 2 ** (KIND - 1))) * value[None, :, :]
-        acc += part * (scales.to(tl.float32) * gate)[:, :, None]
-    elif KIND == 1:
-        tile, lane = at // 128 + tl.arange(0, COLUMNS // 128), tl.arange(0, 128)
-        d = tile[:, None] * 128 + lane[None, :]
-        scales = scale + tl.min(row, 0) // 128 * stride_s
-        place = w + (row * stride_w)[:, None, None] + d[None, :, :]
-        if EVEN:
-            block = tl.load(scales + tile)
-            value = tl.load(x + d).to(tl.float32) * (block * gate)[:, None]
-            weight = tl.load(place)
-        else:
-            block = tl.load(scales + tile, mask=tile * 128 < width, other=0.0)
-            value = tl.load(x + d, mask=d < width, other=0.0).to(tl.float32) * (block * gate)[:, None]
-            weight = tl.load(place, mask=(d < width)[None, :, :], other=0.0)
-        acc += weight.to(tl.float32) * value[None, :, :]
+        acc += tl.sum(part, 2) * (scales.to(tl.float32) * gate)
     else:
-        d = at + tl.arange(0, COLUMNS)
-        place = w + (row * stride_w)[:, None] + d[None, :]
+        RUN: tl.constexpr = 16 if KIND == 1 else 8
+        run = tl.arange(0, COLUMNS // RUN)
+        d = at + run[:, None] * RUN + tl.arange(0, RUN)[None, :]
+        place = w + (row * stride_w)[:, None, None] + d[None, :, :]
         if EVEN:
             value = tl.load(x + d).to(tl.float32) * gate
             weight = tl.load(place)
         else:
             value = tl.load(x + d, mask=d < width, other=0.0).to(tl.float32) * gate
-            weight = tl.load(place, mask=(d < width)[None, :], other=0.0)
-        acc += weight.to(tl.float32) * value[None, :]
+            weight = tl.load(place, mask=(d < width)[None, :, :], other=0.0)
+        product = tl.sum(weight.to(tl.float32) * value[None, :, :], 2)
+        if KIND == 1:
+            block = tl.minimum(at + run * RUN, width - 1) // 128
+            product *= tl.load(scale + tl.min(row, 0) // 128 * stride_s + block)[None, :]
+        acc += product
     return acc
 
 
@@ -111,17 +91,18 @@ def _rows_dot_kernel(
         acc = add_columns(
             acc, x + n * stride_x, w, scale, row, at, 1.0, D, stride_w, stride_s, KIND, COLUMNS, D % COLUMNS == 0
         )
-    tl.store(y + o, row_sums(acc, KIND).to(y.dtype.element_ty), mask=o < out)
+    tl.store(y + o, tl.sum(acc, 1).to(y.dtype.element_ty), mask=o < out)
 
 
-def rows_dot(x_ND: Tensor, *weights: Weight, dtype: torch.dtype | None = None, rows: int = 4) -> list[Tensor]:
+def rows_dot(x_ND: Tensor, *weights: Weight, dtype: torch.dtype | None = None) -> list[Tensor]:
     """x [N, D] by one or two matrices [out, D] of one kind in one launch -> [N, out] of each, in `dtype` or x's; sums in
-    fp32. rows: of a matrix, to a program."""
+    fp32."""
     a, b = weights[0], weights[-1]
     assert len(weights) <= 2 and a.kind == b.kind and x_ND.stride(1) == 1
     (N, D), outs = x_ND.shape, [len(w.data) for w in weights]
     ys = [torch.empty(N, out, dtype=dtype or x_ND.dtype, device=x_ND.device) for out in outs]
     second = outs[1] if len(outs) == 2 else 0
+    rows = 8 if a.kind >= 4 else 2
     # So many columns at once that nothing is left to fetch ahead.
     columns = max(128, min(2048 if a.kind == 4 else 1024, triton.next_power_of_2(D)))
     _rows_dot_kernel[(N, triton.cdiv(outs[0], rows) + triton.cdiv(second, rows))](

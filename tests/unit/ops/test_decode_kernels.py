@@ -12,7 +12,7 @@ from rorqual.ops.fp8 import Fp8Blocks
 from rorqual.ops.packed import PackedIntegers
 from rorqual.ops.rms_norm import rms_norm
 from rorqual.ops.rope import rotate
-from rorqual.ops.triton.decode import absorbed_queries, add_norm, merged_values
+from rorqual.ops.triton.decode import absorbed_queries, add_norm, merged_values, most_likely
 from rorqual.ops.triton.fp8 import expand_packed, fixed_tiling, tile_rows
 from rorqual.ops.triton.mla import busy_split, parts
 from rorqual.ops.triton.stream import rows_dot
@@ -109,3 +109,18 @@ def test_packed_integers_expand_to_the_same_bits(shape: tuple[int, ...], bits: i
     parts = form.pack(torch.randn(shape, device=DEVICE))
     for dtype in (torch.float32, torch.float16):
         assert torch.equal(expand_packed(form.weight(parts), dtype), form.dense(parts, dtype))
+
+
+@pytest.mark.parametrize("dtype", list(BOUND), ids=str)
+@pytest.mark.parametrize("V", [5, 4096, 9000])
+def test_the_most_likely_token(V: int, dtype: torch.dtype) -> None:
+    logits = torch.randn(7, V + 3, device=DEVICE).to(dtype)[:, :V]
+    logits[1, V // 2 :] = logits[1].max()  # the first of equals
+    logits[2, 3], logits[3, V - 1] = float("nan"), float("inf")
+    logits[4] = float("-inf")
+    logits[5, 1:] = float("-inf")
+    want = logits.max(-1).indices.tolist()
+    got = most_likely(logits)
+    assert got.dtype == torch.int64
+    assert [*got.tolist()[:2], *got.tolist()[5:]] == [want[0], logits[1].tolist().index(logits[1].max()), 0, want[6]]
+    assert got[2:5].tolist() == [-1, -1, -1]
