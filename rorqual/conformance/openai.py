@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import uuid
 
@@ -192,7 +191,7 @@ async def json_object(probe: Probe) -> str:
     if answer["choices"][0]["finish_reason"] == "length":
         require(text.lstrip()[:1] in ("{", ""), f"began with {text[:30]!r}")
         return "an object, cut by max_tokens"
-    require(isinstance(_parsed(text), dict), f"said {text[:60]!r}")
+    require(isinstance(parsed(text), dict), f"said {text[:60]!r}")
     return f"{text[:60]}"
 
 
@@ -200,7 +199,7 @@ async def json_schema(probe: Probe) -> str:
     form = {"type": "json_schema", "json_schema": {"name": "paint", "strict": True, "schema": SCHEMA}}
     answer = await probe.chat("response_format", "json_schema", max_tokens=200, response_format=form)
     text = message_of(answer).get("content") or ""
-    require(fits(_parsed(text)), f"said {text[:60]!r}, which does not fit the schema")
+    require(fits(parsed(text)), f"said {text[:60]!r}, which does not fit the schema")
     return f"{text[:60]}"
 
 
@@ -247,7 +246,7 @@ async def tool_stream(probe: Probe) -> str:
     first = [piece for piece in pieces if piece["index"] == pieces[0]["index"]]
     require(first[0].get("id") and first[0]["function"].get("name") == "paint", "the first piece lacks id or name")
     arguments = "".join(piece.get("function", {}).get("arguments") or "" for piece in first)
-    require(fits(_parsed(arguments)), f"the pieces make {arguments[:60]!r}")
+    require(fits(parsed(arguments)), f"the pieces make {arguments[:60]!r}")
     return f"{len(first)} pieces make {arguments[:40]}"
 
 
@@ -354,68 +353,6 @@ async def request_id(probe: Probe) -> str:
     return "the client's own" if found == mine else f"the server's: {found}"
 
 
-async def completions(probe: Probe) -> str:
-    answer = await probe.ask("/completions", {"model": probe.model, "prompt": "one, two,", "max_tokens": 8})
-    require(answer.get("object") == "text_completion", f"object is {answer.get('object')!r}")
-    require(isinstance(answer["choices"][0].get("text"), str), "the choice has no text")
-    return f"{usage_of(answer)['completion_tokens']} tokens"
-
-
-async def echo(probe: Probe) -> str:
-    body = {"model": probe.model, "prompt": "one, two,", "max_tokens": 4, "echo": True}
-    text = (await probe.ask("/completions", body, "echo"))["choices"][0]["text"]
-    require(text.startswith("one, two,"), f"began with {text[:20]!r}")
-    return "the prompt comes first"
-
-
-async def responses(probe: Probe) -> str:
-    body = {"model": probe.model, "input": "Count to three.", "max_output_tokens": 24, "store": False}
-    answer = await probe.ask("/responses", body)
-    require(answer.get("object") == "response", f"object is {answer.get('object')!r}")
-    require(answer.get("status") in ("completed", "incomplete"), f"status is {answer.get('status')!r}")
-    kinds = [item.get("type") for item in answer.get("output") or []]
-    require(kinds and set(kinds) <= {"message", "reasoning", "function_call"}, f"output is {kinds}")
-    return f"{answer['status']}: {', '.join(map(str, kinds))}"
-
-
-async def responses_stream(probe: Probe) -> str:
-    body = {"model": probe.model, "input": "Count to three.", "max_output_tokens": 24, "store": False}
-    chunks = (await probe.stream("/responses", body)).chunks()
-    require(chunks, "no events")
-    numbers = [int(c["sequence_number"]) for c in chunks]
-    require(all(a < b for a, b in itertools.pairwise(numbers)), "sequence_number does not rise")
-    last = chunks[-1].get("type")
-    require(last in ("response.completed", "response.incomplete"), f"the last event is {last!r}")
-    return f"{len(chunks)} events, {last}"
-
-
-async def responses_call(probe: Probe) -> str:
-    tool = {"type": "function", **TOOL["function"]}
-    body = {
-        "model": probe.model,
-        "input": "Paint.",
-        "max_output_tokens": 200,
-        "tools": [tool],
-        "tool_choice": "required",
-    }
-    answer = await probe.ask("/responses", body, "tools", "tool_choice")
-    calls = [item for item in answer["output"] if item.get("type") == "function_call"]
-    require(
-        calls and calls[0].get("name") == "paint" and calls[0].get("call_id"), f"output is {answer['output']}"[:100]
-    )
-    require(fits(_parsed(calls[0]["arguments"])), f"arguments are {calls[0]['arguments'][:60]!r}")
-    return f"paint({calls[0]['arguments'][:40]})"
-
-
-async def responses_schema(probe: Probe) -> str:
-    form = {"format": {"type": "json_schema", "name": "paint", "strict": True, "schema": SCHEMA}}
-    body = {"model": probe.model, "input": "Paint.", "max_output_tokens": 200, "text": form}
-    answer = await probe.ask("/responses", body, "text", "json_schema")
-    texts = [part["text"] for item in answer["output"] if item["type"] == "message" for part in item["content"]]
-    require(texts and fits(_parsed("".join(texts))), f"said {''.join(texts)[:60]!r}, which does not fit the schema")
-    return "".join(texts)[:60]
-
-
 def _check_error(reply: Reply, statuses: tuple[int, ...]) -> str:
     require(reply.status in statuses, f"status {reply.status} where {' or '.join(map(str, statuses))} is due")
     error = reply.json().get("error")
@@ -436,13 +373,13 @@ def _check_call(answer: Json) -> str:
     require(call.get("type") == "function" and call.get("id"), "the call lacks type or id")
     require(call["function"].get("name") == "paint", f"called {call['function'].get('name')!r}")
     require(isinstance(call["function"].get("arguments"), str), "arguments are no string")
-    require(fits(_parsed(call["function"]["arguments"])), f"arguments are {call['function']['arguments'][:60]!r}")
+    require(fits(parsed(call["function"]["arguments"])), f"arguments are {call['function']['arguments'][:60]!r}")
     reason = answer["choices"][0]["finish_reason"]
     require(reason in ("tool_calls", "stop"), f"finish_reason is {reason!r}")
     return f"paint({call['function']['arguments'][:40]})"
 
 
-def _parsed(text: str) -> object:
+def parsed(text: str) -> object:
     try:
         return json.loads(text)
     except ValueError as error:

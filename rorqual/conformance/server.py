@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from rorqual.conformance import anthropic, deepseek, openai
+from rorqual.conformance import anthropic, deepseek, openai, responses
 from rorqual.conformance.probe import Absent, Failed, Probe
 from rorqual.errors import UpstreamError
 
@@ -56,13 +56,13 @@ CHECKS: tuple[tuple[str, str, Check], ...] = (
     ("errors", "beyond the context", openai.too_long),
     ("errors", "no key", openai.no_key),
     ("errors", "x-request-id", openai.request_id),
-    ("completions", "answer", openai.completions),
-    ("completions", "echo", openai.echo),
+    ("completions", "answer", responses.completions),
+    ("completions", "echo", responses.echo),
     ("completions", "fill in the middle", deepseek.fill_in_the_middle),
-    ("responses", "answer", openai.responses),
-    ("responses", "stream", openai.responses_stream),
-    ("responses", "function call", openai.responses_call),
-    ("responses", "json_schema", openai.responses_schema),
+    ("responses", "answer", responses.answer),
+    ("responses", "stream", responses.stream),
+    ("responses", "function call", responses.function_call),
+    ("responses", "json_schema", responses.json_schema),
     ("deepseek", "thinking enabled", deepseek.thinking),
     ("deepseek", "thinking disabled", deepseek.thinking_off),
     ("deepseek", "thinking streamed", deepseek.thinking_stream),

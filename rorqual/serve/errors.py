@@ -13,6 +13,7 @@ goes to the log under the request's id. Left out: a code for each of OpenAI's hu
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,6 +58,8 @@ ANTHROPIC_KINDS: Mapping[int, str] = {
     503: "overloaded_error",
     504: "timeout_error",
 }
+# A conversation of the chat page has messages too, which are none of Anthropic's.
+ANTHROPIC_PATH = re.compile(r"/anthropic/|(/beta)?(/v1)?/messages(/count_tokens)?$")
 RETRY_LATER = {"retry-after": "1"}  # openai-python obeys it; without, it would begin at half a second
 
 
@@ -82,8 +85,7 @@ class ApiError:
     def body_for(self, path: str) -> dict[str, Any]:
         """As the clients of this path read errors: Anthropic's for its messages, wherever they are mounted, and for all
         that is under its prefix."""
-        anthropic = path.startswith("/anthropic/") or path.endswith(("/messages", "/messages/count_tokens"))
-        return self.anthropic_body() if anthropic else self.body()
+        return self.anthropic_body() if ANTHROPIC_PATH.match(path) else self.body()
 
 
 def log_fault(log: logging.Logger, request: str, error: BaseException) -> None:

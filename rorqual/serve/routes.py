@@ -10,12 +10,13 @@ from rorqual.serve import answer_schemas as told
 from rorqual.serve import anthropic, tokens
 from rorqual.serve.anthropic_schemas import CountRequest, MessagesRequest
 from rorqual.serve.chat import chat_completions
+from rorqual.serve.completion_schemas import CompletionRequest, DetokenizeRequest, TokenizeRequest
 from rorqual.serve.completions import completions
 from rorqual.serve.openapi import answers
 from rorqual.serve.prepare import Platform
 from rorqual.serve.responses import responses
 from rorqual.serve.responses_schemas import ResponsesRequest
-from rorqual.serve.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from rorqual.serve.schemas import ChatRequest
 
 DONE = "the last is `[DONE]`"
 ENDED = "an event of its own is the last"

@@ -179,6 +179,8 @@ def test_the_borders_errors_are_anthropics_too(tokenizer: Tokenizer) -> None:
         for method, path, headers, content, status, kind in calls:
             reply = httpx.request(method, server.url + path, headers=headers, content=content)
             assert (reply.status_code, reply.json()["type"], reply.json()["error"]["type"]) == (status, "error", kind)
+        for path in ("/v1/models", "/chats/x/messages", "/chats/messages", "/anthropics/x"):
+            assert set(httpx.post(server.url + path).json()["error"]) == {"message", "type", "param", "code"}
         assert set(httpx.get(f"{server.url}/v1/models").json()["error"]) == {"message", "type", "param", "code"}
         with pytest.raises(anthropic.AuthenticationError):
             client(server).messages.create(model="tiny", max_tokens=3, messages=HI)

@@ -15,8 +15,9 @@ from rorqual.data.tokenizer import Tokenizer
 from rorqual.engine.scripted import ScriptedEngine
 from rorqual.errors import ConfigError
 from rorqual.serve.anthropic_schemas import MessagesRequest
+from rorqual.serve.completion_schemas import CompletionRequest
 from rorqual.serve.responses_schemas import ResponsesRequest
-from rorqual.serve.schemas import ACCEPTED, REFUSED, ChatRequest, CompletionRequest
+from rorqual.serve.schemas import ACCEPTED, REFUSED, ChatRequest
 from rorqual.serve.served import ServedModel
 from tests.net.harness import Harness
 

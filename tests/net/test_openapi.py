@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -108,6 +109,23 @@ def test_what_it_allows_is_answered(server: Harness, schema: Any, path: str, req
 @pytest.mark.parametrize("path", GETS)
 def test_what_can_be_read(schema: Any, path: str) -> None:
     assert set(fuzz(schema, f"GET {path}", GenerationMode.POSITIVE, 5)) <= {200, 404}
+
+
+def test_no_route_of_conversations_and_search_fails(
+    tokenizer: Tokenizer, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """A few requests to each, as few of them can be valid: most name a conversation that must be there."""
+    load_all_checks()
+    examples = max(3, request.config.getoption("--examples") // 3)
+    with running(tokenizer, Settings(database_url=f"sqlite:///{tmp_path}/chats.sqlite3")) as server:
+        server.script("It is.")
+        schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+        operations = [found.ok() for found in schema.get_all_operations()]
+        ours = [o for o in operations if o.path not in (*POSTS, *GETS)]
+        assert {"/chats", "/tools/search"} <= {o.path for o in ours}
+        for operation in ours:
+            found = fuzz(schema, f"{operation.method.upper()} {operation.path}", GenerationMode.POSITIVE, examples)
+            assert set(found) <= {200, 204, 400, 404, 409}, (operation.label, found)
 
 
 # ---- answers of every kind ------------------------------------------------------------------------------------------

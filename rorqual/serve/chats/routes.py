@@ -118,7 +118,7 @@ def _transfers(router: APIRouter, chats: Chats, files: Files) -> None:
         found = await asyncio.to_thread(export.load, store, owner(), body)
         return Response(await asyncio.to_thread(export.whole, found), media_type="application/json")
 
-    @router.get("/{chat}/export")
+    @router.get("/{chat}/export", responses={200: {"description": "", "content": {"text/markdown": {}}}})
     async def export_chat(chat: str, format: str = "markdown") -> Response:
         if format not in ("markdown", "json"):
             raise RequestError(f"there is no format {format!r}", remedy="markdown or json", param="format")
@@ -171,7 +171,9 @@ def _messages(router: APIRouter, chats: Chats, files: Files) -> None:
     async def message(chat: str, message: str) -> dict[str, Any]:
         return (await chats.message(owner(), chat, message)).json()
 
-    @router.get("/{chat}/messages/{message}/events")
+    @router.get(
+        "/{chat}/messages/{message}/events", responses={200: {"description": "", "content": {"text/event-stream": {}}}}
+    )
     async def events(chat: str, message: str, request: Request, after: str = "") -> Response:
         frames = await chats.events(owner(), chat, message)
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
