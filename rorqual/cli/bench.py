@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rorqual.cli.bench_api import grammar, http
 from rorqual.cli.bench_engine import profile, soak
 from rorqual.cli.bench_options import Deterministic, Device, Dtype, JsonFile, Llama, Model, Peer, Rounds, Threads
 from rorqual.cli.bench_report import environment, finish, interleaved, print_rows, report
@@ -17,6 +18,8 @@ from rorqual.cli.bench_train import train
 app = typer.Typer(help="Measure speed; every figure beside its peer and its physical bound.", no_args_is_help=True)
 app.command()(profile)
 app.command()(soak)
+app.command()(http)
+app.command()(grammar)
 
 
 @app.callback()

@@ -62,11 +62,9 @@ def soak(
     model: Model = "bench-cpu",
     device: Device = "cpu",
     minutes: Annotated[float, typer.Option(help="Simulated minutes of arrivals.", min=0.01)] = 30,
-    rate: Annotated[float, typer.Option(help="Requests a simulated second, on average.", min=0.01)] = 6,
+    rate: Annotated[float, typer.Option(help="Requests a simulated second, on average.", min=0.01)] = 4,
     step_ms: Annotated[float, typer.Option(help="Simulated milliseconds of an engine step.", min=0.1)] = 20,
-    cache_tokens: Annotated[
-        int, typer.Option(help="Size of the cache; 0: one and a half longest requests.", min=0)
-    ] = 0,
+    cache_tokens: Annotated[int, typer.Option(help="Size of the cache; 0: two longest requests.", min=0)] = 0,
     max_num_seqs: Annotated[int, typer.Option(help="Most requests computed at once.", min=1)] = 32,
     speculation: Annotated[
         int, typer.Option(help="Tokens drafted by the MTP module; -1 measures.", min=-1, max=3)
@@ -95,7 +93,7 @@ def soak(
     traffic = soaking.Traffic.of(weights.cfg, minutes, rate, step_ms / 1000, seed)
     core = b.engine(
         weights, device, max_num_seqs, dtype, threads, "auto" if speculation < 0 else speculation, prefix_cache=True,
-        cache_tokens=cache_tokens or traffic.longest * 3 // 2, max_model_len=traffic.longest,
+        cache_tokens=cache_tokens or 2 * traffic.longest, max_model_len=traffic.longest,
     )  # fmt: skip
     grammars = weights.preset is None and (weights.path / "tokenizer.json").exists()
     record, fifths = soaking.soak(core, traffic, grammars, device)

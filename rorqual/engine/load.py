@@ -18,11 +18,11 @@ import torch
 
 from rorqual.checkpoint import load_model
 from rorqual.config import ModelConfig, resolve_model
-from rorqual.engine.api import EngineInfo, Grammar
+from rorqual.engine.api import PAGE_SIZE, EngineInfo, Grammar
 from rorqual.engine.core import EngineCore, GrammarCompiler, Matcher, Runner
 from rorqual.engine.disk import DiskCache
 from rorqual.engine.memory import CudaMeter, cache_size, graph_bytes, longest_request, measured_room, memory_bytes
-from rorqual.engine.pages import PAGE_SIZE, PagePool
+from rorqual.engine.pages import PagePool
 from rorqual.engine.runner import ModelRunner, page_bytes
 from rorqual.engine.scheduler import Scheduler
 from rorqual.engine.settings import Auto, EngineSettings

@@ -18,10 +18,9 @@ from typing import Protocol
 import torch
 
 from rorqual.config import ModelConfig
-from rorqual.engine.api import Request, SamplingParams
+from rorqual.engine.api import PAGE_SIZE, Request, SamplingParams
 from rorqual.engine.core import OutOfMemory, Runner
 from rorqual.engine.graphs import MAX_ROWS
-from rorqual.engine.pages import PAGE_SIZE
 from rorqual.engine.scheduler import LEAST_BUDGET, Job, Slice
 from rorqual.engine.settings import EngineSettings
 from rorqual.errors import ConfigError

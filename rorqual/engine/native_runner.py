@@ -42,6 +42,7 @@ class NativeRunner:
         self.page_bytes = self.latents[:, 0].numel() * 4
         self.loads = np.zeros((cfg.num_hidden_layers, (cfg.n_routed_experts or 0) + 1), np.int64)
         self.read_bytes = 0.0
+        self.on_device = False
         self._hidden: Tensor | None = None
         self._offsets: dict[int, int] = {}
 

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
-PAGE_SIZE = 64
+from rorqual.engine.api import PAGE_SIZE
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,6 +74,7 @@ class ModelRunner:
         self.model, self.page_size, self.eos, self.fixed = model, page_size, eos, fixed
         self.draft_depth = DEPTH if drafts and len(model.mtp) else 0
         self.page_bytes = page_bytes(model, page_size, drafts)
+        self.on_device = model.device.type == "cuda"
         self.graphs: DecodeGraphs | None = None
         self._kept: list[_Kept] = []
         self._depth = 0  # of the drafts that were asked for after the last step

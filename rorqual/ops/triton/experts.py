@@ -33,8 +33,9 @@ from rorqual.ops.triton.fp8 import Tiling, launch, tile_rows
 from rorqual.ops.triton.fused import swiglu
 from rorqual.ops.triton.stream import add_columns, no_sums
 
-FEW = 2
-"""Up to so many slots an expert on average, each slot reads its expert's weights for itself."""
+FEW = {PLAIN: 2, FP8: 0.5, 8: 0.5, 4: 0.5}
+"""By kind of weight: up to so many slots an expert on average, each slot reads its expert's weights for itself. Expanding
+quantised ones again for each slot costs more than reading them."""
 TILE = Tiling(block_m=16, block_n=64, splits=1, warps=4, stages=3)
 """For more; 32 rows from 16 an expert on, which changes no order of additions. Not `ops.triton.fp8.tiling`, whose splits
 depend on the number of rows."""
@@ -193,7 +194,7 @@ def routed_experts(
         return torch.empty_like(x_ND)
     assert x_ND.stride(1) == 1 and (add_ND is None or add_ND.stride(1) == 1)
     gates_NK, chosen_NK = gates_NK.contiguous(), chosen_NK.contiguous()
-    few = chosen_NK.numel() <= FEW * len(down.data) and streams_experts(x_ND, gate_up, down, shared)
+    few = chosen_NK.numel() <= FEW[gate_up.kind] * len(down.data) and streams_experts(x_ND, gate_up, down, shared)
     return (few_slots if few else many_slots)(x_ND, gate_up, down, gates_NK, chosen_NK, add_ND, shared)
 
 

@@ -93,7 +93,20 @@ def test_a_profile_sums_what_a_step_computes(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_soak_accounts_for_everything(tmp_path: Path) -> None:
-    code, result = bench(tmp_path, "soak", "--model", "test", "--minutes", "0.15", "--rate", "30", "--threads", "1")
+    code, result = bench(
+        tmp_path,
+        "soak",
+        "--model",
+        "test",
+        "--minutes",
+        "0.15",
+        "--rate",
+        "30",
+        "--threads",
+        "1",
+        "--cache-tokens",
+        "600",
+    )
     assert code == 0 and result["faults"] == [] and result["kind"] == "traffic soak"
     assert sum(result["finish_reasons"].values()) == result["requests"] > 150
     assert result["finish_reasons"]["abort"] > 0 and result["preemptions"] > 0 and result["cache_hit_tokens"] > 0
@@ -118,7 +131,7 @@ def test_a_soak_finds_what_is_lost(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
     monkeypatch.setattr(Scheduler, "remove", leak)
     monkeypatch.setattr(EngineCore, "step", twice)
-    code, result = bench(tmp_path, "soak", "--model", "test", "--minutes", "0.02", "--threads", "1")
+    code, result = bench(tmp_path, "soak", "--model", "test", "--minutes", "0.02", "--rate", "20", "--threads", "1")
     assert code == 1
     for word in ("ended 2 times", "told to", "pages leaked"):
         assert any(word in fault for fault in result["faults"]), word

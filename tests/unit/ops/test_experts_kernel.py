@@ -13,7 +13,7 @@ from torch.nn.functional import linear, silu
 
 from rorqual.errors import BackendUnavailable
 from rorqual.ops import experts, fp8
-from rorqual.ops.formats import Weight, WeightFormat, experts_by_linear
+from rorqual.ops.formats import PLAIN, Weight, WeightFormat, experts_by_linear
 from rorqual.ops.packed import PackedIntegers
 from rorqual.ops.triton import experts as kernels
 from rorqual.ops.triton.experts import FEW, Streams
@@ -57,7 +57,7 @@ def close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", FEW_SLOTS + MANY_SLOTS)
 def test_triton_equals_the_loop(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     n, _, _, e, k = shape
-    assert (n * k <= FEW * e) == (shape in FEW_SLOTS)
+    assert (n * k <= FEW[PLAIN] * e) == (shape in FEW_SLOTS)
     x, up, down, gates, chosen = inputs(shape, dtype)
     want = experts.experts_loop(x.float(), up.float(), down.float(), gates, chosen)
     close(experts.experts_backends.get("triton")(x, up, down, gates, chosen), want, dtype)
