@@ -42,6 +42,13 @@ def ask(page: Page, text: str, status: str | None = "done") -> Locator:
     return answer
 
 
+def new_chat(page: Page) -> None:
+    """To the empty state; what was shown before is gone when this returns."""
+    page.get_by_test_id("new-chat").click()
+    expect(page.get_by_test_id("welcome")).to_be_visible()
+    expect(page.get_by_test_id("answer")).to_have_count(0)
+
+
 def menu(page: Page, row: Locator, item: str) -> None:
     """Chooses from the menu of a chat in the sidebar."""
     row.hover()

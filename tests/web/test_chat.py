@@ -7,7 +7,7 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, Page, expect
 
-from tests.web.steps import ask
+from tests.web.steps import ask, new_chat
 from tests.web.world import Killable, World
 
 
@@ -139,7 +139,7 @@ def test_a_lost_connection_is_taken_up_again(page: Page) -> None:
 
 def test_a_chat_goes_on_while_another_is_looked_at(page: Page) -> None:
     ask(page, "slow", None)
-    page.get_by_test_id("new-chat").click()
+    new_chat(page)
     ask(page, "hello")
     page.get_by_test_id("chat").nth(1).get_by_role("link").click()
     answer = page.get_by_test_id("answer")
@@ -155,7 +155,7 @@ def test_a_draft_survives(page: Page) -> None:
     page.get_by_test_id("input").fill("")
     ask(page, "hello")
     page.get_by_test_id("input").fill("more to")
-    page.get_by_test_id("new-chat").click()
+    new_chat(page)
     expect(page.get_by_test_id("input")).to_have_value("")
     page.get_by_test_id("chat").get_by_role("link").click()
     expect(page.get_by_test_id("input")).to_have_value("more to")

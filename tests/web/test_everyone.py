@@ -11,7 +11,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from tests.web.answers import MARKDOWN
-from tests.web.steps import ask
+from tests.web.steps import ask, new_chat
 from tests.web.world import World
 
 
@@ -142,7 +142,7 @@ def test_a_narrow_screen(browser: Browser, world: World, scheme: str) -> None:
     page.keyboard.press("Escape")
     expect(sidebar).to_be_hidden()
     page.get_by_test_id("menu").click()
-    page.get_by_test_id("new-chat").click()
+    new_chat(page)
     expect(sidebar).to_be_hidden()
     expect(page.get_by_test_id("welcome")).to_be_visible()
     context.close()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from playwright.sync_api import Page, expect
 
-from tests.web.steps import ask, menu
+from tests.web.steps import ask, menu, new_chat
 from tests.web.world import World
 
 
@@ -181,7 +181,7 @@ def test_files_can_be_dropped_and_pasted(page: Page) -> None:
 def test_chats_are_found_renamed_pinned_and_deleted(page: Page) -> None:
     for text in ("Which whales sing?", "markdown", "A name for a boat"):
         ask(page, text)
-        page.get_by_test_id("new-chat").click()
+        new_chat(page)
     chats = page.get_by_test_id("chat")
     expect(chats).to_have_text(["A name for a boat", "markdown", "Which whales sing?"])
     page.get_by_test_id("search-chats").fill("humpb")
@@ -220,7 +220,7 @@ def test_a_hit_leads_to_its_message_on_its_branch(page: Page) -> None:
     expect(page.get_by_test_id("answer").last).to_have_attribute("data-status", "done")
     for _ in range(2):
         ask(page, "long")
-    page.get_by_test_id("new-chat").click()
+    new_chat(page)
     for word, count in (("narwhal", 2), ("beluga", 4)):
         page.get_by_test_id("search-chats").fill(word)
         expect(page.get_by_test_id("match")).to_contain_text(word)
