@@ -5,8 +5,10 @@
 #   make speedrun   train a tiny model from text to chat on two cores in under ten minutes, with a report
 #   make bench      the CPU benchmark table, pairwise against installed peers
 #   make interop    builds llama.cpp and compares our exports with it and with transformers
-#   make soak       the long tests: kills, load
-.PHONY: serve test check setup setup-dev page docs speedrun bench soak parity interop clean
+#   make clients    installs the API's clients, each by itself, and runs their guides' snippets
+#   make soak       the long tests: kills, load, fuzzing
+#   make pictures   the chat's screenshots in docs/, and what the page measures (benchmarks/page.json)
+.PHONY: serve test check setup setup-dev page docs speedrun bench clients soak parity interop pictures clean
 SHELL := /bin/bash
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -q
@@ -17,6 +19,7 @@ serve: setup page
 test: check page
 	$(PYTEST) -n 2 tests/unit $(ARGS)
 	$(PYTEST) -n 2 tests/net $(ARGS)
+	$(BIN)/python scripts/clients.py --quick
 	./scripts/page.sh test
 	./scripts/browser.sh
 	$(PYTEST) tests/web $(ARGS)
@@ -57,6 +60,8 @@ bench: setup-dev
 	$(BIN)/rorqual bench ready --json benchmarks/cpu-ready.json
 	$(BIN)/rorqual bench mtp --model models/rorqual-nano --json benchmarks/cpu-mtp.json
 	$(BIN)/rorqual bench train --model bench-cpu --batch 8 --seq-len 512 --rounds 3 --json benchmarks/cpu-train.json
+	$(BIN)/rorqual bench http --json benchmarks/http.json
+	$(BIN)/rorqual bench grammar --json benchmarks/grammar.json
 	$(BIN)/rorqual bench load --model bench-gpu --json benchmarks/load.json
 	$(BIN)/python scripts/benchmarks.py
 
@@ -68,8 +73,18 @@ interop: setup-dev
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/interop.py $(ARGS)
 	$(BIN)/python scripts/benchmarks.py
 
+clients: setup-dev
+	$(BIN)/python scripts/clients.py $(ARGS)
+
 soak: setup-dev page
+	$(BIN)/python scripts/soak_server.py
 	$(BIN)/python scripts/soak.py $(ARGS)
+
+pictures: setup-dev page
+	./scripts/browser.sh
+	$(BIN)/python scripts/screenshots.py
+	$(BIN)/python scripts/page_bench.py --json benchmarks/page.json
+	$(BIN)/python scripts/benchmarks.py
 
 clean:
 	rm -rf .venv web/node_modules rorqual/serve/page out

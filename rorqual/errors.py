@@ -7,8 +7,10 @@
     ├── TrainingError          a run cannot go on: the loss diverged, memory or disk are full
     ├── BackendUnavailable     a named backend or package is missing here
     ├── UpstreamError          a server that the operator named does not answer
+    ├── EngineDied             an engine's process has ended under its requests
     └── RequestError           one request is at fault; everything else goes on
         ├── NotFound           ... it names something that does not exist
+        ├── Conflict           ... what it would do cannot follow on what was done
         ├── PromptTooLong      ... it does not fit the model's context
         ├── FetchError         ... the address it names is refused, or no page comes from there
         └── CapacityError      ... nothing is wrong with it, but there is no room now
@@ -67,6 +69,10 @@ class UpstreamError(RorqualError):
     """A server that the operator named cannot be reached or breaks off."""
 
 
+class EngineDied(RorqualError):
+    """The process that computed a request has ended; where it is supervised, another is being started."""
+
+
 class RequestError(RorqualError):
     """One request is at fault. `param` names the offending field as the API spells it."""
 
@@ -77,6 +83,10 @@ class RequestError(RorqualError):
 
 class NotFound(RequestError):
     """The request names a model, file or route that does not exist."""
+
+
+class Conflict(RequestError):
+    """The request is well made, and contradicts what is there: an id that is taken, an answer that is complete."""
 
 
 class PromptTooLong(RequestError):

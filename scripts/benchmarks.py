@@ -35,14 +35,44 @@ def main() -> None:
         "serve": "Continuous batching: all requests at once",
         "attention": "Decoding attention over latent pages, 512 + 64 numbers a token",
         "mtp": "Speculation by the MTP module",
+        "http": "HTTP over a scripted engine, the server on one core",
+        "grammar": "Decoding under a JSON schema",
+        "traffic soak": "Random traffic on a simulated clock",
+        "profile decode": "Where a decoding step's time goes",
+        "profile prefill": "Where the time of reading prompts goes",
     }
     for kind, title in titles.items():
         for r in results:
             if r["kind"] == kind:
                 facts = ", ".join(f"{k} {v}" for k, v in r.items() if k not in ("kind", "rows", "environment"))
-                sections.append(_rows(r, f"{title} ({facts})"))
+                sections.append(_rows(r | {"rows": r["rows"][:12]}, f"{title} ({facts})"))
     sections += [_soak(r) for r in results if r["kind"] == "soak"]
+    sections += [_server_soak(r) for r in results if r["kind"] == "server soak"]
+    sections += [_page(r) for r in results if r["kind"] == "page"]
     (FOLDER / "README.md").write_text("\n".join(s for s in sections if s), encoding="utf-8")
+
+
+def _page(r: dict[str, Any]) -> str:
+    at, js, paint, scroll, typing = r["hardware"], r["javascript"], r["first_paint"], r["scroll"], r["typing"]
+    busy = f", while the machine was busy with other work (load {at['load_average_before']})" if at["busy"] else ""
+    lines = [
+        f"## The chat page ({at['cpu']}, {at['cores']} cores, Chromium {at['browser']}, {r['when']}{busy})\n",
+        "| what | measured |",
+        "|---|---|",
+        f"| JavaScript of the first load, gzipped | {js['first_load_gzip_bytes'] / 1000:,.0f} kB |",
+        *(f"| … {name}, when it is needed | {size / 1000:,.0f} kB |" for name, size in js["lazy_gzip_bytes"].items()),
+        f"| first contentful paint, loopback, empty cache | {paint['first_contentful_paint_ms']} ms |",
+    ]
+    turns = [(f"scrolling {scroll['messages']:,} messages, {how}", scroll[how]) for how in ("wheel", "jumps")]
+    turns.append(("typing while an answer streams", typing["tasks"]))
+    for name, t in turns:
+        lines.append(
+            f"| longest task of the main thread, {name} | {t['processor']['longest_ms']} ms of processor time, "
+            f"{t['clock']['longest_ms']} ms by the clock |"
+        )
+    keys = f"{typing['median_ms']:.0f} and {typing['slowest_ms']:.0f} ms"
+    lines.append(f"| from a key to its frame meanwhile, median and slowest | {keys} |")
+    return "\n".join(lines) + "\n"
 
 
 def _speed(results: list[dict[str, Any]]) -> str:
@@ -114,7 +144,7 @@ def _layers(r: dict[str, Any]) -> str:
         "paper's initialisation, at 0.02 the layer's own output outweighs the residual and `dynamic` shows the format's "
         "error, two and a half percent for each product in sequence.\n"
     )
-    return head + "\n" + _table(r["agreement"]) + "\n" + _table(r["times"])
+    return head + "\n" + "\n".join(_table(rows) for rows in (r["agreement"], r["times"]) if rows)
 
 
 def _rows(r: dict[str, Any], title: str) -> str:
@@ -149,6 +179,20 @@ def _soak(r: dict[str, Any]) -> str:
     failed = f" **Failed: {r['failed']}.**" if r["failed"] else ""
     where = f"{e['hardware']}, {e['commit']}, {e['date']}"
     return f"## Soak\n\n{r['minutes']:g} minutes, rounds passed: {rounds}.{failed} {where}.\n"
+
+
+def _server_soak(r: dict[str, Any]) -> str:
+    """Each part by its facts: what was sent, what came of it, and how many faults."""
+    e = r["environment"]
+    lines = [
+        f"## The server under load, kills and nonsense\n\n{e['hardware']}, commit {e['commit']}, {e['date']}. {r['note']}\n"
+    ]
+    for name, part in r["parts"].items():
+        facts = ", ".join(
+            f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in part.items() if k != "faults"
+        )
+        lines.append(f"- **{name}**: {facts}; {len(part['faults'])} faults.")
+    return "\n".join(lines) + "\n"
 
 
 def _cell(key: str, value: Any) -> str:

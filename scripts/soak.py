@@ -19,6 +19,7 @@ TESTS = {
     "shards killed and resumed": ["tests/unit/data", "-k", "kill or interrupt"],
     "engine under random traffic": ["tests/unit/engine/test_scheduler.py", "tests/unit/engine/test_pages.py"],
     "engine process killed": ["tests/unit/engine/test_process.py", "tests/unit/engine/test_supervisor.py"],
+    "chat server killed in answers": ["tests/net/test_chat_kills.py", "--chat-kills", "100", "--timeout", "1800"],
     "server under disconnects and load": [
         "tests/net",
         "-k",

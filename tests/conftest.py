@@ -14,6 +14,9 @@ if not Path("/dev/nvidiactl").exists():
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=3, help="how often the test of killed training kills (make soak: 50)")
+    parser.addoption("--database", help="an empty database for the tests of conversations, instead of SQLite")
+    parser.addoption("--chat-kills", type=int, default=2, help="how often a chat server is killed (make soak: 100)")
+    parser.addoption("--examples", type=int, default=8, help="requests a route that fuzzing makes (make soak: 2000)")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -21,3 +24,9 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_data(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Commands keep their data in a folder of the tests', not in the home of whoever runs them."""
+    os.environ["RORQUAL_DATA_DIR"] = str(tmp_path_factory.mktemp("data"))

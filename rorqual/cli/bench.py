@@ -9,25 +9,17 @@ from typing import Annotated, Any
 
 import typer
 
+from rorqual.cli.bench_api import grammar, http
+from rorqual.cli.bench_engine import profile, soak
+from rorqual.cli.bench_options import Deterministic, Device, Dtype, JsonFile, Llama, Model, Peer, Rounds, Threads
 from rorqual.cli.bench_report import environment, finish, interleaved, print_rows, report
+from rorqual.cli.bench_train import train
 
 app = typer.Typer(help="Measure speed; every figure beside its peer and its physical bound.", no_args_is_help=True)
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the result as JSON.", metavar="FILE")]
-Model = Annotated[str, typer.Option(help="A preset (random weights by seed) or a model directory.")]
-Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-Rounds = Annotated[int, typer.Option(help="Rounds; the engines take turns in each, medians are reported.", min=1)]
-Peer = Annotated[bool, typer.Option("--peer/--no-peer", help="Measure transformers in the same run, where installed.")]
-
-Dtype = Annotated[
-    str, typer.Option(help="Our weights: float32, bfloat16, int8 or int4; default float32 on CPU, bfloat16 on GPU.")
-]
-Threads = Annotated[
-    int,
-    typer.Option(help="CPU threads of every engine; 0: all physical cores, in serve and mtp what is fastest.", min=0),
-]
-Llama = Annotated[
-    bool, typer.Option("--llama/--no-llama", help="Measure llama.cpp at the same bits, where llama-cpp-python is.")
-]
+app.command()(profile)
+app.command()(soak)
+app.command()(http)
+app.command()(grammar)
 
 
 @app.callback()
@@ -35,50 +27,7 @@ def bench() -> None:
     """Measure speed; every figure beside its peer and its physical bound."""
 
 
-@app.command()
-def train(
-    model: Model = "bench-cpu",
-    device: Device = "cpu",
-    batch: Annotated[int, typer.Option(help="Sequences a step.")] = 8,
-    micro_batch: Annotated[int, typer.Option(help="Sequences a micro-batch; 0 means all.")] = 0,
-    seq_len: Annotated[int, typer.Option(help="Tokens a sequence.")] = 512,
-    compile: Annotated[bool, typer.Option(help="Compile the blocks.")] = False,
-    rounds: Rounds = 5,
-    peer: Peer = True,
-    json_file: JsonFile = None,
-) -> None:
-    """Training steps (forward, backward, AdamW) on random tokens.
-
-    Example:
-
-        rorqual bench train --model bench-gpu --device cuda --batch 8 --seq-len 2048 --compile
-    """
-    import torch
-
-    from rorqual.cli.benchmarks import PeerTraining, Training
-    from rorqual.config import ModelConfig
-    from rorqual.plan.count import training_flops_per_token
-    from rorqual.train.hardware import peak_flops
-
-    cfg = ModelConfig.load(model)
-    engines: dict[str, Callable[[], float | None]] = {
-        "rorqual": Training(cfg, device, batch, micro_batch or batch, seq_len, compile).step
-    }
-    if peer:
-        engines["transformers"] = PeerTraining(cfg, device, batch, seq_len).step
-    tokens = batch * seq_len
-    peak, source = peak_flops(torch.device(device))
-    bound = peak / training_flops_per_token(cfg, seq_len)
-    rates = {name: [tokens / s for s in seconds] for name, seconds in interleaved(engines, rounds, device).items()}
-    report(
-        "train",
-        {"model": model, "batch": batch, "seq_len": seq_len, "compile": compile},
-        rates,
-        bound,
-        source,
-        device,
-        json_file,
-    )
+app.command()(train)
 
 
 @app.command()
@@ -89,6 +38,7 @@ def decode(
     prompt: Annotated[int, typer.Option(help="Prompt tokens of each.")] = 512,
     new: Annotated[int, typer.Option(help="Tokens to generate for each.")] = 64,
     dtype: Dtype = "",
+    deterministic: Deterministic = False,
     threads: Threads = 0,
     rounds: Rounds = 5,
     peer: Peer = True,
@@ -101,7 +51,9 @@ def decode(
 
         rorqual bench decode --model bench-cpu --prompt 512 --batch 8 --dtype int8
     """
-    _generate("decode", model, device, (batch, prompt, new), dtype, threads, rounds, peer, llama, json_file)
+    _generate(
+        "decode", model, device, (batch, prompt, new), dtype, deterministic, threads, rounds, peer, llama, json_file
+    )
 
 
 @app.command()
@@ -111,6 +63,7 @@ def prefill(
     batch: Annotated[int, typer.Option(help="Prompts.")] = 1,
     prompt: Annotated[int, typer.Option(help="Tokens of each.")] = 512,
     dtype: Dtype = "",
+    deterministic: Deterministic = False,
     threads: Threads = 0,
     rounds: Rounds = 5,
     peer: Peer = True,
@@ -123,7 +76,9 @@ def prefill(
 
         rorqual bench prefill --model bench-cpu --prompt 512
     """
-    _generate("prefill", model, device, (batch, prompt, 1), dtype, threads, rounds, peer, llama, json_file)
+    _generate(
+        "prefill", model, device, (batch, prompt, 1), dtype, deterministic, threads, rounds, peer, llama, json_file
+    )
 
 
 def _generate(
@@ -132,6 +87,7 @@ def _generate(
     device: str,
     shape: tuple[int, int, int],
     dtype: str,
+    deterministic: bool,
     threads: int,
     rounds: int,
     peer: bool,
@@ -151,7 +107,7 @@ def _generate(
     if weights.preset and work.prompt + work.new > weights.cfg.max_position_embeddings:
         weights.cfg = weights.cfg.replace(max_position_embeddings=work.prompt + work.new)  # random weights take any
     count = threads or physical_cores()
-    ours = b.Generation(weights, device, work, dtype, count)
+    ours = b.Generation(weights, device, work, dtype, count, deterministic)
     engines: dict[str, Callable[[], float | None]] = {"rorqual": ours.run}
     if llama and on_cpu and dtype in b.LlamaGeneration.KINDS and b.llama_python():
         other = b.LlamaGeneration(weights, work, dtype, count)
@@ -166,6 +122,8 @@ def _generate(
     facts = {"model": model, **work._asdict(), "dtype": dtype}
     if on_cpu:
         facts["threads"] = count
+    if deterministic:
+        facts["deterministic"] = True
     report(kind, facts, rates, bound, source, device, json_file)
 
 
@@ -200,7 +158,8 @@ def serve(
         room = b.Work(max_num_seqs, traffic.prompt[1], traffic.new[1])
         peer = b.LlamaGeneration(weights, room, dtype, threads or physical_cores())
         engines[f"llama.cpp {peer.kind}"] = lambda seed: peer.serve(traffic.lengths(seed), seed)
-    serving.serve(core, serving.Traffic(4), 0)
+    # On a GPU every shape of a step is captured when it first comes.
+    serving.serve(core, traffic if device.startswith("cuda") else serving.Traffic(4), 0)
     served: dict[str, list[serving.Served]] = {name: [] for name in engines}
     for seed in range(1, rounds + 1):
         for name, run in engines.items():
@@ -237,6 +196,7 @@ def ready(
 @app.command()
 def mtp(
     model: Annotated[str, typer.Option(help="A model directory with an MTP module that was trained.")],
+    device: Device = "cpu",
     prompts: Annotated[int, typer.Option(help="Prompts: beginnings of paragraphs of --text.", min=1)] = 16,
     new: Annotated[int, typer.Option(help="Tokens after each.", min=2)] = 128,
     text: Annotated[Path, typer.Option(help="Where the prompts come from.")] = Path("README.md"),
@@ -260,10 +220,10 @@ def mtp(
     starts = [(tokenizer.bos_id, *tokenizer.encode(p)[:24]) for p in paragraphs[:prompts]]
     if not starts:
         raise typer.BadParameter(f"{text} has no paragraph of more than 100 characters", param_hint="--text")
-    drafted, plain = (b.engine(weights, "cpu", 1, dtype, threads, speculation=k) for k in (1, 0))
+    drafted, plain = (b.engine(weights, device, 1, dtype, threads, speculation=k) for k in (1, 0))
     row = serving.mtp(drafted, plain, starts, new)
     facts = {"model": model, "prompts": len(starts), "new": new, "dtype": dtype}
-    finish("mtp", facts, [row], "cpu", json_file)
+    finish("mtp", facts, [row], device, json_file)
 
 
 @app.command()
@@ -302,6 +262,7 @@ def layer(
         one = layers.Layer(cfg, name, device)
         for scheme in ("weight_only", "dynamic"):
             one.use(torch.bfloat16, scheme)
+            one.absorb()
             for n in batch or (1, 32, 256):
                 with torch.inference_mode():
                     step = layers.decode_step(one, n, context, device)

@@ -13,10 +13,13 @@ from typing import Any
 import typer
 
 
-def finish(kind: str, facts: dict[str, Any], rows: list[dict[str, Any]], device: str, json_file: Path | None) -> None:
-    """The table, where it was measured, and the JSON."""
+def finish(
+    kind: str, facts: dict[str, Any], rows: list[dict[str, Any]], device: str, json_file: Path | None, most: int = 0
+) -> None:
+    """The table (of its first `most` rows, if that is not 0), where it was measured, and the JSON."""
     where = environment(device)
-    print_rows(f"{kind}: " + ", ".join(f"{k} {v}" for k, v in facts.items()), rows)
+    told = ", ".join(f"{k} {f'{v:,.6g}' if isinstance(v, float) else v}" for k, v in facts.items())
+    print_rows(f"{kind}: {told}", rows[: most or None])
     typer.echo(", ".join(f"{k} {v}" for k, v in where.items()))
     if json_file is not None:
         json_file.write_text(json.dumps({"kind": kind, **facts, "rows": rows, "environment": where}, indent=1) + "\n")
@@ -52,23 +55,31 @@ def report(
     bound_source: str,
     device: str,
     json_file: Path | None,
+    more: Mapping[str, Mapping[str, float]] | None = None,
 ) -> None:
-    """Print the table; write the JSON. `ratio` is the median of the per-round ratios to the peer."""
+    """Print the table; write the JSON. `ratio` is the median of the per-round ratios of the first engine to this one. more:
+    other figures of each engine, columns of their own."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"{kind}: " + ", ".join(f"{k} {v}" for k, v in facts.items()), title_justify="left")
-    for column in ("engine", "tokens/s", "spread", "of the bound", "rorqual / this"):
+    first, more = next(iter(rates)), more or {}
+    others = list(more.get(first, {}))
+    for column in ("engine", "tokens/s", "spread", "of the bound", f"{first} / this", *others):
         table.add_column(column, justify="left" if column == "engine" else "right")
-    ours = rates["rorqual"]
+    ours = rates[first]
     result: dict[str, Any] = {"kind": kind, **facts, "bound_tokens_per_s": bound, "bound": bound_source, "engines": {}}
     for name, values in rates.items():
         median = statistics.median(values)
         ratio = statistics.median(a / b for a, b in zip(ours, values, strict=True))
+        figures = more.get(name, {})
         table.add_row(
-            name, f"{median:,.1f}", f"{min(values):,.0f} - {max(values):,.0f}", f"{median / bound:.1%}", f"{ratio:.2f}"
-        )
-        result["engines"][name] = {"tokens_per_s": median, "runs": values, "of_bound": median / bound, "ratio": ratio}
+            name, f"{median:,.1f}", f"{min(values):,.0f} - {max(values):,.0f}", f"{median / bound:.1%}", f"{ratio:.2f}",
+            *(f"{figures[k]:,.3g}" for k in others),
+        )  # fmt: skip
+        result["engines"][name] = {
+            "tokens_per_s": median, "runs": values, "of_bound": median / bound, "ratio": ratio, **figures,
+        }  # fmt: skip
     result["environment"] = environment(device)
     console = Console()
     console.print(table)

@@ -12,70 +12,23 @@ import time
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from rorqual.checkpoint import save_model
+from rorqual.checkpoint.convert import FORMATS, is_quantised
 from rorqual.cli.serving import Served
 from rorqual.config import ModelConfig
-from rorqual.data.packing import Rows
 from rorqual.engine.api import Request, SamplingParams
 from rorqual.engine.core import EngineCore
 from rorqual.engine.settings import EngineSettings
 from rorqual.errors import BackendUnavailable
+from rorqual.model.quantised import quantise
 from rorqual.model.transformer import Transformer
 from rorqual.plan.count import forward_flops_per_token, parts, totals
-from rorqual.train.config import DataConfig, RunConfig, Source
 from rorqual.train.hardware import peak_flops
-from rorqual.train.pretrain import build_model
-from rorqual.train.trainer import Trainer
-
-
-class Training:
-    """Our training step on random rows."""
-
-    def __init__(
-        self, cfg: ModelConfig, device: str, batch: int, micro_batch: int, seq_len: int, compile: bool
-    ) -> None:
-        on_gpu = device.startswith("cuda")
-        run = RunConfig(
-            out="", data=DataConfig(train=(Source("random"),), seq_len=seq_len, mask_documents=False, packing="stream"),
-            steps=1_000_000, batch=batch, micro_batch=micro_batch, model="bench", device=device,
-            dtype="bfloat16" if on_gpu else "float32", compile=compile,
-        )  # fmt: skip
-        self.trainer = Trainer(run, _model(run, cfg, device))
-        shape = (batch, seq_len + 1 + cfg.num_nextn_predict_layers)
-        rng = np.random.default_rng(0)
-        tokens = rng.integers(0, cfg.vocab_size, shape, dtype=np.int64)
-        self.rows = Rows(tokens, np.ones(shape, np.int32), np.ones(shape, np.uint8))
-        self.n = 0
-
-    def step(self) -> None:
-        self.trainer.step(self.n, lambda start, count: self.rows)
-        self.n += 1
-
-
-def _model(run: RunConfig, cfg: ModelConfig, device: str) -> Transformer:
-    return build_model(run, cfg, torch.device(device))
-
-
-class PeerTraining:
-    """transformers' DeepseekV3ForCausalLM: the same configuration, its own loss, fused AdamW; on a GPU in bf16 with
-    grouped_mm experts, on a CPU in fp32. It trains no MTP module, so compare configurations without one."""
-
-    def __init__(self, cfg: ModelConfig, device: str, batch: int, seq_len: int) -> None:
-        on_gpu = device.startswith("cuda")
-        self.model = peer_model(cfg, torch.bfloat16 if on_gpu else torch.float32, device)
-        self.model.train()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
-        self.ids = torch.randint(0, cfg.vocab_size, (batch, seq_len), device=device)
-
-    def step(self) -> None:
-        self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
 
 
 def peer_model(cfg: ModelConfig, dtype: torch.dtype, device: str, source: str | None = None) -> Any:
@@ -138,29 +91,42 @@ class Weights:
 
 
 def engine(
-    weights: Weights, device: str, max_num_seqs: int, dtype: str, threads: int, speculation: int = 0
+    weights: Weights,
+    device: str,
+    max_num_seqs: int,
+    dtype: str,
+    threads: int,
+    speculation: int | Literal["auto"] = 0,
+    **settings: Any,
 ) -> EngineCore:
-    """Our engine core. threads: on a CPU, 0 for what is fastest. A preset's weights are made where they are needed."""
+    """Our engine core. threads: on a CPU, 0 for what is fastest. A preset's weights are made where they are needed.
+    settings: `EngineSettings`' others."""
     from rorqual.engine.load import build_core, load_core
 
     on_gpu = device.startswith("cuda") and weights.preset is not None
     told = EngineSettings(
-        "" if on_gpu else str(weights.path), dtype, device, max_num_seqs=max_num_seqs, prefix_cache=False,
-        speculation=speculation, threads=threads or "auto",
+        "" if on_gpu else str(weights.path), dtype, device, max_num_seqs=max_num_seqs, speculation=speculation,
+        threads=threads or "auto", **{"prefix_cache": False, **settings},
     )  # fmt: skip
     if not on_gpu:
         return load_core(told)
     torch.manual_seed(0)
-    model = Transformer(weights.cfg, dtype=getattr(torch, dtype), device=device).eval()
+    form = FORMATS.get(dtype)
+    model = Transformer(weights.cfg, dtype=getattr(torch, "bfloat16" if form else dtype), device=device).eval()
+    if form:
+        experts = "experts.gate_up", "experts.down"
+        quantise(model, form, lambda path: path.endswith(experts) or is_quantised(f"{path}.weight", form))
     return build_core(model, told, name=str(weights.preset), eos_token_ids=weights.cfg.eos_token_ids)
 
 
 class Generation:
     """Our engine core on random prompts of token ids."""
 
-    def __init__(self, weights: Weights, device: str, work: Work, dtype: str, threads: int) -> None:
+    def __init__(
+        self, weights: Weights, device: str, work: Work, dtype: str, threads: int, deterministic: bool = False
+    ) -> None:
         self.work, self.vocab = work, weights.cfg.vocab_size
-        self.core = engine(weights, device, work.batch, dtype, threads)
+        self.core = engine(weights, device, work.batch, dtype, threads, deterministic=deterministic or "auto")
         self.seed = 0
 
     def run(self) -> float:
@@ -302,7 +268,11 @@ def generation_bound(cfg: ModelConfig, kind: str, device: str, work: Work, dtype
     routed = next(p for p in parts(cfg) if p.name == "routed experts")
     distinct = 1 - (1 - cfg.num_experts_per_tok / cfg.n_routed_experts) ** work.batch
     embedding = 0 if cfg.tie_word_embeddings else cfg.vocab_size * cfg.hidden_size
-    weights = (total - routed.total - embedding + routed.total * distinct) * BYTES[dtype]
+    head = cfg.vocab_size * cfg.hidden_size
+    multiplied = total - routed.total - embedding - head + routed.total * distinct
+    weights = multiplied * BYTES[dtype] + head * (
+        2.0 if dtype == "fp8" else BYTES[dtype]
+    )  # FP8 leaves the head in bf16
     cached = work.batch * (work.prompt + work.new / 2) * cfg.num_hidden_layers * cfg.cache_dim
     cache = cached * (4 if where.type == "cpu" else 2)
     rate = read_bandwidth(where, int(weights))

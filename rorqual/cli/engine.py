@@ -34,7 +34,7 @@ Deterministic = Annotated[
     bool | None,
     typer.Option(
         "--deterministic/--no-deterministic",
-        help="The same bits in every batch; default: where the compiled CPU kernels run, which always do.",
+        help="The same bits in every batch; default: where the compiled CPU kernels run, which always do. On a GPU: slower.",
         show_default=False,
     ),
 ]

@@ -17,7 +17,7 @@ from rorqual.model.block import Block
 from rorqual.model.layers import Linear, RMSNorm
 from rorqual.model.moe import Gate
 from rorqual.model.mtp import MTP
-from rorqual.model.quantised import QuantizedExperts, QuantizedLinear, Stored, use_formats
+from rorqual.model.quantised import QuantizedExperts, QuantizedLinear, Stored, expand_absorbed, use_formats
 from rorqual.ops import fp8
 from rorqual.ops.fp8 import Fp8Blocks, Scheme, fp8_linear, quantize_blocks
 from rorqual.ops.rope import cos_sin, inverse_frequencies
@@ -40,6 +40,8 @@ class Layer:
         # eh_proj stays bf16, as released.
         use_formats(module, lambda path: None if path.endswith("eh_proj") else self.form)
         self.module = module.to_empty(device=device).eval()
+        self.stored_bytes = {path: t.numel() * 2 for path, t in self.module.named_parameters()}  # timed in bf16
+        self.stored_bytes |= {path: t.nbytes for path, t in self.module.named_buffers()}
         torch.manual_seed(seed)
         self._fill(std)
         speeds, self.factor = inverse_frequencies(cfg.qk_rope_head_dim, cfg.rope_theta, cfg.rope_scaling)
@@ -70,6 +72,10 @@ class Layer:
                 module.form = form
             elif isinstance(module, RMSNorm | Linear | Gate):
                 module.weight.data = module.weight.data.to(dtype)
+
+    def absorb(self) -> None:
+        """kv_b_proj plainly, as the engine keeps it on a GPU."""
+        expand_absorbed(self.module, torch.bfloat16)
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         return cos_sin(positions, self.speeds, self.factor)
@@ -209,7 +215,7 @@ def decode_step(layer: Layer, batch: int, context: int, device: str) -> Callable
     pages = torch.randn(1 + batch * per, page, cfg.cache_dim, device=device, dtype=torch.bfloat16)
     table = torch.arange(1, 1 + batch * per, device=device).view(batch, per)
     slots = table[:, context // page, None] * page + context % page
-    cache = LayerPages(pages, table, slots)
+    cache = LayerPages(pages, table, slots, torch.full((batch,), context + 1, device=device))
     positions = torch.full((batch, 1), context, device=device)
     shape = (2, batch, 1, cfg.hidden_size) if layer.part == "mtp" else (batch, 1, cfg.hidden_size)
     x = torch.randn(shape, device=device, dtype=torch.bfloat16)
@@ -220,8 +226,8 @@ def step_bytes(layer: Layer, batch: int, context: int, routing: Any) -> int:
     """Bytes a decoding step must move: every weight it uses once (of the experts, those it chose), and the cache."""
     cfg, total = layer.cfg, 0.0
     distinct = 0.0 if routing is None else routing.chosen_NK.unique().numel() / cfg.n_routed_experts
-    for path, tensor in (*layer.module.named_parameters(), *layer.module.named_buffers()):
-        total += tensor.nbytes * (distinct if ".experts." in f".{path}" else 1.0)
+    for path, nbytes in layer.stored_bytes.items():
+        total += nbytes * (distinct if ".experts." in f".{path}" else 1.0)
     return int(total + batch * (context + 1) * cfg.cache_dim * 2)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rorqual.cli import engine as options
-from rorqual.cli import storage
+from rorqual.cli import searching, storage
 
 if TYPE_CHECKING:
     from rorqual.serve.served import ServedModel
@@ -36,6 +36,9 @@ def serve(
     ] = None,
     data_dir: storage.DataDir = None,
     database: storage.Database = None,
+    search: searching.Search = "local",
+    search_url: searching.SearchUrl = "",
+    search_key: searching.SearchKey = "",
     alias: Annotated[
         list[str] | None,
         typer.Option(
@@ -83,6 +86,8 @@ def serve(
 
         rorqual serve --upstream http://gpu-box:8000 --upstream-key secret
 
+        rorqual serve --search searxng --search-url http://127.0.0.1:8888
+
         rorqual keys create laptop && rorqual serve --host 0.0.0.0
     """
     from rorqual.config import DEFAULT_MODEL, resolve_model
@@ -113,7 +118,8 @@ def serve(
         idle_timeout_s=idle_timeout,
         log_prompts=log_prompts,
     )
-    app = create_app(served, settings, Upstream(upstream, api_key=upstream_key) if upstream else None)
+    before = Upstream(upstream, api_key=upstream_key) if upstream else None
+    app = create_app(served, settings, before, searching.searcher(search, search_url, search_key, data_dir))
 
     def bound() -> None:
         if not app.state.keyring.required:

@@ -91,7 +91,7 @@ def summary(name: str, runs: list[Served], ours: list[Served]) -> dict[str, Any]
         "tokens/s": middle(rate),
         "prompt tokens/s": middle(lambda s: s.prompt_tokens / s.seconds),
         "steps": middle(lambda s: s.steps),
-        "time / forwards": middle(lambda s: s.seconds / s.steps_s if s.steps_s else math.nan),
+        "time / forwards": middle(lambda s: s.seconds / (s.steps_s or math.nan)) if runs[0].steps_s else None,
         "first token ms, median": middle(lambda s: centile(s.first_s, 50)),
         "first token ms, p99": middle(lambda s: centile(s.first_s, 99)),
         "next token ms, median": middle(lambda s: centile(s.gap_s, 50)),

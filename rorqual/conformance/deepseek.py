@@ -1,10 +1,8 @@
-"""DeepSeek's additions, Anthropic's messages, and what vLLM's operators expect beside the API."""
+"""DeepSeek's additions, and what vLLM's operators expect beside the API."""
 
 from __future__ import annotations
 
 from rorqual.conformance.probe import QUESTION, Absent, Json, Probe, Reply, message_of, require, usage_of
-
-STOP_REASONS = ("end_turn", "max_tokens", "stop_sequence", "tool_use")
 
 
 async def thinking(probe: Probe) -> str:
@@ -91,54 +89,34 @@ async def fill_in_the_middle(probe: Probe) -> str:
     return f"{more} more prompt tokens with a suffix"
 
 
-async def anthropic_messages(probe: Probe) -> str:
-    answer = await probe.ask("/messages", _anthropic(probe))
-    require(answer.get("type") == "message" and answer.get("role") == "assistant", f"type is {answer.get('type')!r}")
-    kinds = [block.get("type") for block in answer.get("content") or []]
-    require(set(kinds) <= {"text", "thinking", "tool_use"}, f"content is {kinds}")
-    require(answer.get("stop_reason") in STOP_REASONS, f"stop_reason is {answer.get('stop_reason')!r}")
-    counts = [usage_of(answer).get(name) for name in ("input_tokens", "output_tokens")]
-    require(all(isinstance(n, int) for n in counts), f"usage is {counts}")
-    return f"{', '.join(map(str, kinds))}; {answer['stop_reason']}"
+async def effort_none(probe: Probe) -> str:
+    message = message_of(await probe.chat("reasoning_effort", reasoning_effort="none"))
+    require(not message.get("reasoning_content") and not message.get("reasoning"), "thinks with reasoning_effort none")
+    return "none: answers at once"
 
 
-async def anthropic_stream(probe: Probe) -> str:
-    stream = await probe.stream("/messages", _anthropic(probe))
-    names = [name for name, _ in stream.events if name != "ping"]
-    require(
-        names and names[0] == "message_start" and names[-1] == "message_stop", f"events are {names[:1]} … {names[-1:]}"
-    )
-    require("message_delta" in names, "no message_delta")
-    starts, stops = names.count("content_block_start"), names.count("content_block_stop")
-    require(starts == stops, f"{starts} blocks begin and {stops} end")
-    require(all(chunk.get("type") == name for chunk, (name, _) in zip(stream.chunks(), stream.events, strict=True)),
-            "an event's type differs from its name")  # fmt: skip
-    return f"{len(names)} events, {starts} blocks"
+async def base_paths(probe: Probe) -> str:
+    body = {"model": probe.model, "messages": QUESTION, "max_tokens": 1}
+    found = [
+        path for path in ("", "/v1", "/beta") if (await probe.post(f"{path}/chat/completions", body)).status == 200
+    ]
+    if len(found) < 3:
+        raise Absent(f"under {', '.join(found) or 'none of them'} alone: clients hard-code /, /v1 and /beta")
+    return "/, /v1 and /beta"
 
 
-async def anthropic_count(probe: Probe) -> str:
-    body = {k: v for k, v in _anthropic(probe).items() if k != "max_tokens"}
-    counted = (await probe.ask("/messages/count_tokens", body)).get("input_tokens")
-    require(isinstance(counted, int) and counted > 0, f"input_tokens is {counted!r}")
-    used = usage_of(await probe.ask("/messages", _anthropic(probe)))
-    total = used["input_tokens"] + (used.get("cache_read_input_tokens") or 0)
-    require(counted == total, f"counted {counted}, used {total}")
-    return f"{counted} tokens, as used"
-
-
-async def anthropic_error(probe: Probe) -> str:
-    body = {**_anthropic(probe), "max_tokens": "many"}
-    for path in probe.paths("/messages"):
-        reply = await probe.post(path, body)
-        if reply.status not in (404, 405):
-            break
-    else:
-        raise Absent("no such route")
-    require(reply.status in (400, 422), f"status {reply.status}")
-    found = reply.json()
-    error = found.get("error")
-    require(found.get("type") == "error" and isinstance(error, dict) and error.get("type"), f"said {reply.says}")
-    return reply.says
+async def cache_diagnostics(probe: Probe) -> str:
+    text = "one two three four five six seven eight nine ten " * 24
+    first = await probe.chat(messages=[{"role": "user", "content": text}], max_tokens=1)
+    options = {"comparison_response_id": first["id"]}
+    other = [{"role": "user", "content": text + "eleven"}, *QUESTION]
+    asked = await probe.chat("prompt_cache_options", messages=other, max_tokens=1, prompt_cache_options=options)
+    found = asked.get("prompt_cache_diagnostics")
+    if found is None:
+        raise Absent("no prompt_cache_diagnostics")
+    require(found.get("type") == "cache_miss", f"another prompt is a {found.get('type')!r}")
+    require(isinstance(found.get("cache_missed_tokens"), int) and found.get("reason"), f"said {found}")
+    return f"{found['reason']}, {found['cache_missed_tokens']} tokens missed"
 
 
 async def tokenize(probe: Probe) -> str:
@@ -170,10 +148,6 @@ async def metrics(probe: Probe) -> str:
         raise Absent("none of vLLM's names")
     require(wanted <= names, f"lacks {', '.join(sorted(wanted - names))}")
     return f"{sum(name.startswith('vllm:') for name in names)} names of vLLM's"
-
-
-def _anthropic(probe: Probe) -> Json:
-    return {"model": probe.model, "max_tokens": 24, "messages": QUESTION}
 
 
 def _there(reply: Reply) -> None:

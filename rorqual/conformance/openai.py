@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import asyncio
 import json
 import uuid
 
@@ -191,7 +191,7 @@ async def json_object(probe: Probe) -> str:
     if answer["choices"][0]["finish_reason"] == "length":
         require(text.lstrip()[:1] in ("{", ""), f"began with {text[:30]!r}")
         return "an object, cut by max_tokens"
-    require(isinstance(_parsed(text), dict), f"said {text[:60]!r}")
+    require(isinstance(parsed(text), dict), f"said {text[:60]!r}")
     return f"{text[:60]}"
 
 
@@ -199,7 +199,7 @@ async def json_schema(probe: Probe) -> str:
     form = {"type": "json_schema", "json_schema": {"name": "paint", "strict": True, "schema": SCHEMA}}
     answer = await probe.chat("response_format", "json_schema", max_tokens=200, response_format=form)
     text = message_of(answer).get("content") or ""
-    require(_fits(_parsed(text)), f"said {text[:60]!r}, which does not fit the schema")
+    require(fits(parsed(text)), f"said {text[:60]!r}, which does not fit the schema")
     return f"{text[:60]}"
 
 
@@ -246,8 +246,66 @@ async def tool_stream(probe: Probe) -> str:
     first = [piece for piece in pieces if piece["index"] == pieces[0]["index"]]
     require(first[0].get("id") and first[0]["function"].get("name") == "paint", "the first piece lacks id or name")
     arguments = "".join(piece.get("function", {}).get("arguments") or "" for piece in first)
-    require(_fits(_parsed(arguments)), f"the pieces make {arguments[:60]!r}")
+    require(fits(parsed(arguments)), f"the pieces make {arguments[:60]!r}")
     return f"{len(first)} pieces make {arguments[:40]}"
+
+
+async def single_call(probe: Probe) -> str:
+    more: Json = {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 200}
+    answer = await probe.chat("tools", "tool_choice", "parallel_tool_calls", **more)
+    calls = message_of(answer).get("tool_calls") or []
+    require(len(calls) == 1, f"{len(calls)} calls with parallel_tool_calls false")
+    return _check_call(answer)
+
+
+async def tool_strict(probe: Probe) -> str:
+    tool = {**TOOL, "function": {**TOOL["function"], "strict": True}}
+    return _check_call(await probe.chat("strict", "tools", tools=[tool], tool_choice="required", max_tokens=200))
+
+
+async def tool_auto(probe: Probe) -> str:
+    answer = await probe.chat("tools", "tool_choice", tools=[TOOL], tool_choice="auto", max_tokens=200)
+    if message_of(answer).get("tool_calls"):
+        return _check_call(answer) if answer["choices"][0]["finish_reason"] != "length" else "called, cut by max_tokens"
+    return "accepted; the model did not call"
+
+
+async def top_k(probe: Probe) -> str:
+    greedy = message_of(await probe.chat(temperature=0)).get("content")
+    for more in ({"top_k": 1}, {"min_p": 1.0}):
+        name = next(iter(more))
+        found = message_of(await probe.chat(name, temperature=1.5, **more)).get("content")
+        require(found == greedy, f"{more} leaves more than the likeliest token")
+    return "top_k=1 and min_p=1 leave the likeliest token"
+
+
+async def unknown_parameter(probe: Probe) -> str:
+    body = {"model": probe.model, "messages": QUESTION, "max_tokens": 1, "no_such_parameter": 1}
+    reply = await probe.post(probe.paths("/chat/completions")[0], body)
+    if reply.status == 200:
+        raise Absent("what is unknown is ignored without a word")
+    require("no_such_parameter" in reply.body.decode("utf-8", "replace"), f"does not name it: {reply.says}")
+    return _check_error(reply, (400, 422))
+
+
+async def leaving(probe: Probe) -> str:
+    """A client that leaves must not leave its request behind."""
+
+    async def running() -> float | None:
+        lines = (await probe.get("/metrics")).body.decode("utf-8", "replace").splitlines()
+        values = [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("vllm:num_requests_running")]
+        return sum(values) if values else None
+
+    if await running() is None:
+        raise Absent("no vllm:num_requests_running in /metrics to see it by")
+    body = {"model": probe.model, "messages": QUESTION, "max_tokens": 1500, "stream": True, "ignore_eos": True}
+    if not await probe.leave(probe.paths("/chat/completions")[0], body):
+        raise Absent("takes no ignore_eos, which would keep the request running")
+    for _ in range(20):
+        if not await running():
+            return "the request has ended with its client"
+        await asyncio.sleep(0.1)
+    raise Failed("two seconds after its client left, the request is still running")
 
 
 async def invalid_json(probe: Probe) -> str:
@@ -295,41 +353,6 @@ async def request_id(probe: Probe) -> str:
     return "the client's own" if found == mine else f"the server's: {found}"
 
 
-async def completions(probe: Probe) -> str:
-    answer = await probe.ask("/completions", {"model": probe.model, "prompt": "one, two,", "max_tokens": 8})
-    require(answer.get("object") == "text_completion", f"object is {answer.get('object')!r}")
-    require(isinstance(answer["choices"][0].get("text"), str), "the choice has no text")
-    return f"{usage_of(answer)['completion_tokens']} tokens"
-
-
-async def echo(probe: Probe) -> str:
-    body = {"model": probe.model, "prompt": "one, two,", "max_tokens": 4, "echo": True}
-    text = (await probe.ask("/completions", body, "echo"))["choices"][0]["text"]
-    require(text.startswith("one, two,"), f"began with {text[:20]!r}")
-    return "the prompt comes first"
-
-
-async def responses(probe: Probe) -> str:
-    body = {"model": probe.model, "input": "Count to three.", "max_output_tokens": 24, "store": False}
-    answer = await probe.ask("/responses", body)
-    require(answer.get("object") == "response", f"object is {answer.get('object')!r}")
-    require(answer.get("status") in ("completed", "incomplete"), f"status is {answer.get('status')!r}")
-    kinds = [item.get("type") for item in answer.get("output") or []]
-    require(kinds and set(kinds) <= {"message", "reasoning", "function_call"}, f"output is {kinds}")
-    return f"{answer['status']}: {', '.join(map(str, kinds))}"
-
-
-async def responses_stream(probe: Probe) -> str:
-    body = {"model": probe.model, "input": "Count to three.", "max_output_tokens": 24, "store": False}
-    chunks = (await probe.stream("/responses", body)).chunks()
-    require(chunks, "no events")
-    numbers = [int(c["sequence_number"]) for c in chunks]
-    require(all(a < b for a, b in itertools.pairwise(numbers)), "sequence_number does not rise")
-    last = chunks[-1].get("type")
-    require(last in ("response.completed", "response.incomplete"), f"the last event is {last!r}")
-    return f"{len(chunks)} events, {last}"
-
-
 def _check_error(reply: Reply, statuses: tuple[int, ...]) -> str:
     require(reply.status in statuses, f"status {reply.status} where {' or '.join(map(str, statuses))} is due")
     error = reply.json().get("error")
@@ -350,20 +373,20 @@ def _check_call(answer: Json) -> str:
     require(call.get("type") == "function" and call.get("id"), "the call lacks type or id")
     require(call["function"].get("name") == "paint", f"called {call['function'].get('name')!r}")
     require(isinstance(call["function"].get("arguments"), str), "arguments are no string")
-    require(_fits(_parsed(call["function"]["arguments"])), f"arguments are {call['function']['arguments'][:60]!r}")
+    require(fits(parsed(call["function"]["arguments"])), f"arguments are {call['function']['arguments'][:60]!r}")
     reason = answer["choices"][0]["finish_reason"]
     require(reason in ("tool_calls", "stop"), f"finish_reason is {reason!r}")
     return f"paint({call['function']['arguments'][:40]})"
 
 
-def _parsed(text: str) -> object:
+def parsed(text: str) -> object:
     try:
         return json.loads(text)
     except ValueError as error:
         raise Failed(f"not JSON: {text[:60]!r}") from error
 
 
-def _fits(value: object) -> bool:
+def fits(value: object) -> bool:
     """Whether it fits SCHEMA."""
     if not isinstance(value, dict) or value.keys() != {"colour", "count"}:
         return False

@@ -111,12 +111,21 @@ class Probe:
         response = await client.request("GET", path, headers=headers)
         return Reply(response.status_code, response.headers, response.content)
 
-    async def post(self, path: str, body: Any, *, headers: Mapping[str, str] | None = None) -> Reply:
+    async def post(self, path: str, body: Any, *, with_key: bool = True) -> Reply:
         """`body` as JSON, bytes as they are."""
-        sent = {"content-type": "application/json", **(headers or {})}
+        sent = {"content-type": "application/json"}
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        response = await self._client.request("POST", path, content=content, headers=sent)
+        client = self._client if with_key else self._anonymous
+        response = await client.request("POST", path, content=content, headers=sent)
         return Reply(response.status_code, response.headers, response.content)
+
+    async def leave(self, path: str, body: Json) -> bool:
+        """Asks, reads the first bytes of the answer, and closes the connection. Whether it was answered with 200."""
+        sent = {"content-type": "application/json"}
+        async with self._client.stream("POST", path, content=json.dumps(body).encode(), headers=sent) as response:
+            async for _ in response.aiter_bytes():
+                break
+            return response.status_code == 200
 
     async def ask(self, route: str, body: Json, *names: str) -> Json:
         """The 200 answer of the first path that has the route. `names`: parameters whose refusal means Absent."""

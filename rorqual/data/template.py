@@ -21,10 +21,11 @@ text, end-of-sentence. The prefix itself is given at inference, so nothing learn
 a training set that carries its thinking inline (`<think>..</think>text`) is taken apart first, or the markers
 would be learned as letters.
 
-Two things the published templates do not have. An answer to be continued (`prefix`, the last message) stands without its
-end; with `reasoning_content` and no text it is the thought that goes on. And within a tool loop, which is everything
-behind the last user message, a thought that comes with its message stays in the prompt if thinking is on: the published
-templates call tools without thinking only, and a model that thought before its call would lose the thread.
+Two things the published templates do not have. An answer to be continued (`prefix`, the last message) stands without
+its end; with `reasoning_content` and no text it is the thought that goes on, unless `thinking_done` says that it is
+over. And within a tool loop, which is everything behind the last user message, a thought that comes with its message
+stays in the prompt if thinking is on: the published templates call tools without thinking only, and a model that
+thought before its call would lose the thread.
 
 Left out: the Jinja form of tools, which raises rather than render wrongly. One choice of our own: every answer to a user
 gets its markers, also a second one in a row, where the published V3.1 template writes none.
@@ -90,7 +91,8 @@ class ChatTemplate:
         """Whether what is generated after the prefix, or after these messages, begins inside a thought."""
         last: Mapping[str, Any] = messages[-1] if messages else {}
         if last.get("prefix"):
-            return not last["content"] and (bool(last.get("reasoning_content")) or self.name == "r1")
+            open_ = not last["content"] and not last.get("thinking_done")
+            return open_ and (bool(last.get("reasoning_content")) or self.name == "r1")
         if last.get("role") == "tool":
             return False
         return self.name == "r1" or (self.name == "v3.1" and thinking)
@@ -198,7 +200,8 @@ class ChatTemplate:
             text = self._inline(text)[1]
         segments = [] if resumed else [Segment(ASSISTANT, special=True)]
         if continued or (keep and reasoning and calls):
-            segments += self._thought(reasoning, open_=not text and not calls, resumed=resumed)
+            open_ = not text and not calls and not message.get("thinking_done")
+            segments += self._thought(reasoning, open_=open_, resumed=resumed)
         elif self.name == "v3.1" and not resumed:
             segments.append(Segment(END_THINK, special=True))
         segments.append(Segment(text, learn=not continued))

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from rorqual.engine.stats import EngineStats
 
 
+PAGE_SIZE = 64
+"""Tokens of a page of the latent cache: prefixes are shared in whole pages."""
+
+
 class FinishReason(StrEnum):
     """Why a request ended. `STOP` and `LENGTH` are OpenAI's; the others never reach a well-behaved client's text."""
 

@@ -8,7 +8,8 @@ and one after each draft; draws are taken in order up to the first that differs 
 tokens before it, the seed and the position alone, so the answer is the same token by token with drafts and without,
 and its distribution is the model's. The latents of drafts that fell are overwritten when their positions come.
 
-Grammars: masks are computed in a thread beside the forward, and the runner asks for them when it needs them.
+Grammars: the runner asks for masks when it needs them. Where it waits for a device, they are computed meanwhile in a
+thread; on a CPU at once, because waking a thread takes longer than most masks do, and takes it from the forward.
 
 Disk: before a step is planned, pages that the next prompts lack in memory are looked up on disk and published, so that
 the scheduler finds them like any others; after it, newly published pages are offered to the disk's own thread. What
@@ -16,8 +17,11 @@ one step reads is bounded by the token budget; a prompt that has more to read st
 
 Every request that `add` accepted ends with exactly one output that has a finish reason, whatever happens:
  - a token that stops it, its grammar's end, its length, or `abort`;
- - a fault in one row (logits that are not numbers, a grammar that fails) ends that request with an error;
- - an exception in the runner ends every request of that step with an error.
+ - a fault in one row (logits that are not numbers) ends that request with an error, and a request that forbids every
+   token, or whose grammar gives up, with one that is the request's own;
+ - an exception in the runner ends every request of that step with an error;
+ - but where the device's memory is exhausted, the cache shrinks, what ran goes back to the queue and is computed again,
+   and only a request that no longer fits into the cache ends with an error.
 After a fault the pages that were being written are wiped: a stale NaN would reach later owners of the page even
 through masked attention, since 0 * NaN is NaN. If wiping fails too, the device is gone and the exception is the
 caller's. Drafting and the disk are optional: a failure there is logged and switches them off.
@@ -31,6 +35,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal, NamedTuple, Protocol
 
 from rorqual.engine.api import EngineInfo, FinishReason, Grammar, Output, Request, TokenLogprob, check_request
@@ -39,7 +44,7 @@ from rorqual.engine.pages import Published
 from rorqual.engine.scheduler import Job, Scheduler, Slice
 from rorqual.engine.speculation import Controller
 from rorqual.engine.stats import EngineStats, Phase, StepStats, Tally
-from rorqual.errors import ConfigError, RequestError, RorqualError
+from rorqual.errors import CapacityError, ConfigError, RequestError, RorqualError
 
 log = logging.getLogger(__name__)
 
@@ -47,28 +52,36 @@ Masks = Callable[[], Sequence[Sequence[Any]]]
 
 
 class Draw(NamedTuple):
-    """What a position came to. token_id: None if there is a fault, which says why its slice cannot be used."""
+    """What a position came to. token_id: None if there is a fault, which says why its slice cannot be used; asked: whether
+    the request itself made it so (it forbids every token), and nothing has failed."""
 
     token_id: int | None = None
     logprob: TokenLogprob | None = None
     fault: str | None = None
+    asked: bool = False
+
+
+class OutOfMemory(Exception):
+    """The device has no memory left for a step; nothing of it counts."""
 
 
 class Runner(Protocol):
     """Computes a step. `engine.runner.ModelRunner` is the real one.
 
     draft_depth: most drafts a token can be given, 0 if it cannot draft; page_bytes: what `read_page` returns; read_bytes:
-    weights and cache that `run` has had to read so far (0 if it does not count).
+    weights and cache that `run` has had to read so far (0 if it does not count); on_device: whether `run` mostly waits for a
+    device, so that this process has time meanwhile.
     """
 
     draft_depth: int
     page_bytes: int
     read_bytes: float
+    on_device: bool
 
     def run(self, plan: Sequence[Slice], masks: Masks | None) -> list[list[Draw]]:
         """Per slice, in order: 1 + len(drafts) draws if it samples, none if it does not, one with a fault if its
         rows cannot be used. masks: per slice one grammar mask per draw, or none; to be called after the forward; None
-        if no slice has a grammar."""
+        if no slice has a grammar. Raises OutOfMemory."""
         ...
 
     def draft(self, done: Sequence[tuple[Slice, int]], depth: int) -> list[tuple[int, ...]]:
@@ -78,6 +91,11 @@ class Runner(Protocol):
 
     def wipe(self, pages: Sequence[int]) -> None:
         """Make the content of these pages, and of the scrap page, harmless."""
+        ...
+
+    def shrink(self) -> int:
+        """After OutOfMemory: give memory back. Returns how many pages are left, empty ones, the scrap page among them; 0
+        where there is nothing to give, and nothing has changed."""
         ...
 
     def read_page(self, page: int) -> bytes:
@@ -145,7 +163,7 @@ class EngineCore:
         self._stats = EngineStats()
         self._live: dict[str, _Live] = {}
         self._news: list[Output] = []  # endings that happened between steps
-        self._worker = ThreadPoolExecutor(1, "grammar") if grammar_compiler else None
+        self._worker = ThreadPoolExecutor(1, "grammar") if grammar_compiler and runner.on_device else None
 
     @property
     def busy(self) -> bool:
@@ -203,45 +221,80 @@ class EngineCore:
             return news
         lives = [self._live[s.job.request.id] for s in plan]
         begin, read = self.clock(), self.runner.read_bytes
+        results: list[list[Draw]] | None = None
         try:
             results = self._run(plan, lives)
+        except OutOfMemory as error:
+            log.error("a step of %d requests does not fit into memory: %s", len(plan), error)
         except Exception as error:
             log.exception("a step of %d requests failed", len(plan))
             return news + self._fail(lives, f"{type(error).__name__}: {error}")
+        if results is None:  # only now that nothing holds the failed step's tensors
+            return news + self._shrink(lives)
         step = self._account(plan, lives, begin, self.clock())
         step.read_bytes = self.runner.read_bytes - read
-        faulty: list[tuple[_Live, str]] = []
+        faulty: list[tuple[_Live, _Fault]] = []
         done: list[tuple[Slice, int]] = []
         published: list[int] = []
         for live, slice_, draws in zip(lives, plan, results, strict=True):
             try:
                 output = self._advance(live, slice_, draws, published)
             except _Fault as fault:
-                faulty.append((live, str(fault)))
+                faulty.append((live, fault))
                 continue
             if output:
                 news.append(output)
             if output is None or output.finish_reason is None:
                 done.append((slice_, len(output.token_ids) if output else 0))
-        for live, fault_text in faulty:
-            log.error("request %s failed: %s", live.job.request.id, fault_text)
-            news += self._fail([live], fault_text)
+        for live, why in faulty:
+            if why.asked:
+                refusal = RequestError(f"this request cannot go on: {why}", remedy="forbid less, or let it end earlier")
+                news.append(self._end(live, FinishReason.ERROR, error=refusal))
+                continue
+            log.error("request %s failed: %s", live.job.request.id, why)
+            news += self._fail([live], str(why))
         step.new_tokens = sum(len(o.token_ids) for o in news)
-        self._draft(done, step)
+        fits = self._draft(done, step)
         self._store(published)
-        return news
+        return news if fits else news + self._shrink([])
+
+    def _shrink(self, lives: Sequence[_Live]) -> list[Output]:
+        """Go on with a smaller cache; where that cannot be, these requests fail."""
+        pages = self.runner.shrink()
+        if not pages:
+            self.speculation = Controller(0)
+            return self._fail(lives, "the device's memory is exhausted, and the cache cannot be smaller")
+        self.scheduler.restart(pages)
+        limit = self.scheduler.max_model_len
+        size = self.scheduler.pool.page_size
+        self.info = replace(
+            self.info, max_model_len=min(limit, self.info.max_model_len), cache_tokens=(pages - 1) * size
+        )
+        log.warning("the cache has shrunk to %d tokens, steps to %d; what ran is computed again",
+                    self.info.cache_tokens, self.scheduler.max_batched_tokens)  # fmt: skip
+        error = CapacityError(
+            f"memory ran out, and the cache was cut to {limit} tokens: too few for this request",
+            remedy="shorten the prompt or max_tokens, or give the engine more memory",
+        )
+        return [
+            self._end(live, FinishReason.ERROR, error=error)
+            for live in list(self._live.values())
+            if self.scheduler.length(live.job) > limit
+        ]
 
     def _run(self, plan: Sequence[Slice], lives: Sequence[_Live]) -> list[list[Draw]]:
         asked = [(x.matcher, s.drafts) if x.matcher and s.samples else None for x, s in zip(lives, plan, strict=True)]
-        if self._worker is None or not any(asked):
+        if not any(asked):
             return self.runner.run(plan, None)
-        future = self._worker.submit(_masks, asked)
+        future = self._worker.submit(_masks, asked) if self._worker else None
+        found = cache(future.result if future else lambda: _masks(asked))
         try:
-            results = self.runner.run(plan, lambda: future.result()[0])
+            results = self.runner.run(plan, lambda: found()[0])
         finally:
-            wait([future])  # nothing may touch the matchers meanwhile
-        for i, fault in future.result()[1].items():
-            results[i] = [Draw(fault=fault)]
+            if future:
+                wait([future])  # nothing may touch the matchers meanwhile
+        for i, fault in found()[1].items():
+            results[i] = [fault]
         return results
 
     def _advance(self, live: _Live, s: Slice, draws: Sequence[Draw], published: list[int]) -> Output | None:
@@ -254,7 +307,7 @@ class EngineCore:
         accepted = 0
         for i, draw in enumerate(draws):
             if draw.fault:  # one after a draft that fell means nothing: a grammar allows no token there
-                raise _Fault(draw.fault)
+                raise _Fault(draw.fault, draw.asked)
             assert draw.token_id is not None
             job.tokens.append(draw.token_id)
             tokens.append(draw.token_id)
@@ -281,21 +334,26 @@ class EngineCore:
             try:
                 live.matcher.accept(token)
             except Exception as error:
-                raise _Fault(f"its grammar failed: {error}") from error
+                raise _Fault(f"its grammar failed: {error}", asked=isinstance(error, RequestError)) from error
             if live.matcher.stopped:
                 return FinishReason.STOP
         if job.generated == params.max_tokens or len(job.tokens) >= self.info.max_model_len:
             return FinishReason.LENGTH
         return None
 
-    def _draft(self, done: Sequence[tuple[Slice, int]], step: StepStats) -> None:
-        """Ask for drafts for the next step, if they pay. The step is complete then and is counted."""
+    def _draft(self, done: Sequence[tuple[Slice, int]], step: StepStats) -> bool:
+        """Ask for drafts for the next step, if they pay. The step is complete then and is counted. Returns whether memory
+        sufficed."""
         begin = self.clock()
         decoding = step.prefill_tokens == 0
         depth = self.speculation.choose(step.requests, fresh=not decoding)
+        fits = True
         if depth and done:
             try:
                 drafts = self.runner.draft(done, depth)
+            except OutOfMemory as error:
+                log.error("drafts for %d requests do not fit into memory: %s", len(done), error)
+                fits, drafts = False, []
             except Exception:
                 log.exception("drafting failed: the engine goes on without speculation")
                 self.speculation, drafts = Controller(0), []
@@ -311,6 +369,7 @@ class EngineCore:
             self.speculation.observe(step.requests, bool(depth), step.run_s + step.draft_s, step.new_tokens)
         self._stats.draft_depth = depth
         self._stats.add(step)
+        return fits
 
     def _account(self, plan: Sequence[Slice], lives: Sequence[_Live], begin: float, end: float) -> StepStats:
         """What was computed between these times, before the draws are added to the jobs' tokens."""
@@ -438,18 +497,22 @@ class EngineCore:
 
 
 class _Fault(Exception):
-    """One request cannot go on."""
+    """One request cannot go on. asked: see `Draw`."""
+
+    def __init__(self, why: str, asked: bool = False) -> None:
+        super().__init__(why)
+        self.asked = asked
 
 
-def _masks(asked: Sequence[tuple[Matcher, tuple[int, ...]] | None]) -> tuple[list[Sequence[Any]], dict[int, str]]:
+def _masks(asked: Sequence[tuple[Matcher, tuple[int, ...]] | None]) -> tuple[list[Sequence[Any]], dict[int, Draw]]:
     """Per slice its grammar's masks, and by slice what went wrong."""
     rows: list[Sequence[Any]] = []
-    faults: dict[int, str] = {}
+    faults: dict[int, Draw] = {}
     for i, ask in enumerate(asked):
         rows.append(())
         if ask:
             try:
                 rows[i] = ask[0].masks(ask[1])
             except Exception as error:
-                faults[i] = f"its grammar failed: {error}"
+                faults[i] = Draw(fault=f"its grammar failed: {error}", asked=isinstance(error, RequestError))
     return rows, faults

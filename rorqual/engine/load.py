@@ -18,14 +18,16 @@ import torch
 
 from rorqual.checkpoint import load_model
 from rorqual.config import ModelConfig, resolve_model
-from rorqual.engine.api import EngineInfo, Grammar
+from rorqual.engine.api import PAGE_SIZE, EngineInfo, Grammar
 from rorqual.engine.core import EngineCore, GrammarCompiler, Matcher, Runner
 from rorqual.engine.disk import DiskCache
-from rorqual.engine.pages import PAGE_SIZE, PagePool
-from rorqual.engine.runner import ModelRunner
+from rorqual.engine.memory import CudaMeter, cache_size, graph_bytes, longest_request, measured_room, memory_bytes
+from rorqual.engine.pages import PagePool
+from rorqual.engine.runner import ModelRunner, page_bytes
 from rorqual.engine.scheduler import Scheduler
 from rorqual.engine.settings import Auto, EngineSettings
 from rorqual.errors import BackendUnavailable, CheckpointError, ConfigError
+from rorqual.model.quantised import expand_absorbed
 from rorqual.model.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -50,7 +52,7 @@ def load_core(settings: EngineSettings) -> EngineCore:
             if settings.kernels == "native" or settings.deterministic is True or settings.dtype in INTEGERS:
                 raise
             log.warning("computing with torch, several times slower: %s", error)
-    _refuse(settings, device)
+    _refuse(settings)
     if settings.dtype in INTEGERS:
         raise BackendUnavailable(
             f"dtype {settings.dtype} is the CPU kernels' own",
@@ -86,15 +88,25 @@ def build_core(
     """An engine around a model that is already in memory, computing with torch; it sees changes of the weights.
     options: `EngineCore`'s."""
     cfg, device = model.cfg, model.device
-    _refuse(settings, device)
+    _refuse(settings)
     if settings.cache_dir is not None and not fingerprint:
         raise ConfigError(
             "a model in memory cannot keep its cache on disk: nothing tells its weights from another's",
             remedy="leave cache_dir out",
         )
     dtype = model.compute_dtype or model.dtype
-    page_bytes = cfg.num_hidden_layers * cfg.cache_dim * dtype.itemsize * PAGE_SIZE
-    pages, max_model_len = cache_size(cfg, page_bytes, device, settings)
+    if device.type == "cuda":
+        expand_absorbed(model, dtype)
+    fixed = settings.deterministic is True
+    if fixed:
+        make_fixed(model)
+
+    def make(pages: int) -> ModelRunner:
+        return ModelRunner(model, pages, PAGE_SIZE, eos_token_ids, drafts=settings.speculation != 0, fixed=fixed)
+
+    budget, room = _room(model, settings, make)
+    page = page_bytes(model, PAGE_SIZE, settings.speculation != 0)
+    pages, max_model_len = cache_size(cfg, page, room, settings)
     facts = EngineInfo(
         model=name,
         max_model_len=max_model_len,
@@ -103,22 +115,61 @@ def build_core(
         cache_tokens=pages * PAGE_SIZE,
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
+        deterministic=fixed,
     )
-    runner = ModelRunner(model, pages + 1, PAGE_SIZE, eos_token_ids)
-    identity = f"torch {name} {dtype} {device.type}".encode() + fingerprint
-    return _assemble(runner, facts, settings, identity, options)
+    identity = f"torch {name} {dtype} {device.type}{' fixed' * fixed}".encode() + fingerprint
+    try:
+        runner = make(pages + 1)
+    except torch.OutOfMemoryError:
+        raise ConfigError(
+            f"a cache of {pages * PAGE_SIZE} tokens does not fit on {device}",
+            remedy="lower cache_tokens or leave it out",
+        ) from None
+    return _assemble(runner, facts, settings, budget, identity, options)
 
 
-def _refuse(settings: EngineSettings, device: torch.device) -> None:
+def _room(model: Transformer, settings: EngineSettings, make: Callable[[int], ModelRunner]) -> tuple[int, int]:
+    """The token budget of a step, and the bytes that the cache may have."""
+    device, fixed = model.device, settings.deterministic is True
+    budget = _budget(settings, device, fixed)
+    if device.type != "cuda" or settings.cache_tokens != "auto":
+        return budget, memory_bytes() // 4
+    meter = CudaMeter(device)
+    page = page_bytes(model, PAGE_SIZE, settings.speculation != 0)
+    longest = min(longest_request(model.cfg, settings), max(2, meter.free() // page) * PAGE_SIZE)
+    budget, room = measured_room(make, settings, longest, budget, meter)
+    depth = 1 if settings.speculation == "auto" else settings.speculation
+    itemsize = (model.compute_dtype or model.dtype).itemsize
+    return budget, room - graph_bytes(model.cfg, settings, longest, itemsize, depth)
+
+
+def _budget(settings: EngineSettings, device: torch.device, fixed: bool) -> int:
+    """Tokens of a step. Where they are all computed in rows form, more would be no faster."""
+    if settings.max_batched_tokens != "auto":
+        return settings.max_batched_tokens
+    if device.type != "cuda":
+        return 512
+    return 2048 if fixed else 16384
+
+
+def make_fixed(model: Transformer) -> None:
+    """Products and attention that do not depend on what else is computed (`model.fixed`), in place. Raises
+    BackendUnavailable where they cannot be had."""
+    if model.device.type != "cuda":
+        raise BackendUnavailable(
+            f"torch on {model.device} does not compute the same bits in every batch",
+            remedy="on a CPU the compiled kernels do: leave kernels out",
+        )
+    from rorqual.model.fixed import fix
+
+    fix(model)
+
+
+def _refuse(settings: EngineSettings) -> None:
     """Raises BackendUnavailable for what torch cannot give."""
     if settings.kernels == "native":
         raise BackendUnavailable(
-            "the CPU kernels compute models loaded from a directory, on a CPU",
-            remedy=f"leave kernels out to compute with torch on {device}",
-        )
-    if settings.deterministic is True:
-        raise BackendUnavailable(
-            f"torch on {device} does not compute the same bits in every batch", remedy="leave deterministic out"
+            "the CPU kernels compute models loaded from a directory, on a CPU", remedy="leave kernels out"
         )
 
 
@@ -139,8 +190,8 @@ def _load_native(path: Path, settings: EngineSettings) -> EngineCore:
     if reason := unsupported(cfg):
         raise BackendUnavailable(f"the CPU kernels do not take this model: {reason}", remedy="use kernels torch")
     extras = _extras(path, cfg, settings)
-    page_bytes = (cfg.num_hidden_layers + cfg.num_nextn_predict_layers) * (-(-cfg.cache_dim // 16) * 16) * 4 * PAGE_SIZE
-    pages, max_model_len = cache_size(cfg, page_bytes, torch.device("cpu"), settings)
+    page = (cfg.num_hidden_layers + cfg.num_nextn_predict_layers) * (-(-cfg.cache_dim // 16) * 16) * 4 * PAGE_SIZE
+    pages, max_model_len = cache_size(cfg, page, memory_bytes() // 4, settings)
     torch.set_num_threads(1)  # what torch still does here is small
     source = load_model(path, device="cpu")
     eos = eos_token_ids(path, source.cfg)
@@ -163,15 +214,13 @@ def _load_native(path: Path, settings: EngineSettings) -> EngineCore:
     )
     # The library's name is made of source, compiler and processor: other bits, other pages.
     identity = f"{library_file().name} {path.name} {settings.dtype} {model.name}".encode() + extras.pop("fingerprint")
-    return _assemble(runner, facts, settings, identity, extras)
+    budget = _budget(settings, torch.device("cpu"), False)
+    return _assemble(runner, facts, settings, budget, identity, extras)
 
 
 def _assemble(
-    runner: Runner, info: EngineInfo, settings: EngineSettings, identity: bytes, options: dict[str, Any]
+    runner: Runner, info: EngineInfo, settings: EngineSettings, budget: int, identity: bytes, options: dict[str, Any]
 ) -> EngineCore:
-    budget = settings.max_batched_tokens
-    if budget == "auto":
-        budget = 16384 if info.device.startswith("cuda") else 512
     pool = PagePool(info.cache_tokens // PAGE_SIZE + 1, identity=identity, prefix_cache=settings.prefix_cache)
     scheduler = Scheduler(
         pool,
@@ -235,44 +284,6 @@ def fingerprint(path: Path, cfg: ModelConfig) -> bytes:
     return told.digest()
 
 
-def cache_size(cfg: ModelConfig, page_bytes: int, device: torch.device, settings: EngineSettings) -> tuple[int, int]:
-    """Pages to allocate (the scrap page aside), and the longest request. Raises ConfigError for sizes that do not fit."""
-    wanted = settings.max_model_len
-    max_model_len = cfg.max_position_embeddings if wanted == "auto" else wanted
-    if max_model_len > cfg.max_position_embeddings:
-        raise ConfigError(
-            f"max_model_len {max_model_len} exceeds the model's {cfg.max_position_embeddings} positions",
-            remedy="lower it or leave it out",
-        )
-    pages = cache_pages(page_bytes, device, settings, max_model_len)
-    if pages * PAGE_SIZE < max_model_len:
-        if wanted != "auto":
-            raise ConfigError(
-                f"the cache holds {pages * PAGE_SIZE} tokens, fewer than max_model_len {max_model_len}",
-                remedy="raise cache_tokens or lower max_model_len",
-            )
-        max_model_len = pages * PAGE_SIZE
-    return pages, max_model_len
-
-
-def cache_pages(page_bytes: int, device: torch.device, settings: EngineSettings, max_model_len: int) -> int:
-    """Pages to allocate, the scrap page aside. Raises ConfigError if not even one fits."""
-    if settings.cache_tokens != "auto":
-        return -(-settings.cache_tokens // PAGE_SIZE)
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        room = free - total // 10  # activations, and what the allocator keeps
-    else:
-        room = memory_bytes() // 4
-    useful = settings.max_num_seqs * -(-max_model_len // PAGE_SIZE)
-    pages = min(useful, room // page_bytes - 1)
-    if pages < 1:
-        raise ConfigError(
-            f"no memory is left for a cache on {device}", remedy="use a smaller model or set cache_tokens"
-        )
-    return pages
-
-
 def stored_bytes(path: Path) -> int:
     """Size of a model directory's weights on disk."""
     return sum(file.stat().st_size for file in path.glob("*.safetensors"))
@@ -303,20 +314,6 @@ def eos_token_ids(path: Path, cfg: ModelConfig) -> tuple[int, ...]:
     if ids is None:
         return cfg.eos_token_ids
     return (ids,) if isinstance(ids, int) else tuple(ids)
-
-
-def memory_bytes() -> int:
-    """RAM this process may use: the machine's, or its control group's limit if that is lower."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limits = [total]
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            text = Path(file).read_text(encoding="ascii").strip()
-        except OSError:
-            continue
-        if text.isdigit():
-            limits.append(int(text))
-    return min(limits)
 
 
 def set_threads(threads: int | Auto, step: Callable[[], object], apply: Callable[[int], object]) -> None:

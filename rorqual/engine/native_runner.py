@@ -42,6 +42,7 @@ class NativeRunner:
         self.page_bytes = self.latents[:, 0].numel() * 4
         self.loads = np.zeros((cfg.num_hidden_layers, (cfg.n_routed_experts or 0) + 1), np.int64)
         self.read_bytes = 0.0
+        self.on_device = False
         self._hidden: Tensor | None = None
         self._offsets: dict[int, int] = {}
 
@@ -124,6 +125,9 @@ class NativeRunner:
 
     def wipe(self, pages: Sequence[int]) -> None:
         self.latents[:, [0, *pages]] = 0
+
+    def shrink(self) -> int:
+        return 0  # an operating system does not say that memory is short
 
     def read_page(self, page: int) -> bytes:
         return self.latents[:, page].numpy().tobytes()

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
-PAGE_SIZE = 64
+from rorqual.engine.api import PAGE_SIZE
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +54,16 @@ class PagePool:
         self.num_pages, self.page_size = num_pages, page_size
         self.prefix_cache = prefix_cache
         self.identity = _hash(identity)
+        self._given = identity
         self._free = deque(range(1, num_pages))
         self._references: dict[int, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()  # published and unreferenced, next to be evicted first
         self._published: dict[int, Published] = {}
         self._by_key: dict[bytes, int] = {}
+
+    def resized(self, num_pages: int) -> PagePool:
+        """An empty pool of the same identity."""
+        return PagePool(num_pages, self.page_size, identity=self._given, prefix_cache=self.prefix_cache)
 
     @property
     def usable(self) -> int:

@@ -37,7 +37,7 @@ from rorqual.engine.api import EngineInfo, FinishReason, Output, Request, check_
 from rorqual.engine.core import EngineCore
 from rorqual.engine.settings import EngineSettings
 from rorqual.engine.stats import EngineStats
-from rorqual.errors import CapacityError, RequestError, RorqualError
+from rorqual.errors import CapacityError, EngineDied, RequestError, RorqualError
 
 log = logging.getLogger(__name__)
 
@@ -174,7 +174,7 @@ class EngineProcess:
         process = self._process
         assert process is not None
         self._outbox.put(None)
-        error = RorqualError(
+        error = EngineDied(
             f"the engine process ended unexpectedly (exit code {process.exitcode})",
             remedy="its log lines say why; -9 mostly means that memory ran out",
         )

@@ -45,6 +45,7 @@ Floats = NDArray[np.float64]
 Ids = NDArray[np.int64]
 
 CANDIDATES = 256
+NOTHING_LEFT = "grammar, bias, bad words and min_tokens forbid every token: no token is allowed"
 _MASK = (1 << 64) - 1
 
 
@@ -88,10 +89,10 @@ def sample(logits_BV: Tensor, rows: Sequence[Row]) -> list[Draw]:
     if adjusted:
         ready_BV = raw_BV.clone()
         _adjust(ready_BV, rows, adjusted)
-        best, tokens = _best_tokens(ready_BV)
-        for i in adjusted:
+        for i, value, token in zip(adjusted, *_best_tokens(_pick(ready_BV, adjusted)), strict=True):
+            best[i], tokens[i] = value, token
             if best[i] == -math.inf:
-                faults[i] = "grammar, bias, bad words and min_tokens forbid every token: no token is allowed"
+                faults[i] = NOTHING_LEFT
             elif not math.isfinite(best[i]):
                 faults[i] = "its logits are not finite numbers after penalties"
     warm = [i for i, row in enumerate(rows) if faults[i] is None and row.params.temperature > 0]
@@ -106,7 +107,7 @@ def sample(logits_BV: Tensor, rows: Sequence[Row]) -> list[Draw]:
                 tokens[i] = token
     logprobs = _logprobs(raw_BV, rows, tokens)
     return [
-        Draw(token, logprobs.get(i)) if fault is None else Draw(fault=fault)
+        Draw(token, logprobs.get(i)) if fault is None else Draw(fault=fault, asked=fault == NOTHING_LEFT)
         for i, (token, fault) in enumerate(zip(tokens, faults, strict=True))
     ]
 
@@ -140,6 +141,11 @@ def _pick(x_BV: Tensor, rows: Sequence[int]) -> Tensor:
 def is_greedy(row: Row) -> bool:
     """Whether the draw is the raw logits' argmax and nothing else is asked for."""
     return row.params.temperature == 0 and row.params.logprobs is None and not _adjusts(row)
+
+
+def is_simple(row: Row) -> bool:
+    """Whether the draw asks for nothing but temperature and truncation (`drawing`); it goes on so for this request."""
+    return row.params.logprobs is None and not _adjusts(row)
 
 
 def _adjusts(row: Row) -> bool:
@@ -179,11 +185,7 @@ def _adjust(logits_BV: Tensor, rows: Sequence[Row], which: Sequence[int]) -> Non
 
     device = logits_BV.device
     if masks:
-        words = ~np.stack([mask for _, mask in masks])
-        bits = np.unpackbits(words.view(np.uint8), axis=1, count=logits_BV.shape[1], bitorder="little")
-        barred_BV = torch.from_numpy(bits.view(np.bool_)).to(device)
-        for (i, _), barred_V in zip(masks, barred_BV, strict=True):
-            logits_BV[i].masked_fill_(barred_V, -math.inf)
+        _bar(logits_BV, masks)
     if biased.parts:
         at, bias = biased.on(device)
         logits_BV.index_put_(at, bias, accumulate=True)
@@ -197,6 +199,21 @@ def _adjust(logits_BV: Tensor, rows: Sequence[Row], which: Sequence[int]) -> Non
     if frequent.parts:
         at, penalty = frequent.on(device)
         logits_BV[at] -= penalty
+
+
+def _bar(logits_BV: Tensor, masks: Sequence[tuple[int, NDArray[np.uint32]]]) -> None:
+    """-inf wherever a row's mask has no bit."""
+    words = ~masks[0][1][None] if len(masks) == 1 else ~np.stack([mask for _, mask in masks])
+    bits = np.unpackbits(words.view(np.uint8), axis=1, count=logits_BV.shape[1], bitorder="little")
+    barred_NV = bits.view(np.bool_)
+    if logits_BV.device.type == "cpu":  # half of what torch takes
+        logits = logits_BV.numpy()
+        for (i, _), barred_V in zip(masks, barred_NV, strict=True):
+            np.putmask(logits[i], barred_V, -np.inf)
+    else:
+        rows_N = torch.tensor([i for i, _ in masks], device=logits_BV.device)
+        barred = torch.from_numpy(barred_NV).to(logits_BV.device)
+        logits_BV[rows_N] = logits_BV[rows_N].masked_fill(barred, -math.inf)
 
 
 class _Cells:

@@ -32,6 +32,9 @@ from rorqual.engine.api import Request
 from rorqual.engine.pages import PagePool
 from rorqual.errors import CapacityError, PromptTooLong
 
+LEAST_BUDGET = 512
+"""Tokens of a step; where memory runs out the budget is halved, but not below this."""
+
 
 @dataclass(eq=False, slots=True)
 class Job:
@@ -165,6 +168,19 @@ class Scheduler:
                 published.append(job.pages[i])
         return published
 
+    def restart(self, num_pages: int) -> None:
+        """The cache was lost and has so many pages now, the scrap page among them: what ran goes back to the queue, to be
+        computed again in steps of half the budget. Jobs that no longer fit (`length`) are the caller's to remove."""
+        while self.running:
+            self._preempt()
+        self.pool = self.pool.resized(num_pages)
+        self.max_model_len = min(self.max_model_len, self.pool.usable * self.pool.page_size)
+        self.max_batched_tokens = max(min(self.max_batched_tokens, LEAST_BUDGET), self.max_batched_tokens // 2)
+
+    def length(self, job: Job) -> int:
+        """Tokens that the job must have room for, at least."""
+        return max(len(job.request.prompt) + (job.request.params.max_tokens or 1), len(job.tokens) + 1)
+
     def remove(self, job: Job) -> None:
         """The job has ended, for whatever reason and in whatever state: it holds nothing any more."""
         if job in self.running:
@@ -196,15 +212,20 @@ class Scheduler:
             if taken is not None:
                 job.pages += taken
                 continue
-            victim = self.running.pop()
-            self._drop_pages(victim)
-            victim.preemptions += 1
-            self.preemptions += 1
-            victim.loading = None
-            insort(self.waiting, victim, key=_rank)
+            victim = self._preempt()
             if victim is job:
                 return False
         return True
+
+    def _preempt(self) -> Job:
+        """The last in rank goes back to its place in the queue."""
+        victim = self.running.pop()
+        self._drop_pages(victim)
+        victim.preemptions += 1
+        self.preemptions += 1
+        victim.loading = None
+        insort(self.waiting, victim, key=_rank)
+        return victim
 
     def _drafts(self, job: Job, spare: int) -> tuple[int, ...]:
         """The job's drafts, as many as the budget and the pages have room for."""

@@ -76,8 +76,8 @@ class ScriptedEngine:
         self.aborted: list[str] = []
         self.finished: dict[str, FinishReason] = {}
         self._info = info
-        memory = _PrefixMemory()
-        self._cached_tokens = (lambda request: cached_tokens(request.prompt)) if cached_tokens else memory
+        self._memory = _PrefixMemory()
+        self._cached_tokens = (lambda request: cached_tokens(request.prompt)) if cached_tokens else self._memory
         self._counts = EngineStats()
         self._alive = True
         self._death: RorqualError | None = None
@@ -107,6 +107,13 @@ class ScriptedEngine:
     def die(self, error: RorqualError | None = None) -> None:
         """What a crash looks like from above: live requests end in `error` at their next output, new ones raise."""
         self._alive, self._death = False, error or RorqualError("the scripted engine died")
+
+    def forget(self) -> None:
+        """Drop the records, for tests of memory over many requests. Those that live stay."""
+        self.seen.clear()
+        self.aborted.clear()
+        self.finished.clear()
+        self._memory.prefixes.clear()
 
     def generate(self, request: Request) -> AsyncGenerator[Output, None]:
         if not self._alive:

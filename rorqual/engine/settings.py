@@ -15,12 +15,14 @@ class EngineSettings:
     """model: a directory or a bundled model's name; dtype: how weights are kept: a torch name like "bfloat16", on a CPU
     also int8 and int4 (quantised at load), or "auto" (as stored); device: "auto" is the GPU if there is one;
     max_model_len: prompt and completion; max_num_seqs: requests computed at once; max_batched_tokens: tokens of one
-    step ("auto": 512 on CPU, 4096 on GPU); cache_tokens: size of the latent cache ("auto": what the requests can use,
-    within a quarter of the RAM or what the GPU has left); max_waiting: the queue's bound; threads: of the kernels or of
+    step ("auto": 512 on CPU, 16384 on GPU, 2048 there if deterministic); cache_tokens: size of the latent cache ("auto":
+    what the requests can use, within a quarter of the RAM or what the largest step leaves of a GPU, by measurement);
+    max_waiting: the queue's bound; threads: of the kernels or of
     torch, for the whole process ("auto": what makes a decoding step fastest, by timing); speculation: tokens drafted by
     the model's own MTP module, 0 for none ("auto": one if the model has such a module, and only while measurement shows
     that it is faster; the tokens are the same either way); deterministic: whether a request gets the same tokens
-    whatever is computed beside it, bit for bit ("auto": where the engine's own CPU kernels run, which always do);
+    whatever is computed beside it, bit for bit ("auto": where the engine's own CPU kernels run, which always do; true on
+    a GPU costs speed, of prompts above all);
     kernels: those, or torch ("auto": native on a CPU with a compiler); cache_dir: where pages of the prefix cache are
     also kept on disk, surviving restarts (None: nowhere), at most cache_disk_bytes of them.
     """

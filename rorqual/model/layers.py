@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rorqual.ops.fused import fuses
+from rorqual.ops import training
+from rorqual.ops.formats import Weight
+from rorqual.ops.fused import fuses, trains
 from rorqual.ops.rms_norm import rms_norm
 
 
@@ -35,12 +37,22 @@ class Linear(nn.Module):
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is that product and no other, so that a kernel may stand in for it."""
+        """Whether it multiplies by its weight as it is."""
         return self.multiply is multiply
+
+    @property
+    def kernel_weight(self) -> Weight | None:
+        """What a kernel that stands in for this product reads; None where it is another product."""
+        return Weight.plain(self.weight) if self.multiply is multiply else None
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight as plain numbers, for who multiplies in another order (`mla.absorbed`)."""
         return self.weight.to(dtype)
+
+
+def plain(*modules: nn.Module) -> bool:
+    """Whether all are linear layers that multiply plainly."""
+    return all(isinstance(m, Linear) and m.is_plain for m in modules)
 
 
 class Embedding(nn.Module):
@@ -52,6 +64,10 @@ class Embedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.weight)
+
+    @property
+    def kernel_weight(self) -> Weight:
+        return Weight.plain(self.weight)
 
     def project(self, h: Tensor) -> Tensor:
         """The tied head: h [..., D] -> logits [..., V]."""
@@ -69,6 +85,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
+    def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x, and its norm."""
+        return training.norm_beside(x, self.weight, self.eps) if trains(x) else (x, self(x))
+
     def after(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """x + y, and its norm: one kernel where that can be."""
         if fuses(x):
@@ -76,6 +96,8 @@ class RMSNorm(nn.Module):
 
             both = add_norm(x.flatten(0, -2), y.flatten(0, -2), self.weight, self.eps)
             return both[0].view_as(x), both[1].view_as(x)
+        if trains(x):
+            return training.add_norm(x, y, self.weight, self.eps)
         x = x + y
         return x, rms_norm(x, self.weight, self.eps)
 
@@ -94,15 +116,25 @@ class MLP(nn.Module):
     @property
     def is_plain(self) -> bool:
         """Whether its products are plain ones."""
-        parts = (self.gate_proj, self.up_proj, self.down_proj)
-        return self.down is None and all(isinstance(part, Linear) and part.is_plain for part in parts)
+        return self.down is None and plain(self.gate_proj, self.up_proj, self.down_proj)
+
+    @property
+    def kernel_weights(self) -> tuple[Weight, Weight, Weight] | None:
+        """Gate, up and down for a kernel that computes all of it; None where they are not multiplied plainly."""
+        gate, up, down = (part.kernel_weight for part in (self.gate_proj, self.up_proj, self.down_proj))
+        if self.down is not None or gate is None or up is None or down is None:
+            return None
+        return gate, up, down
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        if trains(x) and self.is_plain:
+            gate, up = training.products(x, self.gate_proj.weight, self.up_proj.weight)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
         if self.down is not None:
             return self.down(gate, up, self.down_proj.weight)
         if fuses(x):
             from rorqual.ops.triton.fused import swiglu
 
             return self.down_proj(swiglu(gate, up))
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(training.swiglu(gate, up) if trains(x) else F.silu(gate) * up)

@@ -8,12 +8,17 @@ is applied after the attention. Both forms stand below and are tested against ea
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from rorqual.config import ModelConfig
 from rorqual.model.batch import LayerPages
-from rorqual.model.layers import Linear, RMSNorm
+from rorqual.model.layers import Linear, RMSNorm, plain
+from rorqual.ops import training
 from rorqual.ops.attention import (
     absorbed_is_cheaper,
     attend_backends,
@@ -21,7 +26,7 @@ from rorqual.ops.attention import (
     attend_latent,
     attend_pages,
 )
-from rorqual.ops.fused import fuses
+from rorqual.ops.fused import fuses, trains
 from rorqual.ops.rope import rotate
 
 LATENT_NORM_EPS = 1e-6
@@ -29,6 +34,12 @@ LATENT_NORM_EPS = 1e-6
 
 CONTEXT_CHUNK = 4096
 """Cached tokens expanded at once while a prompt is read: bounds the memory, whatever the context's length."""
+
+
+def _keep_attention(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Fused attention is kept, everything before it computed again from the layer's input."""
+    attention = "scaled_dot_product" in str(op)
+    return CheckpointPolicy.MUST_SAVE if attention else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class MLA(nn.Module):
@@ -50,6 +61,8 @@ class MLA(nn.Module):
         self.kv_a_layernorm = RMSNorm(self.C, LATENT_NORM_EPS)
         self.kv_b_proj = Linear(self.C, self.H * (self.N + self.U))
         self.o_proj = Linear(self.H * self.U, cfg.hidden_size)
+        self.recompute = False
+        self.fixed = False  # `model.fixed`
 
     def forward(
         self,
@@ -62,6 +75,14 @@ class MLA(nn.Module):
         of each row from it, S = pages * page_size; without, the keys are the T tokens themselves."""
         if cache is not None and cache.lengths_B is not None:
             return self.o_proj(self.decode(x_BTD[:, 0], (rope[0][:, 0], rope[1][:, 0]), cache).flatten(-2))[:, None]
+        if cache is None and torch.is_grad_enabled():
+            attended = self._train_fused if trains(x_BTD) else self._train
+            if self.recompute:
+                policy = partial(create_selective_checkpoint_contexts, _keep_attention)
+                out = checkpoint(attended, x_BTD, rope, visible_BTS, use_reentrant=False, context_fn=policy)
+            else:
+                out = attended(x_BTD, rope, visible_BTS)
+            return self.o_proj(out.flatten(-2))
         if cache is not None and fuses(x_BTD):
             q_BTHX, latents_BSX = self._read_fused(x_BTD, rope, cache)
         else:
@@ -78,6 +99,28 @@ class MLA(nn.Module):
             out_BTHU = self.expanded(q_BTHX, latents_BSX, visible_BTS, chunk)
         return self.o_proj(out_BTHU.flatten(-2))
 
+    def _train(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], visible_BTS: Tensor | None) -> Tensor:
+        """Expanded attention over the tokens themselves: [B, T, H, U]."""
+        return self.expanded(self.queries(x_BTD, rope), self.latents(x_BTD, rope), visible_BTS)
+
+    def _train_fused(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], visible_BTS: Tensor | None) -> Tensor:
+        """The same, what is between the products in a kernel each."""
+        B, T, _ = x_BTD.shape
+        cos, sin = (angles.reshape(-1, self.R // 2) for angles in rope)
+        first, kv_a = self.q_proj if hasattr(self, "q_proj") else self.q_a_proj, self.kv_a_proj_with_mqa
+        if plain(first, kv_a):
+            q, kv = training.products(x_BTD, first.weight, kv_a.weight)
+        else:
+            q, kv = first(x_BTD), kv_a(x_BTD)
+        if not hasattr(self, "q_proj"):
+            q = self.q_b_proj(self.q_a_layernorm(q))
+        kv_NX = kv.flatten(0, 1)
+        c_kv, k_rope = training.latent(kv_NX, self.kv_a_layernorm.weight, LATENT_NORM_EPS, cos, sin)
+        kv = self.kv_b_proj(c_kv).unflatten(-1, (self.H, -1))
+        k, v = (t.unflatten(0, (B, T)).transpose(1, 2) for t in training.keys_values(kv, k_rope, self.N))
+        q = training.rotate_queries_(q, cos, sin, self.H).unflatten(-1, (self.H, -1)).transpose(1, 2)
+        return self.attend(q, k, v, self.scale, visible_BTS).transpose(1, 2)
+
     def _read_fused(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], cache: LayerPages) -> tuple[Tensor, Tensor]:
         """Queries, and all keys' latents, the new ones written into their pages; few kernels."""
         from rorqual.ops.triton.fused import rotate_queries_, write_latents
@@ -93,7 +136,7 @@ class MLA(nn.Module):
     def decode(self, x_BD: Tensor, rope: tuple[Tensor, Tensor], cache: LayerPages) -> Tensor:
         """One new token a row, absorbed, the pages read where they lie: [B, H, U]. rope: cos, sin [B, R/2]."""
         assert cache.lengths_B is not None
-        if fuses(x_BD):
+        if self.fixed or fuses(x_BD):
             return self._decode_fused(x_BD, rope, cache)
         q_nope, q_rope = self.project_queries(x_BD)
         cache._replace(slots_BT=cache.slots_BT[:, 0]).write(self.latent(self.kv_a_proj_with_mqa(x_BD), rope))
@@ -105,15 +148,17 @@ class MLA(nn.Module):
 
     def _decode_fused(self, x_BD: Tensor, rope: tuple[Tensor, Tensor], cache: LayerPages) -> Tensor:
         """The same in few launches: five for few rows of plain weights."""
-        from rorqual.ops.triton.decode import TOKENS, absorbed_queries, merged_values, rows_dot
+        from rorqual.ops.triton.decode import absorbed_queries, merged_values
         from rorqual.ops.triton.fused import write_latents
-        from rorqual.ops.triton.mla import busy_split, parts
+        from rorqual.ops.triton.mla import SPLIT, busy_split, parts
+        from rorqual.ops.triton.stream import TOKENS, rows_dot
 
         assert cache.lengths_B is not None
         kv_a = self.kv_a_proj_with_mqa
         first = self.q_proj if hasattr(self, "q_proj") else self.q_a_proj
-        if len(x_BD) <= TOKENS and all(isinstance(m, Linear) and m.is_plain for m in (first, kv_a)):
-            q, kv_BX = rows_dot(x_BD, first.weight, kv_a.weight)
+        one, two = first.kernel_weight, kv_a.kernel_weight
+        if len(x_BD) <= TOKENS and one and two and one.kind == two.kind and not (one.dynamic or two.dynamic):
+            q, kv_BX = rows_dot(x_BD, one, two)
         else:
             q, kv_BX = first(x_BD), kv_a(x_BD)
         if not hasattr(self, "q_proj"):
@@ -123,9 +168,10 @@ class MLA(nn.Module):
         q_BHX = absorbed_queries(q, w_uk, *rope, self.R)
         page = cache.pages.shape[1]
         keys = cache.page_table_BP.shape[1] * page
-        split = busy_split(len(x_BD), self.H, keys)
+        split = SPLIT if self.fixed else busy_split(len(x_BD), self.H, keys)
         part, lse = parts(q_BHX, cache.pages, cache.page_table_BP, cache.lengths_B, self.C, self.scale, split)
-        return merged_values(part, lse, cache.lengths_B, w_uv, x_BD.dtype, keys, page, split)
+        block = 32 if self.fixed else None
+        return merged_values(part, lse, cache.lengths_B, w_uv, x_BD.dtype, keys, page, split, block)
 
     def _absorbing(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """W_UK [H, N, C] and W_UV [H, U, C]."""

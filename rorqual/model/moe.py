@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from rorqual.config import ModelConfig
 from rorqual.model.batch import Routing
 from rorqual.model.layers import MLP
-from rorqual.ops.experts import experts_backends
-from rorqual.ops.fused import fuses
+from rorqual.ops import training
+from rorqual.ops.experts import experts_backends, experts_fused
+from rorqual.ops.formats import Weight
+from rorqual.ops.fused import fuses, trains
 from rorqual.ops.router import route
 
-DECODING = 64
+DECODING = 256
 """Up to so many tokens the experts are computed by the kernels for few tokens (`ops.triton.experts`), on a GPU."""
 
 
@@ -27,16 +29,20 @@ class Gate(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.empty(cfg.n_routed_experts, dtype=torch.float32))
         self.top_k, self.scale, self.normalise = cfg.num_experts_per_tok, cfg.routed_scaling_factor, cfg.norm_topk_prob
         self.n_group, self.topk_group = cfg.n_group, cfg.topk_group
+        self.fixed = False  # `model.fixed`
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gates [N, K] fp32, chosen experts [N, K], affinities [N, E] fp32."""
-        if fuses(x_ND) and len(x_ND) <= DECODING:
-            from rorqual.ops.triton.decode import rows_dot
+        if self.fixed or (fuses(x_ND) and len(x_ND) <= DECODING):
+            from rorqual.ops.triton.stream import rows_dot
 
-            (logits_NE,) = rows_dot(x_ND, self.weight, dtype=torch.float32)
+            (logits_NE,) = rows_dot(x_ND, Weight.plain(self.weight), dtype=torch.float32)
+        elif trains(x_ND) and x_ND.dtype == torch.bfloat16:
+            logits_NE = training.gate_logits(x_ND, self.weight)
         else:
             logits_NE = F.linear(x_ND.float(), self.weight.float())
-        return route(
+        choose = training.route if trains(x_ND) else route
+        return choose(
             logits_NE,
             self.e_score_correction_bias,
             self.top_k,
@@ -57,8 +63,22 @@ class RoutedExperts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, D))
         self.down_proj = nn.Parameter(torch.empty(E, D, width))
         self.run = experts_backends.get(backend)
+        self.fixed = False
+
+    @property
+    def kernel_weights(self) -> tuple[Weight, Weight]:
+        return Weight.plain(self.gate_up_proj.unflatten(1, (2, -1))), Weight.plain(self.down_proj)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a backend of `ops.experts` multiplies, and not FP8 (`model.precision`)."""
+        return self.run in experts_backends.table.values()
 
     def forward(self, x_ND: Tensor, gates_NK: Tensor, chosen_NK: Tensor) -> Tensor:
+        if self.fixed:
+            from rorqual.ops.triton.fp8 import tile_experts
+
+            return tile_experts(x_ND, *self.kernel_weights, gates_NK, chosen_NK, fixed=True)
         return self.run(x_ND, self.gate_up_proj, self.down_proj, gates_NK, chosen_NK)
 
 
@@ -68,20 +88,27 @@ class MoE(nn.Module):
         self.gate = Gate(cfg)
         self.experts = RoutedExperts(cfg, backend)
         self.shared_experts = MLP(cfg.hidden_size, cfg.moe_intermediate_size * cfg.n_shared_experts)
+        self.fixed = False
 
     def forward(self, x_BTD: Tensor, add_BTD: Tensor | None = None) -> tuple[Tensor, Routing]:
         """add: joins the sum (the residual stream)."""
         x_ND = x_BTD.flatten(0, 1)
         gates_NK, chosen_NK, scores_NE = self.gate(x_ND)
         experts, shared = self.experts, self.shared_experts
-        if fuses(x_ND) and len(x_ND) <= DECODING and isinstance(experts, RoutedExperts) and shared.is_plain:
+        few = fuses(x_ND) and len(x_ND) <= DECODING and not self.fixed
+        weights = experts.kernel_weights if few else None
+        if weights is not None:
             from rorqual.ops.triton.experts import routed_experts
 
-            out_ND = routed_experts(
-                x_ND, experts.gate_up_proj, experts.down_proj, gates_NK, chosen_NK,
-                None if add_BTD is None else add_BTD.flatten(0, 1),
-                (shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight),
-            )  # fmt: skip
+            add_ND, own = None if add_BTD is None else add_BTD.flatten(0, 1), shared.kernel_weights
+            if own is None or own[0].kind != weights[0].kind:
+                add_ND, own = shared(x_ND) if add_ND is None else add_ND + shared(x_ND), None
+            out_ND = routed_experts(x_ND, *weights, gates_NK, chosen_NK, add_ND, own)
+            return out_ND.view_as(x_BTD), Routing(scores_NE, chosen_NK)
+        if trains(x_ND) and isinstance(experts, RoutedExperts) and experts.run is experts_fused:
+            add_ND, more_ND = None if add_BTD is None else add_BTD.flatten(0, 1), shared(x_ND)
+            pair = experts.gate_up_proj, experts.down_proj
+            out_ND = training.experts(x_ND, *pair, gates_NK, chosen_NK, add_ND, more_ND)
             return out_ND.view_as(x_BTD), Routing(scores_NE, chosen_NK)
         out_BTD = experts(x_ND, gates_NK, chosen_NK).view_as(x_BTD) + shared(x_BTD)
         return out_BTD if add_BTD is None else add_BTD + out_BTD, Routing(scores_NE, chosen_NK)

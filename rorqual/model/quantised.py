@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from rorqual.model.layers import Embedding, Linear
 from rorqual.model.moe import RoutedExperts
-from rorqual.ops.formats import Plain, WeightFormat, experts_by_linear
-from rorqual.ops.fp8 import Fp8Blocks
+from rorqual.ops.formats import Plain, Weight, WeightFormat, experts_by_linear
+from rorqual.ops.fused import fuses
 
 Choose = Callable[[str], WeightFormat | None]
 """Module path in our model ("layers.0.self_attn.o_proj", "layers.3.mlp.experts.down") -> its format, None for plain."""
@@ -35,6 +35,10 @@ class Stored(nn.Module):
     def parts(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in self.names}
 
+    @property
+    def kernel_weight(self) -> Weight | None:
+        return self.form.weight(self.parts)
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         return self.form.dense(self.parts, dtype)
 
@@ -48,6 +52,10 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.stored.form.linear(x, self.stored.parts)
+
+    @property
+    def kernel_weight(self) -> Weight | None:
+        return self.stored.kernel_weight
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         return self.stored.dense(dtype)
@@ -66,6 +74,10 @@ class QuantizedEmbedding(nn.Module):
         rows = {name: part[ids.flatten()] for name, part in self.stored.parts.items()}
         return self.stored.form.dense(rows, self.dtype).view(*ids.shape, -1)
 
+    @property
+    def kernel_weight(self) -> Weight | None:
+        return self.stored.kernel_weight
+
     def project(self, h: Tensor) -> Tensor:
         return self.stored.form.linear(h, self.stored.parts)
 
@@ -79,14 +91,20 @@ class QuantizedExperts(nn.Module):
         device = plain.down_proj.device
         self.gate_up = Stored(gate_up, (E, 2, width, D), device)
         self.down = Stored(down, (E, D, width), device)
+        self.fixed = False
+
+    @property
+    def kernel_weights(self) -> tuple[Weight, Weight] | None:
+        """Both stacks for the kernels of `ops.triton`, which expand weights as they read them."""
+        gate_up, down = self.gate_up.kernel_weight, self.down.kernel_weight
+        return None if gate_up is None or down is None else (gate_up, down)
 
     def forward(self, x_ND: Tensor, gates_NK: Tensor, chosen_NK: Tensor) -> Tensor:
-        form = self.gate_up.form
-        if form == self.down.form and isinstance(form, Fp8Blocks) and form.groups_experts(x_ND):
-            from rorqual.ops.triton.fp8 import fp8_experts
+        weights = self.kernel_weights
+        if weights is not None and (self.fixed or (fuses(x_ND) and x_ND.dtype != torch.float32)):
+            from rorqual.ops.triton.fp8 import tile_experts
 
-            dynamic = form.activation_scheme == "dynamic"
-            return fp8_experts(x_ND, self.gate_up.parts, self.down.parts, gates_NK, chosen_NK, dynamic)
+            return tile_experts(x_ND, *weights, gates_NK, chosen_NK, self.fixed)
         gate_up, down = ((stored.form, stored.parts) for stored in (self.gate_up, self.down))
         return experts_by_linear(x_ND, gates_NK, chosen_NK, gate_up, down)
 
@@ -109,3 +127,32 @@ def use_formats(model: nn.Module, choose: Choose) -> None:
             )
         if new is not None:
             model.set_submodule(path, new)
+
+
+@torch.no_grad()
+def quantise(model: nn.Module, form: WeightFormat, wanted: Callable[[str], bool]) -> None:
+    """Pack the matrices whose paths `wanted` names (as `Choose` has them) into `form`, in place. Raises ValueError for
+    values that are not finite."""
+    values: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, RoutedExperts):
+            values[f"{path}.gate_up"] = module.gate_up_proj.unflatten(1, (2, -1))
+            values[f"{path}.down"] = module.down_proj
+        elif isinstance(module, Linear | Embedding):
+            values[f"{path}.stored"] = module.weight
+    use_formats(model, lambda path: form if wanted(path) else None)
+    for path, module in model.named_modules():
+        if isinstance(module, Stored):
+            for name, part in module.form.pack(values.pop(path)).items():
+                getattr(module, name).copy_(part)
+
+
+def expand_absorbed(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give every attention layer its kv_b_proj plainly, in place: decoding multiplies by it in another order, and would
+    expand it at each step. It is one weight in fifty."""
+    for path, module in list(model.named_modules()):
+        if path.endswith("kv_b_proj") and isinstance(module, QuantizedLinear):
+            with torch.device("meta"):
+                plain = Linear(*reversed(module.stored.shape))
+            plain.weight = nn.Parameter(module.dense(dtype), requires_grad=False)
+            model.set_submodule(path, plain)

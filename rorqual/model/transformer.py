@@ -19,6 +19,7 @@ from rorqual.model.layers import Embedding, Linear, RMSNorm
 from rorqual.model.mtp import MTP
 from rorqual.model.quantised import Choose, use_formats
 from rorqual.ops.rope import cos_sin, inverse_frequencies
+from rorqual.ops.triton.available import triton_missing
 
 
 class Transformer(nn.Module):
@@ -26,7 +27,8 @@ class Transformer(nn.Module):
 
     dtype: of the parameters; compute_dtype: of the activations (None: the same). fp32 parameters under bf16 activations
     are the training form. Initialised as in the paper (section 4.2): every weight N(0, initializer_range), norms 1,
-    correction biases 0; the caller seeds torch. experts: "auto" is the grouped op on CUDA and the loop on CPU.
+    correction biases 0; the caller seeds torch. experts: "auto" is the grouped op on CUDA (with a backward of its own where
+    Triton is) and the loop on CPU.
     formats: which weights stay quantised (`quantised.use_formats`); the config's quantization_config says how a
     checkpoint is stored and builds nothing by itself. allocate=False leaves every weight on the meta device, for a
     loader that brings its own.
@@ -49,7 +51,7 @@ class Transformer(nn.Module):
         self.cfg, self.compute_dtype = cfg, compute_dtype
         device = torch.device(device)
         if experts == "auto":
-            experts = "grouped" if device.type == "cuda" else "loop"
+            experts = "loop" if device.type != "cuda" else "grouped" if triton_missing() else "fused"
         with torch.device("meta"):
             self.embed_tokens = Embedding(cfg.vocab_size, cfg.hidden_size)
             self.layers = nn.ModuleList(Block(cfg, i, experts, attention) for i in range(cfg.num_hidden_layers))

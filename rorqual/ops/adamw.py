@@ -12,9 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rorqual.ops.triton.available import triton_missing
 from rorqual.registry import Backends
 
-AdamW = Callable[[Tensor, Tensor, Tensor, Tensor, int, float, tuple[float, float], float, float], None]
+AdamW = Callable[..., None]
 adamw_backends: Backends[AdamW] = Backends("adamw")
 
 BOUND = 1e-6
@@ -25,10 +26,12 @@ BOUND = 1e-6
 @torch.no_grad()
 def adamw_reference(
     weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: int, lr: float, betas: tuple[float, float], eps: float,
-    decay: float,
+    decay: float, factor: Tensor | None = None, copy: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Update weight (fp32), m and v (any float dtype) in place by a gradient of weight's shape. step counts from 1."""
+    """Update weight (fp32), m and v (any float dtype) in place by a gradient of weight's shape in any float dtype, times
+    factor (an fp32 scalar tensor: clipping). step counts from 1. copy: also becomes the new weight, in its own dtype."""
     beta1, beta2 = betas
+    grad = grad.float() if factor is None else grad.float() * factor
     m32, v32 = m.float(), v.float()
     m32 = m32.lerp(grad, 1 - beta1)
     v32 = (v32 * beta2).addcmul_(grad, grad, value=1 - beta2)
@@ -37,3 +40,17 @@ def adamw_reference(
     weight.addcdiv_(m32, denominator, value=-lr / (1 - beta1**step))
     m.copy_(m32)
     v.copy_(v32)
+    if copy is not None:
+        copy.copy_(weight)
+
+
+@adamw_backends.register("triton", triton_missing)
+@torch.no_grad()
+def adamw_triton(
+    weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: int, lr: float, betas: tuple[float, float], eps: float,
+    decay: float, factor: Tensor | None = None, copy: Tensor | None = None,
+) -> None:  # fmt: skip
+    """The same in one kernel."""
+    from rorqual.ops.triton.adamw import adamw
+
+    adamw(weight, grad.contiguous(), m, v, step, lr, betas, eps, decay, factor, copy)

@@ -40,8 +40,15 @@ def attend_reference(
 
 @attend_backends.register("sdpa")
 def attend_sdpa(q_BHTX: Tensor, k_BHSX: Tensor, v_BHSU: Tensor, scale: float, visible_BTS: Tensor | None) -> Tensor:
-    """PyTorch's fused attention; it chooses cuDNN, flash, memory-efficient or plain by shape and device."""
+    """PyTorch's fused attention; it chooses cuDNN, flash, memory-efficient or plain by shape and device. Trained on a CPU,
+    values are padded to the keys' width: its flash attention takes no other, and skips what is not causal."""
     mask = None if visible_BTS is None else visible_BTS[:, None]
+    X, U = q_BHTX.shape[-1], v_BHSU.shape[-1]
+    if q_BHTX.device.type == "cpu" and U < X and torch.is_grad_enabled():
+        v_BHSX = F.pad(v_BHSU, (0, X - U))
+        return F.scaled_dot_product_attention(q_BHTX, k_BHSX, v_BHSX, mask, is_causal=mask is None, scale=scale)[
+            ..., :U
+        ]
     return F.scaled_dot_product_attention(q_BHTX, k_BHSX, v_BHSU, mask, is_causal=mask is None, scale=scale)
 
 

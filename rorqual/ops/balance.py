@@ -10,9 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rorqual.ops import training
+from rorqual.ops.fused import trains
+
 
 def load(chosen_NK: Tensor, n_experts: int) -> Tensor:
     """Tokens per expert [E], int64, without waiting for the device."""
+    if trains(chosen_NK):
+        from rorqual.ops.triton.routing import count_by_expert
+
+        return count_by_expert(chosen_NK, n_experts)
     experts = torch.arange(n_experts, device=chosen_NK.device)
     return (chosen_NK.reshape(-1, 1) == experts).sum(0)
 
@@ -35,6 +42,8 @@ def sequence_balance_loss(scores_NE: Tensor, sequence_length: int, top_k: int) -
     f_i counts how often expert i is among the top-k of the *unbiased* affinities, scaled so that perfect balance is 1;
     P_i is its mean normalised affinity. scores: [B*T, E] fp32, row-major by sequence; the gradient flows through P.
     """
+    if trains(scores_NE):
+        return training.sequence_balance_loss(scores_NE, sequence_length, top_k)
     E = scores_NE.shape[-1]
     scores_BTE = scores_NE.view(-1, sequence_length, E)
     # No epsilon: with one, a router could shrink all affinities below it and make the loss vanish. Where they underflow

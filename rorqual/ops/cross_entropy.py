@@ -3,7 +3,9 @@
 Logits of T tokens over V words in fp32, their softmax and its gradient are the largest tensors of a small model's step: at
 16,384 tokens and 129,280 words 8.5 GB each. `chunked` makes them a few rows at a time and takes the gradients of hidden
 states and head at once, in the forward; the backward only scales them. That costs no more products than the plain form, and
-the memory of one chunk. Left out: caching the softmax statistics for a second pass, which would save nothing here.
+the memory of one chunk. `triton` does the same with larger chunks of 16-bit logits, which one kernel turns into their own
+gradients where they lie (`ops.triton.cross_entropy`). Left out: caching the softmax statistics for a second pass, which
+would save nothing here.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rorqual.ops.training import product32
+from rorqual.ops.triton.available import triton_missing
 from rorqual.registry import Backends
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -26,6 +30,8 @@ the gradient of the logits is rounded before it is multiplied, as autograd does 
 
 CHUNK_BYTES = 1 << 26
 """Of fp32 logits that exist at once."""
+FUSED_BYTES = 1 << 28
+"""Of logits in h's dtype that exist at once in `triton`: 4,096 rows of 32,768 words, enough to fill a GPU's product."""
 
 
 @cross_entropy_backends.register("reference")
@@ -81,7 +87,43 @@ def cross_entropy_chunked(h_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weig
     return _Chunked.apply(h_ND, head_VD, targets_N, weights_N)  # type: ignore[no-untyped-call]
 
 
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
+        from rorqual.ops.triton.cross_entropy import loss_and_slope_
+
+        head = head_VD.to(h_ND.dtype)
+        dh = torch.empty_like(h_ND) if ctx.needs_input_grad[0] else None
+        dhead: Tensor | None = None
+        losses = []
+        rows = max(1, FUSED_BYTES // (head.shape[0] * head.element_size()))
+        for start in range(0, len(h_ND), rows):
+            part = slice(start, start + rows)
+            logits = F.linear(h_ND[part], head)
+            wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+            losses.append(loss_and_slope_(logits, targets_N[part], weights_N[part], wanted).sum())
+            if dh is not None:
+                torch.mm(logits, head, out=dh[part])
+            if ctx.needs_input_grad[1]:
+                more = product32(logits.T, h_ND[part])
+                dhead = more if dhead is None else dhead.add_(more)
+        ctx.save_for_backward(dh, dhead)
+        ctx.head_dtype = head_VD.dtype
+        return torch.stack(losses).sum() if losses else h_ND.new_zeros((), dtype=torch.float32)
+
+    backward = _Chunked.backward
+
+
+@cross_entropy_backends.register("triton", triton_missing)
+def cross_entropy_triton(h_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
+    """The same, logits in h's dtype and at most FUSED_BYTES of them."""
+    h_ND, targets_N, weights_N = h_ND.contiguous(), targets_N.contiguous(), weights_N.contiguous()
+    return _Fused.apply(h_ND, head_VD, targets_N, weights_N)  # type: ignore[no-untyped-call]
+
+
 def cross_entropy(h_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: Tensor, backend: str = "auto") -> Tensor:
     """Weighted sum of next-token losses in nats, an fp32 scalar. h [N, D] of any float dtype, head [V, D] (fp32 master or
     narrower), targets int64, weights fp32. Raises BackendUnavailable for a named backend that cannot run here."""
-    return cross_entropy_backends.get("chunked" if backend == "auto" else backend)(h_ND, head_VD, targets_N, weights_N)
+    if backend == "auto":
+        backend = "triton" if h_ND.is_cuda and triton_missing() is None else "chunked"
+    return cross_entropy_backends.get(backend)(h_ND, head_VD, targets_N, weights_N)

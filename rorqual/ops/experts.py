@@ -1,12 +1,10 @@
 """The routed experts of one layer as one grouped op: out[n] = sum_k gate[n,k] * SwiGLU_{expert[n,k]}(x[n]).
 
-`loop` is the definition: expert by expert, only those that were chosen. `dense` computes every expert for every token
-and multiplies by a gate of zero where it was not chosen: where a token takes half of a few small experts, that is faster
-than gathering rows for them. `grouped` sorts the (token, slot) pairs by
+`loop` is the definition: expert by expert, only those that were chosen. `grouped` sorts the (token, slot) pairs by
 expert and runs two grouped matrix products, with no loop and no wait for the device, so that a step can be compiled
-or captured. `triton` is for decoding: few tokens, where all that counts is how fast the chosen experts' weights are
-read. All add a token's experts in fp32 in slot order, never by atomics, so a row does not depend on the other rows of
-its batch.
+or captured. `fused` is the same for training, with a backward of its own that keeps and moves less. `triton` is for
+decoding: few tokens, where all that counts is how fast the chosen experts' weights are read. All add a token's experts
+in fp32 in slot order, never by atomics, so a row does not depend on the other rows of its batch.
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rorqual.errors import BackendUnavailable
+from rorqual.ops import training
 from rorqual.ops.fused import fuses
 from rorqual.ops.triton.available import triton_missing
 from rorqual.registry import Backends
@@ -43,11 +42,8 @@ def by_expert(
     order_M = chosen_NK.flatten().argsort(stable=True)
     counts = torch.bincount(chosen_NK.flatten(), minlength=experts).tolist()
     x_MD = x_ND[order_M // chosen_NK.shape[1]]
-    out, start = [], 0
-    for expert, count in enumerate(counts):
-        if count:
-            out.append(run(expert, x_MD[start : start + count]))
-            start += count
+    # Split at once: the gradient of a slice is as large as the whole.
+    out = [run(expert, rows) for expert, rows in enumerate(x_MD.split(counts)) if len(rows)]
     return _combine(torch.cat(out) if out else x_MD, order_M, gates_NK)
 
 
@@ -56,9 +52,11 @@ def experts_loop(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, gates_NK:
     """x [N, D], gate and up projections [E, 2F, D] (gate first), down projections [E, D, F], gates [N, K] fp32,
     chosen [N, K] int64 -> [N, D] in x's dtype. Waits for the device once, to learn the load."""
 
+    gate_up, down = gate_up_E2FD.unbind(), down_EDF.unbind()
+
     def run(expert: int, rows: Tensor) -> Tensor:
-        gate, up = F.linear(rows, gate_up_E2FD[expert].to(rows.dtype)).chunk(2, -1)
-        return F.linear(F.silu(gate) * up, down_EDF[expert].to(rows.dtype))
+        gate, up = F.linear(rows, gate_up[expert].to(rows.dtype)).chunk(2, -1)
+        return F.linear(F.silu(gate) * up, down[expert].to(rows.dtype))
 
     return by_expert(x_ND, gates_NK, chosen_NK, down_EDF.shape[0], run)
 
@@ -86,28 +84,24 @@ def experts_grouped(
     return _combine(y_MD, order_M, gates_NK)
 
 
-@experts_backends.register("dense")
-def experts_dense(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, gates_NK: Tensor, chosen_NK: Tensor) -> Tensor:
-    """The same as one wide SwiGLU with gates between: no row is moved, and what was not chosen adds zero."""
-    E, D, _ = down_EDF.shape
-    gates_NE = gates_NK.new_zeros(len(x_ND), E).scatter(1, chosen_NK, gates_NK)
-    gate, up = F.linear(x_ND, gate_up_E2FD.to(x_ND.dtype).flatten(0, 1)).unflatten(-1, (E, -1)).chunk(2, -1)
-    inner_NEF = F.silu(gate) * up * gates_NE[..., None].to(x_ND.dtype)
-    return F.linear(inner_NEF.flatten(1), down_EDF.to(x_ND.dtype).transpose(0, 1).reshape(D, -1))
+@experts_backends.register("fused", triton_missing)
+def experts_fused(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, gates_NK: Tensor, chosen_NK: Tensor) -> Tensor:
+    """`ops.training.experts`; `grouped` where nothing wants a gradient. A compiler leaves it alone."""
+    if not torch.is_grad_enabled():
+        return experts_grouped(x_ND, gate_up_E2FD, down_EDF, gates_NK, chosen_NK)
+    return _uncompiled(x_ND, gate_up_E2FD, down_EDF, gates_NK, chosen_NK)
 
 
-def experts_for_training(experts: int, top_k: int, device: torch.device) -> str:
-    """Which of them a training step should use."""
-    if device.type != "cuda":
-        return "loop"
-    return "dense" if experts <= 2 * top_k and experts <= 32 else "grouped"
+_uncompiled = torch.compiler.disable(training.experts)
 
 
 @experts_backends.register("triton", triton_missing)
 def experts_triton(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, gates_NK: Tensor, chosen_NK: Tensor) -> Tensor:
     """The same by `ops.triton.experts`, forward only. Raises BackendUnavailable where a gradient is asked for."""
+    from rorqual.ops.formats import Weight
     from rorqual.ops.triton.experts import routed_experts
 
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x_ND, gate_up_E2FD, down_EDF, gates_NK)):
         raise BackendUnavailable("experts backend 'triton' has no gradient", remedy="train with 'grouped'")
-    return routed_experts(x_ND, gate_up_E2FD, down_EDF, gates_NK, chosen_NK)
+    gate_up = Weight.plain(gate_up_E2FD.unflatten(1, (2, -1)))
+    return routed_experts(x_ND, gate_up, Weight.plain(down_EDF), gates_NK, chosen_NK)

@@ -20,6 +20,29 @@ Parts = Mapping[str, Tensor]
 """The tensors of one stored matrix (or of a stack of them, with leading dimensions), by released suffix."""
 
 
+PLAIN, FP8 = 0, 1
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A stored matrix (or a stack) as the kernels of `ops.triton` read it. kind: PLAIN; FP8, E4M3 with one scale a block of
+    128 x 128; or the bits of packed integers with one scale for 32 inputs (`ops.packed`). scale: of a plain one the
+    data again, which nobody reads as a scale. dynamic: activations are quantised as well (FP8 only)."""
+
+    kind: int
+    data: Tensor
+    scale: Tensor
+    dynamic: bool = False
+
+    @classmethod
+    def plain(cls, data: Tensor) -> Weight:
+        return cls(PLAIN, data, data)
+
+    def view(self, index: Any) -> Weight:
+        """A part or another view of the stack: the same index into both, which leaves the last two dimensions."""
+        return Weight(self.kind, self.data[index], self.scale[index], self.dynamic)
+
+
 class WeightFormat(Protocol):
     """One way to store matrices [..., out, in]. Formats are values: equal ones multiply alike."""
 
@@ -41,6 +64,9 @@ class WeightFormat(Protocol):
 
     def linear(self, x: Tensor, parts: Parts) -> Tensor:
         """x [..., in] -> x W^T [..., out] in x's dtype."""
+
+    def weight(self, parts: Parts) -> Weight | None:
+        """For kernels that expand a weight as they read it; None where the format multiplies in a way of its own."""
 
     def describe(self, plain: Sequence[str]) -> dict[str, Any]:
         """`quantization_config` for config.json; `plain` are the modules that stay unquantised."""
@@ -75,6 +101,9 @@ class Plain:
 
     def linear(self, x: Tensor, parts: Parts) -> Tensor:
         return F.linear(x, parts["weight"].to(x.dtype))
+
+    def weight(self, parts: Parts) -> Weight | None:
+        return Weight.plain(parts["weight"])
 
     def describe(self, plain: Sequence[str]) -> dict[str, Any]:
         return {}

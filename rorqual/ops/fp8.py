@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rorqual.ops.formats import Parts, finite
+from rorqual.ops.formats import FP8, Parts, Weight, finite
 from rorqual.ops.triton.available import triton_missing
 from rorqual.registry import Backends
 
@@ -135,7 +135,8 @@ def dynamic_reference(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     return F.linear(dequantize_tiles(*quantize_tiles(x)), dequantize_blocks(codes, scale)).to(x.dtype)
 
 
-def _scaled_mm_missing() -> str | None:
+def scaled_mm_missing() -> str | None:
+    """Why PyTorch's block-wise product cannot run here, or None."""
     if not torch.cuda.is_available():
         return "it needs a CUDA device"
     if torch.cuda.get_device_capability() < (9, 0):
@@ -151,7 +152,7 @@ def _tiles_fast(x: Tensor) -> tuple[Tensor, Tensor]:
     return quantize_tiles(x)
 
 
-@dynamic_backends.register("scaled_mm", _scaled_mm_missing)
+@dynamic_backends.register("scaled_mm", scaled_mm_missing)
 def dynamic_scaled_mm(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """PyTorch's block-wise GEMM (1 x 128 times 128 x 128), bf16 out of the product.
 
@@ -183,17 +184,25 @@ def _pad_blocks(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 @weight_only_backends.register("triton", triton_missing)
 def weight_only_triton(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """The codes are expanded in registers, so that half the bytes of bf16 move."""
-    from rorqual.ops.triton.fp8 import fp8_rows
+    from rorqual.ops.triton.fp8 import tile_rows
 
-    return fp8_rows(x, codes, scale, dynamic=False)
+    return tile_rows(x, Weight(FP8, codes, scale))
+
+
+@weight_only_backends.register("stream", triton_missing)
+def weight_only_stream(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """The same row by row, for the few of a decoding step."""
+    from rorqual.ops.triton.stream import rows_dot
+
+    return rows_dot(x.reshape(-1, x.shape[-1]), Weight(FP8, codes, scale))[0].view(*x.shape[:-1], -1)
 
 
 @dynamic_backends.register("triton", triton_missing)
 def dynamic_triton(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """Both sides in FP8; each block's product is scaled in fp32."""
-    from rorqual.ops.triton.fp8 import fp8_rows
+    from rorqual.ops.triton.fp8 import tile_rows
 
-    return fp8_rows(x, codes, scale, dynamic=True)
+    return tile_rows(x, Weight(FP8, codes, scale, dynamic=True))
 
 
 def fp8_linear(
@@ -214,14 +223,20 @@ MANY_ROWS = {"weight_only": 256, "dynamic": 128}
 """From this many rows on, expanding a weight once (weight_only) or cuBLAS (dynamic) beats our kernel on an H200."""
 
 
+STREAMED_ROWS = 4
+"""Up to so many rows, reading the weight once for each beats tiles."""
+
+
 def _fastest(x: Tensor, codes: Tensor, scheme: Scheme, table: Backends[Product]) -> str:
     if not x.is_cuda or x.dtype == torch.float32:
         return "reference"
     whole = codes.shape[0] % BLOCK == 0 and codes.shape[1] % (4 * BLOCK) == 0
-    many = x.numel() // x.shape[-1] >= MANY_ROWS[scheme]
+    rows = x.numel() // x.shape[-1]
     order = ["triton", "expand"] if scheme == "weight_only" else ["triton", "scaled_mm"]
-    if many and (scheme == "weight_only" or whole):
+    if rows >= MANY_ROWS[scheme] and (scheme == "weight_only" or whole):
         order.reverse()
+    if rows <= STREAMED_ROWS and scheme == "weight_only":
+        order.insert(0, "stream")
     return next((name for name in order if name in table.names()), "reference")
 
 
@@ -260,11 +275,10 @@ class Fp8Blocks:
     def linear(self, x: Tensor, parts: Parts) -> Tensor:
         return fp8_linear(x, parts["weight"], parts["weight_scale_inv"], self.activation_scheme, self.backend)
 
-    def groups_experts(self, x: Tensor) -> bool:
-        """Whether all experts go through one launch (`ops.triton.fp8.fp8_experts`) for these activations."""
-        if self.backend == "auto":
-            return x.is_cuda and x.dtype != torch.float32 and triton_missing() is None
-        return self.backend == "triton"
+    def weight(self, parts: Parts) -> Weight | None:
+        if self.backend not in ("auto", "triton"):
+            return None
+        return Weight(FP8, parts["weight"], parts["weight_scale_inv"], self.activation_scheme == "dynamic")
 
     def describe(self, plain: Sequence[str]) -> dict[str, Any]:
         more: Mapping[str, Any] = {} if self.scale_fmt is None else {"scale_fmt": self.scale_fmt}

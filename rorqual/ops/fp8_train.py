@@ -12,15 +12,16 @@ choices are `Recipe`; which layers take part is `model.precision`.
 
 On a CPU the codes and scales are the very bits the hardware would have; the products are fp32 sums of 128 promoted
 block by block (`reference`), or of everything at once (`expanded`, one matrix product). Quantising and multiplying are two
-tables of backends, `fp8_quantisers` and `fp8_products`: what a GPU does registers there under one name, and `Recipe.backend`
-names it. A gradient is always in the dtype of what it belongs to.
+tables of backends, `fp8_quantisers` and `fp8_products`; `Recipe.backend` names one of the latter. On a GPU both are Triton
+kernels (`ops.triton.fp8_train`, `ops.triton.fp8_products`), or PyTorch's block-wise `scaled_mm` multiplies, and the experts
+go through grouped products (`ops.fp8_experts`). A gradient is always in the dtype of what it belongs to.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -33,19 +34,39 @@ from rorqual.ops.fp8 import (
     dequantize_tiles,
     quantize_blocks,
     quantize_tiles,
+    scaled_mm_missing,
 )
+from rorqual.ops.triton.available import triton_missing
 from rorqual.registry import Backends
 
 Quantised = tuple[Tensor, Tensor]
 """E4M3 codes and fp32 scales: of tiles (scales [M, ceil(K/128)]) or of blocks (scales [ceil(N/128), ceil(K/128)])."""
-Product = Callable[[Quantised, Quantised, bool], Tensor]
-"""(a [M, K] in tiles along K, b, whether b is blocks) -> fp32 [M, N] = a b^T; b [N, K] in blocks, or in tiles along K."""
+Product = Callable[[Quantised, Quantised, bool, torch.dtype], Tensor]
+"""(a [M, K] in tiles along K, b, whether b is blocks, dtype) -> [M, N] = a b^T; b [N, K] in blocks, or in tiles along K."""
 fp8_products: Backends[Product] = Backends("fp8 product")
-Layout = Literal["tiles", "tokens", "blocks"]
-"""tiles: 1 x 128 along K. tokens: the transpose, 1 x 128 along M. blocks: 128 x 128."""
-Quantise = Callable[[Tensor, Layout, str | None], Quantised]
-fp8_quantisers: Backends[Quantise] = Backends("fp8 quantiser")
-"""[M, K] of any float dtype -> codes and scales, equal to the reference's to the bit."""
+
+
+class Quantiser(Protocol):
+    """[M, K] of any float dtype -> codes and scales, equal to the reference's to the bit. fmt as in `Recipe`."""
+
+    @staticmethod
+    def tiles(x_MK: Tensor, fmt: str | None) -> Quantised:
+        """1 x 128 along K."""
+
+    @staticmethod
+    def tokens(x_MK: Tensor | Quantised, fmt: str | None) -> Quantised:
+        """The transpose [K, M], 1 x 128 along M; of numbers, or of what was in tiles along K."""
+
+    @staticmethod
+    def both(x_MK: Tensor, fmt: str | None) -> tuple[Quantised, Quantised]:
+        """tiles and tokens."""
+
+    @staticmethod
+    def weight(weight_NK: Tensor) -> tuple[Quantised, Quantised]:
+        """In blocks of 128 x 128, and the transpose in the same codes."""
+
+
+fp8_quantisers: Backends[type[Quantiser]] = Backends("fp8 quantiser")
 
 BOUND = 1e-5
 """Largest relative error (Frobenius norms) of a backend's product against the reference, on the same codes. The FP8 units
@@ -67,7 +88,7 @@ class Recipe:
 
 
 @fp8_products.register("reference")
-def product_reference(a: Quantised, b: Quantised, blocks: bool) -> Tensor:
+def product_reference(a: Quantised, b: Quantised, blocks: bool, dtype: torch.dtype = torch.float32) -> Tensor:
     """Codes are multiplied 128 at a time, and each part is scaled and added in fp32."""
     (a_codes, a_scale), (b_codes, b_scale) = a, b
     if blocks:
@@ -76,29 +97,116 @@ def product_reference(a: Quantised, b: Quantised, blocks: bool) -> Tensor:
     for i in range(a_scale.shape[1]):
         part = slice(i * BLOCK, (i + 1) * BLOCK)
         out += (a_codes[:, part].float() @ b_codes[:, part].float().T) * (a_scale[:, i, None] * b_scale[:, i])
-    return out
+    return out.to(dtype)
 
 
 @fp8_products.register("expanded")
-def product_expanded(a: Quantised, b: Quantised, blocks: bool) -> Tensor:
+def product_expanded(a: Quantised, b: Quantised, blocks: bool, dtype: torch.dtype = torch.float32) -> Tensor:
     """Both sides expanded to fp32 and multiplied at once."""
-    return dequantize_tiles(*a) @ (dequantize_blocks(*b) if blocks else dequantize_tiles(*b)).T
+    return (dequantize_tiles(*a) @ (dequantize_blocks(*b) if blocks else dequantize_tiles(*b)).T).to(dtype)
+
+
+@fp8_products.register("triton", triton_missing)
+def product_triton(a: Quantised, b: Quantised, blocks: bool, dtype: torch.dtype = torch.float32) -> Tensor:
+    """On FP8 units, each 128 products promoted to fp32."""
+    from rorqual.ops.triton.fp8_products import product
+
+    return product((a[0], _rows_together(a[1])), b if blocks else (b[0], _rows_together(b[1])), blocks, dtype)
+
+
+def _rows_together(scale: Tensor) -> Tensor:
+    """[M, G] with the rows of a column side by side."""
+    return scale if scale.stride(0) == 1 else scale.T.contiguous().T
+
+
+@fp8_products.register("scaled_mm", scaled_mm_missing)
+def product_scaled_mm(a: Quantised, b: Quantised, blocks: bool, dtype: torch.dtype = torch.float32) -> Tensor:
+    """PyTorch's block-wise product (cuBLAS). What it does not take goes to `triton`: sums that are no whole tiles, rows that
+    are no multiple of 16, and blocks whose count along the sum is no multiple of four, which it would read wrongly
+    (pytorch #166752)."""
+    from torch.nn.functional import ScalingType, scaled_mm
+
+    (M, K), N = a[0].shape, len(b[0])
+    if K % (4 * BLOCK if blocks else BLOCK) or M % 16 or N % (BLOCK if blocks else 16):
+        return product_triton(a, b, blocks, dtype)
+    kind, scale = ScalingType.BlockWise1x128, _rows_together(b[1])
+    if blocks:
+        kind, scale = ScalingType.BlockWise128x128, b[1].contiguous().t()
+    return scaled_mm(a[0], b[0].t(), _rows_together(a[1]), ScalingType.BlockWise1x128, scale, kind, output_dtype=dtype)
 
 
 @fp8_quantisers.register("reference")
-def quantise_reference(x_MK: Tensor, layout: Layout, fmt: str | None) -> Quantised:
-    """`ops.fp8`, after a transposition where tokens are to lie together: codes [K, M], scales [K, ceil(M/128)]."""
-    if layout == "blocks":
-        return quantize_blocks(x_MK, fmt)
-    return quantize_tiles(x_MK.T.contiguous() if layout == "tokens" else x_MK, fmt)
+class ReferenceQuantiser:
+    """`ops.fp8`, after a transposition where tokens are to lie together."""
+
+    @staticmethod
+    def tiles(x_MK: Tensor, fmt: str | None) -> Quantised:
+        return quantize_tiles(x_MK, fmt)
+
+    @staticmethod
+    def tokens(x_MK: Tensor | Quantised, fmt: str | None) -> Quantised:
+        x_MK = x_MK if isinstance(x_MK, Tensor) else dequantize_tiles(*x_MK)
+        return quantize_tiles(x_MK.T.contiguous(), fmt)
+
+    @staticmethod
+    def both(x_MK: Tensor, fmt: str | None) -> tuple[Quantised, Quantised]:
+        return ReferenceQuantiser.tiles(x_MK, fmt), ReferenceQuantiser.tokens(x_MK, fmt)
+
+    @staticmethod
+    def weight(weight_NK: Tensor) -> tuple[Quantised, Quantised]:
+        codes, scale = quantize_blocks(weight_NK.detach())
+        turned = codes.view(torch.uint8).T.contiguous().view(codes.dtype)
+        return (codes, scale), (turned, scale.T)
 
 
-def _product(recipe: Recipe) -> Product:
-    return fp8_products.get("expanded" if recipe.backend == "auto" else recipe.backend)
+@fp8_quantisers.register("triton", triton_missing)
+class TritonQuantiser:
+    """`ops.triton.fp8_train`: one pass each."""
+
+    @staticmethod
+    def tiles(x_MK: Tensor, fmt: str | None) -> Quantised:
+        from rorqual.ops.triton.fp8_train import tiles
+
+        along, _ = tiles(_lying(x_MK), True, False, fmt is not None)
+        assert along is not None
+        return along
+
+    @staticmethod
+    def tokens(x_MK: Tensor | Quantised, fmt: str | None) -> Quantised:
+        from rorqual.ops.triton.fp8_train import tiles
+
+        _, across = tiles(_lying(x_MK) if isinstance(x_MK, Tensor) else x_MK, False, True, fmt is not None)
+        assert across is not None
+        return across
+
+    @staticmethod
+    def both(x_MK: Tensor, fmt: str | None) -> tuple[Quantised, Quantised]:
+        from rorqual.ops.triton.fp8_train import tiles
+
+        along, across = tiles(_lying(x_MK), True, True, fmt is not None)
+        assert along is not None and across is not None
+        return along, across
+
+    @staticmethod
+    def weight(weight_NK: Tensor) -> tuple[Quantised, Quantised]:
+        from rorqual.ops.triton.fp8_train import blocks
+
+        return blocks(weight_NK)
 
 
-def _quantise(recipe: Recipe) -> Quantise:
-    return fp8_quantisers.get(recipe.backend if recipe.backend in fp8_quantisers.table else "reference")
+def _lying(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _product(recipe: Recipe, x: Tensor) -> Product:
+    fast = "scaled_mm" if x.is_cuda and scaled_mm_missing() is None else "expanded"
+    return fp8_products.get(fast if recipe.backend == "auto" else recipe.backend)
+
+
+def _quantiser(recipe: Recipe, x: Tensor) -> type[Quantiser]:
+    """The kernels wherever they run, but beside products that are there to be understood."""
+    plain = recipe.backend in ("reference", "expanded") or not x.is_cuda
+    return fp8_quantisers.get("reference" if plain or triton_missing() else "triton")
 
 
 # ---- what waits for the backward -------------------------------------------------------------------------------------
@@ -119,11 +227,17 @@ def round_e5m6(x: Tensor) -> Tensor:
 
 
 def _keep(x_MK: Tensor, quantised: Quantised, recipe: Recipe) -> tuple[Tensor, ...]:
-    return (round_e5m6(x_MK),) if recipe.keep == "e5m6" else quantised
+    if recipe.keep == "e4m3":
+        return quantised
+    if _quantiser(recipe, x_MK) is TritonQuantiser:
+        from rorqual.ops.triton.fp8_train import round_e5m6 as fast
+
+        return (fast(_lying(x_MK)),)
+    return (round_e5m6(x_MK),)
 
 
-def _kept(saved: tuple[Tensor, ...]) -> Tensor:
-    return saved[0].float() if len(saved) == 1 else dequantize_tiles(*saved)
+def _kept(saved: tuple[Tensor, ...]) -> Tensor | Quantised:
+    return saved[0] if len(saved) == 1 else (saved[0], saved[1])
 
 
 # ---- a linear layer --------------------------------------------------------------------------------------------------
@@ -132,31 +246,33 @@ def _kept(saved: tuple[Tensor, ...]) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_MK: Tensor, weight_NK: Tensor, recipe: Recipe) -> Tensor:
-        quantise = _quantise(recipe)
-        x, weight = quantise(x_MK, "tiles", recipe.input_fmt), quantise(weight_NK.detach(), "blocks", None)
+        quantiser = _quantiser(recipe, x_MK)
+        x, (weight, turned) = quantiser.tiles(x_MK, recipe.input_fmt), quantiser.weight(weight_NK)
         ctx.recipe, ctx.dtypes = recipe, (x_MK.dtype, weight_NK.dtype)
-        ctx.save_for_backward(*weight, *_keep(x_MK, x, recipe))
-        return _product(recipe)(x, weight, True).to(x_MK.dtype)
+        ctx.save_for_backward(*turned, *_keep(x_MK, x, recipe))
+        return _product(recipe, x_MK)(x, weight, True, x_MK.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         codes, scale, *kept = ctx.saved_tensors
-        dx, dw = _gradients(grads[0], (codes, scale), _kept(tuple(kept)), ctx.recipe, ctx.needs_input_grad)
-        x_dtype, w_dtype = ctx.dtypes
-        return None if dx is None else dx.to(x_dtype), None if dw is None else dw.to(w_dtype), None
+        dx, dw = _gradients(grads[0], (codes, scale), _kept(tuple(kept)), ctx.recipe, ctx.needs_input_grad, ctx.dtypes)
+        return dx, dw, None
 
 
 def _gradients(
-    dy_MN: Tensor, weight: Quantised, x_MK: Tensor, recipe: Recipe, needed: tuple[bool, ...]
-) -> tuple[Tensor | None, Tensor | None]:
-    """dx [M, K] and dW [N, K] in fp32, each only if it is needed."""
-    product, quantise, dx, dw = _product(recipe), _quantise(recipe), None, None
-    if needed[0]:
-        codes, scale = weight
-        transposed = codes.view(torch.uint8).T.contiguous().view(codes.dtype), scale.T.contiguous()
-        dx = product(quantise(dy_MN, "tiles", recipe.grad_fmt), transposed, True)
-    if needed[1]:
-        dw = product(quantise(dy_MN, "tokens", recipe.grad_fmt), quantise(x_MK, "tokens", None), False)
+    dy_MN: Tensor, turned: Quantised, x_MK: Tensor | Quantised, recipe: Recipe, needed: tuple[bool, ...],
+    dtypes: tuple[torch.dtype, torch.dtype],
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """dx [M, K] and dW [N, K] in their dtypes, each only if it is needed. turned: the weight's transpose in blocks."""
+    product, quantiser = _product(recipe, dy_MN), _quantiser(recipe, dy_MN)
+    if needed[0] and needed[1]:
+        along, across = quantiser.both(dy_MN, recipe.grad_fmt)
+    elif needed[0]:
+        along = quantiser.tiles(dy_MN, recipe.grad_fmt)
+    else:
+        across = quantiser.tokens(dy_MN, recipe.grad_fmt)
+    dx = product(along, turned, True, dtypes[0]) if needed[0] else None
+    dw = product(across, quantiser.tokens(x_MK, None), False, dtypes[1]) if needed[1] else None
     return dx, dw
 
 
@@ -172,27 +288,51 @@ def fp8_train_linear(x: Tensor, weight_NK: Tensor, recipe: Recipe) -> Tensor:
 class _SwigluDown(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_MF: Tensor, up_MF: Tensor, weight_DF: Tensor, recipe: Recipe) -> Tensor:
-        quantise = _quantise(recipe)
-        h = quantise(F.silu(gate_MF) * up_MF, "tiles", recipe.input_fmt)
-        weight = quantise(weight_DF.detach(), "blocks", None)
+        quantiser = _quantiser(recipe, gate_MF)
+        h = quantiser.tiles(_swiglu(gate_MF, up_MF), recipe.input_fmt)
+        weight, turned = quantiser.weight(weight_DF)
         ctx.recipe, ctx.dtypes = recipe, (gate_MF.dtype, weight_DF.dtype)
-        ctx.save_for_backward(*weight, *quantise(gate_MF, "tiles", None), *quantise(up_MF, "tiles", None))
-        return _product(recipe)(h, weight, True).to(gate_MF.dtype)
+        ctx.save_for_backward(*turned, *quantiser.tiles(gate_MF, None), *quantiser.tiles(up_MF, None))
+        return _product(recipe, gate_MF)(h, weight, True, gate_MF.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         codes, scale, *kept = ctx.saved_tensors
+        if _quantiser(ctx.recipe, grads[0]) is TritonQuantiser:
+            return _swiglu_down_backward(grads[0], (codes, scale), kept, ctx.recipe, ctx.dtypes)
         gate, up = dequantize_tiles(*kept[:2]), dequantize_tiles(*kept[2:])
         x_dtype, w_dtype = ctx.dtypes
         h = (F.silu(gate) * up).to(x_dtype)
         needed = (ctx.needs_input_grad[0] or ctx.needs_input_grad[1], ctx.needs_input_grad[2])
-        dh, dw = _gradients(grads[0], (codes, scale), h, ctx.recipe, needed)
+        dh, dw = _gradients(grads[0], (codes, scale), h, ctx.recipe, needed, (torch.float32, w_dtype))
         dgate = dup = None
         if dh is not None:
             sigmoid = gate.sigmoid()
             dgate = (dh * up * sigmoid * (1 + gate * (1 - sigmoid))).to(x_dtype)
             dup = (dh * gate * sigmoid).to(x_dtype)
-        return dgate, dup, None if dw is None else dw.to(w_dtype), None
+        return dgate, dup, dw, None
+
+
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    if gate.is_cuda and triton_missing() is None:
+        from rorqual.ops.triton.fused import swiglu
+
+        return swiglu(gate, up)
+    return F.silu(gate) * up
+
+
+def _swiglu_down_backward(
+    dy_MD: Tensor, turned: Quantised, kept: list[Tensor], recipe: Recipe, dtypes: tuple[torch.dtype, torch.dtype]
+) -> tuple[Tensor, Tensor, Tensor, None]:
+    """The same by kernels, the gradient of the product in the middle in the activations' dtype."""
+    from rorqual.ops.triton.fp8_train import swiglu_backward
+
+    product = _product(recipe, dy_MD)
+    along, across = TritonQuantiser.both(dy_MD, recipe.grad_fmt)
+    gate, up = (kept[0], kept[1]), (kept[2], kept[3])
+    h, both = swiglu_backward(gate, up, product(along, turned, True, dtypes[0]))
+    dgate, dup = both.chunk(2, -1)
+    return dgate, dup, product(across, TritonQuantiser.tokens(h, None), False, dtypes[1]), None
 
 
 def swiglu_down(gate: Tensor, up: Tensor, weight_DF: Tensor, recipe: Recipe) -> Tensor:
@@ -210,11 +350,18 @@ def fp8_train_experts(
 ) -> Tensor:
     """`ops.experts` with every product in FP8, expert by expert: the definition of the grouped form. Dispatched activations
     and the gradient that comes back over the network have power-of-two scales (section 3.3.3)."""
+    if x_ND.is_cuda and recipe.backend in ("auto", "triton", "scaled_mm") and triton_missing() is None:
+        from rorqual.ops.fp8_experts import fits, fp8_grouped_experts
+
+        if fits(gate_up_E2FD, down_EDF):
+            return fp8_grouped_experts(x_ND, gate_up_E2FD, down_EDF, gates_NK, chosen_NK)
     dispatched = Recipe(input_fmt="ue8m0", backend=recipe.backend)
     combined = Recipe(grad_fmt="ue8m0", backend=recipe.backend)
 
+    gate_up, down_proj = gate_up_E2FD.unbind(), down_EDF.unbind()
+
     def run(expert: int, rows: Tensor) -> Tensor:
-        gate, up = fp8_train_linear(rows, gate_up_E2FD[expert], dispatched).chunk(2, -1)
-        return swiglu_down(gate, up, down_EDF[expert], combined)
+        gate, up = fp8_train_linear(rows, gate_up[expert], dispatched).chunk(2, -1)
+        return swiglu_down(gate, up, down_proj[expert], combined)
 
     return by_expert(x_ND, gates_NK, chosen_NK, down_EDF.shape[0], run)

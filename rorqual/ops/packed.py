@@ -16,9 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rorqual.ops.formats import Parts, finite
+from rorqual.ops.formats import Parts, Weight, finite
+from rorqual.ops.fused import fuses
 
 GROUP = 32
+TILED_ROWS = 256
+"""Up to so many rows a kernel expands a weight as it reads it; from there on it is expanded once and multiplied plainly."""
 
 
 def quantize_groups(weight: Tensor, bits: int, group: int = GROUP) -> tuple[Tensor, Tensor]:
@@ -74,12 +77,28 @@ class PackedIntegers:
         codes, scale = quantize_groups(weight, self.bits, self.group)
         return {"weight_packed": pack_codes(codes, self.bits), "weight_scale": scale.to(self.scale_dtype)}
 
+    def weight(self, parts: Parts) -> Weight | None:
+        return Weight(self.bits, parts["weight_packed"], parts["weight_scale"]) if self.group == GROUP else None
+
     def dense(self, parts: Parts, dtype: torch.dtype) -> Tensor:
+        weight = self.weight(parts)
+        if weight is not None and fuses(weight.data) and weight.data.is_contiguous() and weight.scale.is_contiguous():
+            from rorqual.ops.triton.fp8 import expand_packed
+
+            return expand_packed(weight, dtype)
         codes, scale = unpack_codes(parts["weight_packed"], self.bits), parts["weight_scale"]
         return (codes.unflatten(-1, (-1, self.group)).float() * scale.float()[..., None]).flatten(-2).to(dtype)
 
     def linear(self, x: Tensor, parts: Parts) -> Tensor:
-        return F.linear(x, self.dense(parts, x.dtype))
+        weight, rows = self.weight(parts), x.numel() // x.shape[-1]
+        if weight is None or not fuses(x) or rows > TILED_ROWS:
+            return F.linear(x, self.dense(parts, x.dtype))
+        from rorqual.ops.triton.fp8 import tile_rows
+        from rorqual.ops.triton.stream import TOKENS, rows_dot
+
+        if rows > TOKENS:
+            return tile_rows(x, weight)
+        return rows_dot(x.reshape(rows, -1), weight)[0].view(*x.shape[:-1], -1)
 
     def describe(self, plain: Sequence[str]) -> dict[str, Any]:
         weights = {

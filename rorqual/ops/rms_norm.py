@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rorqual.ops.fused import fuses
+from rorqual.ops import training
+from rorqual.ops.fused import fuses, trains
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -15,7 +16,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         from rorqual.ops.triton.fused import rms_norm as fused
 
         return fused(x, weight, eps)
-    return reference(x, weight, eps)
+    return training.rms_norm(x, weight, eps) if trains(x) else reference(x, weight, eps)
 
 
 def reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -163,6 +163,11 @@ def convert(
 def expert_shape(source: LlamaConfig, cfg: UpcycleConfig) -> ExpertShape:
     """Raises ConfigError where the experts do not add up to the feed-forward's neurons."""
     neurons = source.intermediate_size - cfg.drop
+    if not 0 < neurons <= source.intermediate_size:
+        raise ConfigError(
+            f"{cfg.drop} of {source.intermediate_size} neurons cannot be dropped",
+            remedy=f"drop at least 0 and fewer than {source.intermediate_size}",
+        )
     width = cfg.width or _usual_width(neurons, 2 * (cfg.routed or 12))
     routed = cfg.routed or max(2, neurons // width // 2)
     shared = cfg.shared or neurons // width - routed

@@ -32,8 +32,8 @@ ANCHOR_ENERGIES = (0.01, 1.0, 3.0, 9.0, 27.0)
 moves the rms by a few per cent; where inputs have no common part, no function of them is constant, and less is better."""
 
 RIDGE = 1e-2
-"""Against the mean square of an input, what a square of the anchor's weights costs. Without it the anchor lives on inputs that
-hardly vary, with weights hundreds of times those of its neighbours, and rounding them to four bits leaves nothing of it."""
+"""Against the mean square of an input, what a square of the anchor's weights costs. Without it the anchor lives on inputs
+that hardly vary, with weights hundreds of times those of its neighbours, and four bits leave nothing of it."""
 
 
 @dataclass(frozen=True)

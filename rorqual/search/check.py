@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
 
 from rorqual.search.api import Checked, Citation, Source, Text
+from rorqual.search.citations import CitationParser, markers
 from rorqual.search.words import CJK, STOP, words
 
 OVERLAP = 0.5
@@ -30,9 +32,64 @@ _ENDING = re.compile(r"(?:[.!?]+[\"'”’)\]]*(?=\s|$)|[。！？]+[”’」�
 _ABBREVIATED = re.compile(r"\b(?:[A-Z]|e\.g|i\.e|vs|cf|Dr|Mr|Mrs|Ms|Prof|St|No|Fig|approx|etc)\.$")
 
 
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """On a cited sentence of a whole answer: where it stands, markers included (characters), what it cites, and whether
+    its words are in what it cites, all sources together."""
+
+    start: int
+    end: int
+    citations: tuple[int, ...]
+    found: bool
+    missing: tuple[str, ...]
+    reason: str
+
+
+def check_text(answer: str, sources: Sequence[Source]) -> list[Verdict]:
+    """Every cited sentence of an answer that still has its `[citation:n]` in it."""
+    parser = CitationParser(len(sources))
+    events = [*parser.feed(answer), *parser.finish()]
+    places = _places(answer)
+    verdicts = []
+    for (a, b), numbers in _cited(events):
+        text = "".join(event.text for event in events if isinstance(event, Text))[a:b]
+        cited = [source for source in sources if source.number in numbers]
+        whole = Source(0, "\n".join(s.title for s in cited), "", tuple(p for s in cited for p in s.passages))
+        told = check(_plain(text), whole)
+        lead = len(text) - len(text.lstrip())
+        start, end = places[a + lead], places[a + len(text.rstrip()) - 1] + 1
+        verdicts.append(Verdict(start, end, numbers, told.found, told.missing, _reason(told)))
+    return verdicts
+
+
+def _places(answer: str) -> list[int]:
+    """For each character outside of markers, where it stands in the answer."""
+    places: list[int] = []
+    at = 0
+    for start, end in markers(answer):
+        places += range(at, start)
+        at = end
+    return [*places, *range(at, len(answer))]
+
+
+def _reason(told: Checked) -> str:
+    if told.found:
+        return "its names and numbers and most of its words are in the source"
+    if told.missing:
+        return f"not in the source: {', '.join(told.missing[:5])}"
+    return f"{told.overlap:.0%} of its words are in the source"
+
+
 def statements(events: Iterable[Text | Citation]) -> list[tuple[str, tuple[int, ...]]]:
     """The cited sentences of an answer, each with its known citations. A marker after the full stop belongs to the
     sentence before it, as one before the full stop does."""
+    events = list(events)
+    text = "".join(event.text for event in events if isinstance(event, Text))
+    return [(_plain(text[a:b]), numbers) for (a, b), numbers in _cited(events)]
+
+
+def _cited(events: Iterable[Text | Citation]) -> list[tuple[tuple[int, int], tuple[int, ...]]]:
+    """Spans of the cited sentences in the text without markers, and what they cite."""
     text, marks = "", []
     for event in events:
         if isinstance(event, Text):
@@ -45,7 +102,7 @@ def statements(events: Iterable[Text | Citation]) -> list[tuple[str, tuple[int, 
         span = next(((a, b) for a, b in spans if a <= at < b), None)
         if span and number not in cited.setdefault(span, []):
             cited[span].append(number)
-    return [(_plain(text[a:b]), tuple(numbers)) for (a, b), numbers in sorted(cited.items())]
+    return [(span, tuple(numbers)) for span, numbers in sorted(cited.items())]
 
 
 def check(sentence: str, source: Source) -> Checked:

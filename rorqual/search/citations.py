@@ -49,6 +49,16 @@ class CitationParser:
         return events
 
 
+def markers(text: str) -> list[tuple[int, int]]:
+    """Where the markers of a whole text stand."""
+    return [marker.span() for marker in _MARKER.finditer(text)]
+
+
+def without_markers(text: str) -> str:
+    """An answer as a later turn should see it: its numbers mean nothing there."""
+    return _MARKER.sub("", text)
+
+
 def _possible_marker(text: str) -> int:
     """Where a marker begins that later characters may finish; the length of the text if there is none."""
     at = text.rfind("[")

@@ -80,18 +80,13 @@ async def search_turn(
     """The events of one turn in order: Queries, Problems, Sources, then Text and Citation, then Checked for every cited
     sentence. The last message must be the user's; raises RequestError if it is not, and whatever `ask` raises."""
     settings = settings or SearchSettings()
-    if not messages or messages[-1].get("role") != "user" or not messages[-1].get("content", "").strip():
-        raise RequestError("a search turn answers the user's last message", param="messages")
-    question = messages[-1]["content"]
-    queries = await _queries(messages, question, ask, settings)
-    yield Queries(queries)
-    results, problems = await _search(queries, provider, settings)
-    pages, unread = await _read(results, fetcher, settings)
-    for problem in (*problems, *unread):
-        yield problem
-    sources = choose(pages, " ".join((question, *queries)), settings)
-    yield Sources(sources)
+    sources: tuple[Source, ...] = ()
+    async for found in research(messages, ask, provider, fetcher, settings=settings):
+        if isinstance(found, Sources):
+            sources = found.sources
+        yield found
     if sources:
+        question = messages[-1]["content"]
         messages = [*messages[:-1], {"role": "user", "content": search_prompt(question, sources, today)}]
     parser = CitationParser(len(sources))
     said: list[Text | Citation] = []
@@ -104,6 +99,29 @@ async def search_turn(
         yield event
     for verdict in check_all(said, sources):
         yield verdict
+
+
+async def research(
+    messages: Sequence[Message],
+    ask: Ask,
+    provider: Provider,
+    fetcher: SafeFetcher,
+    *,
+    settings: SearchSettings | None = None,
+) -> AsyncIterator[Queries | Problem | Sources]:
+    """The first half of a turn: Queries, then Problems, then Sources. For whoever asks the model for the answer itself.
+    Raises as `search_turn` does."""
+    settings = settings or SearchSettings()
+    if not messages or messages[-1].get("role") != "user" or not messages[-1].get("content", "").strip():
+        raise RequestError("a search turn answers the user's last message", param="messages")
+    question = messages[-1]["content"]
+    queries = await _queries(messages, question, ask, settings)
+    yield Queries(queries)
+    results, problems = await _search(queries, provider, settings)
+    pages, unread = await _read(results, fetcher, settings)
+    for problem in (*problems, *unread):
+        yield problem
+    yield Sources(choose(pages, " ".join((question, *queries)), settings))
 
 
 async def _queries(messages: Sequence[Message], question: str, ask: Ask, settings: SearchSettings) -> tuple[str, ...]:

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
 from dataclasses import replace
+from typing import Any, TypeVar
 
 from starlette.exceptions import HTTPException
 
@@ -28,6 +29,55 @@ from rorqual.serve.served import ServedModel
 from rorqual.serve.settings import Settings
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Patience:
+    """A limit on each of many waits in a row, by one timer: `asyncio.timeout` around each output would cost more than all
+    that is done with it. The timer is set where there is none, looks when it fires whether the present wait is over its
+    limit, and else is set anew. over: whether a wait was ended by it."""
+
+    def __init__(self) -> None:
+        self.over = False
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._waiting: asyncio.Task[Any] | None = None
+        self._until = 0.0
+
+    async def wait(self, coming: Awaitable[T], limit_s: float) -> T:
+        """Raises TimeoutError at the limit, and cancels what it waited for."""
+        self._waiting = task = asyncio.current_task()
+        assert task is not None
+        cancelled = task.cancelling()
+        self._until = self._loop.time() + limit_s
+        if self._timer is None or self._timer.when() > self._until:
+            self._set()
+        try:
+            return await coming
+        except asyncio.CancelledError:
+            if self.over and task.uncancel() <= cancelled:  # else somebody else wants the task to end, too
+                raise TimeoutError from None
+            raise
+        finally:
+            self._waiting = None
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _set(self) -> None:
+        self.close()
+        self._timer = self._loop.call_at(self._until, self._fire)
+
+    def _fire(self) -> None:
+        self._timer = None
+        if self._waiting is None:
+            return  # the next wait sets it again
+        if self._loop.time() < self._until:
+            self._set()
+        else:
+            self.over = True
+            self._waiting.cancel()
 
 
 class AdmittedEngine:
@@ -74,9 +124,10 @@ class AdmittedEngine:
         reason: FinishReason | None = None
         said: list[int] = []
         begun = False
+        patience = Patience()
         try:
             async with aclosing(outputs):
-                while (output := await self._next(outputs, begun)) is not None:
+                while (output := await self._next(outputs, begun, patience)) is not None:
                     journey.read(output)
                     if visit is not None:
                         _charge(visit, output, 0 if begun else len(request.prompt))
@@ -91,6 +142,7 @@ class AdmittedEngine:
             reason = FinishReason.ABORT
             raise
         finally:
+            patience.close()
             reason = reason or FinishReason.ERROR
             journey.end(reason)
             if visit is not None:
@@ -98,14 +150,13 @@ class AdmittedEngine:
             if self._settings.log_prompts:
                 self._log_texts(request, said, visit)
 
-    async def _next(self, outputs: AsyncGenerator[Output, None], begun: bool) -> Output | None:
+    async def _next(self, outputs: AsyncGenerator[Output, None], begun: bool, patience: Patience) -> Output | None:
         """None at the end. The deadline cancels what the engine is doing for this request."""
         limit_s = self._settings.idle_timeout_s if begun else self._settings.queue_timeout_s
         try:
-            async with asyncio.timeout(limit_s) as deadline:
-                return await anext(outputs, None)
+            return await patience.wait(anext(outputs, None), limit_s)
         except TimeoutError:
-            if not deadline.expired():
+            if not patience.over:
                 raise
         if begun:
             raise HTTPException(504, f"The engine sent nothing for {limit_s:g} seconds.", {"x-should-retry": "false"})

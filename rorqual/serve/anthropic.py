@@ -1,4 +1,4 @@
-"""POST /messages and /messages/count_tokens: Anthropic's dialect, errors included.
+"""POST /messages and /messages/count_tokens: Anthropic's dialect. Its errors: `errors.ApiError.body_for`.
 
 Thoughts are `thinking` blocks with an empty signature: nothing here needs to be proven when they come back, and a tool loop
 is served with the thought whether it does or not (`serve.replay`). `input_tokens` counts what was not cached, as Anthropic
@@ -9,96 +9,48 @@ quiet stream has comments, which every parser of server-sent events skips.
 from __future__ import annotations
 
 import json
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from rorqual.serve.answers import Answer, collect
 from rorqual.serve.anthropic_schemas import CountRequest, MessagesRequest
 from rorqual.serve.chat import sse
-from rorqual.serve.errors import ApiError, to_api_error
+from rorqual.serve.errors import ApiError
 from rorqual.serve.events import Event, Finish, ReasoningDelta, TextDelta, ToolCallDelta, Usage
-from rorqual.serve.prepare import IGNORED, Call, Platform, prepare_chat, render
+from rorqual.serve.prepare import IGNORED, Call, Platform, named, prepare_chat, render
 from rorqual.serve.stream import EventStream
 
 Block = Literal["thinking", "text", "tool_use"]
-Read = TypeVar("Read", bound=CountRequest)
-ERRORS = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-    504: "timeout_error",
-}
 
 
-async def messages(http: HttpRequest, platform: Platform) -> Response:
-    try:
-        body = await _read(http, MessagesRequest)
-        call = await prepare_chat(body.chat(), platform, "msg_")
-        headers = {IGNORED: ", ".join(body.ignored())} if body.ignored() else {}
-        events = call.events(platform.replay)
-        if body.stream:
-            return EventStream(events, MessageEvents(call), platform.settings, headers, error_response)
-        (answer,), usage = await collect(events, 1, http.receive, platform.settings)
-    except Exception as error:
-        return _answer_error(error)
+async def messages(body: MessagesRequest, http: HttpRequest, platform: Platform) -> Response:
+    call = await prepare_chat(named(body.chat), platform, "msg_")
+    headers = {IGNORED: ", ".join(body.ignored())} if body.ignored() else {}
+    events = call.events(platform.replay)
+    if body.stream:
+        return EventStream(events, MessageEvents(call, told=body.diagnostics is not None), platform.settings, headers)
+    (answer,), usage = await collect(events, 1, http.receive, platform.settings)
     message = _message(call, usage)
     message |= {"content": _content(answer), **_stop(answer.finish)}
+    if body.diagnostics is not None:
+        message |= _diagnostics(call, usage)
     return JSONResponse(message, headers=headers)
 
 
-async def count_tokens(http: HttpRequest, platform: Platform) -> Response:
-    try:
-        body = await _read(http, CountRequest)
-        if "max_tokens" in (body.model_extra or {}):  # a whole request may be counted too
-            body = MessagesRequest.model_validate(body.model_dump(exclude_unset=True))
-        rendered = await render(body.chat(), platform)
-    except Exception as error:
-        return _answer_error(error)
+async def count_tokens(body: CountRequest, platform: Platform) -> Response:
+    rendered = await render(named(body.chat), platform)
     return JSONResponse({"input_tokens": len(rendered.prompt)})
 
 
-def error_response(error: ApiError) -> Response:
-    return JSONResponse(_error(error), error.status, dict(error.headers))
-
-
-def _answer_error(error: Exception) -> Response:
-    """Raises what is the server's own fault: the border logs it, and answers."""
-    if isinstance(error, ValidationError):
-        error = _named(error)
-    api_error = to_api_error(error)
-    if api_error.status == 500:
-        raise error
-    return error_response(api_error)
-
-
-async def _read(http: HttpRequest, kind: type[Read]) -> Read:
-    """Not FastAPI's reading, whose errors would be OpenAI's."""
-    content_type = http.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type != "application/json":
-        raise RequestValidationError([{"type": "model_attributes_type", "loc": ("body",), "msg": ""}])
-    return kind.model_validate_json(await http.body())
-
-
-def _named(error: ValidationError) -> RequestValidationError:
-    found = error.errors(include_url=False)
-    if found[0]["type"] == "json_invalid":
-        return RequestValidationError([{"type": "model_attributes_type", "loc": ("body",), "msg": ""}])
-    return RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in found])
-
-
 class MessageEvents:
-    """The streaming dialect: one block after the other, each opened, filled and closed."""
+    """The streaming dialect: one block after the other, each opened, filled and closed. told: whether the end tells why
+    the cache was missed."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Call, *, told: bool = False) -> None:
         self._call = call
+        self._told = told
         self._index = -1
         self._open: tuple[Block, int] | None = None  # and which call, for several in a row
         self._started = False
@@ -124,12 +76,13 @@ class MessageEvents:
                 self._finish = event
                 news = self._close()
             case Usage():
-                news = self._event("message_delta", delta=_stop(self._finish), usage=_usage(event))
+                told = _diagnostics(self._call, event) if self._told else {}
+                news = self._event("message_delta", delta=_stop(self._finish), usage=_usage(event), **told)
                 news += self._event("message_stop")
         return start + news
 
     def encode_error(self, error: ApiError) -> bytes:
-        return sse(_error(error), "error")
+        return sse(error.anthropic_body(), "error")
 
     def _delta(self, block: tuple[Block, int], delta: dict[str, Any], text: str) -> bytes:
         if not text:
@@ -202,6 +155,11 @@ def _stop(finish: Finish) -> dict[str, Any]:
     return {"stop_reason": reason, "stop_sequence": finish.stop}
 
 
+def _diagnostics(call: Call, usage: Usage) -> dict[str, Any]:
+    reason = call.comparison.anthropic(usage) if call.comparison else None
+    return {"diagnostics": {"cache_miss_reason": reason} if reason else None}
+
+
 def _usage(usage: Usage) -> dict[str, Any]:
     return {
         "input_tokens": usage.prompt_tokens - usage.cached_tokens,
@@ -209,8 +167,3 @@ def _usage(usage: Usage) -> dict[str, Any]:
         "cache_creation_input_tokens": 0,
         "output_tokens": usage.completion_tokens,
     }
-
-
-def _error(error: ApiError) -> dict[str, Any]:
-    kind = ERRORS.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
-    return {"type": "error", "error": {"type": kind, "message": error.body()["error"]["message"]}}

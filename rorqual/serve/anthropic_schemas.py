@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
 
 from rorqual.errors import RequestError
-from rorqual.serve.schemas import NO_NAN, Body, ChatRequest
+from rorqual.serve.schemas import NO_NAN, Body, ChatRequest, Listed, Stops
 
 ACCEPTED = frozenset(
     [
@@ -22,7 +23,6 @@ ACCEPTED = frozenset(
         "cache_control",
         "container",
         "context_management",
-        "diagnostics",
         "inference_geo",
         "mcp_servers",
         "service_tier",
@@ -32,7 +32,11 @@ ACCEPTED = frozenset(
     ]
 )
 USER_ID = re.compile(r"[a-zA-Z0-9_-]{1,512}")
-Block = dict[str, Any]
+BLOCKS = ("text", "thinking", "redacted_thinking", "tool_use", "tool_result")
+Block = Annotated[
+    dict[str, Any],
+    WithJsonSchema({"type": "object", "properties": {"type": {"enum": list(BLOCKS)}}, "required": ["type"]}),
+]
 
 
 class AnthropicMessage(Body):
@@ -58,6 +62,12 @@ class AnthropicThinking(Body):
     type: Literal["enabled", "disabled", "adaptive"]
 
 
+class Diagnostics(Body):
+    """Asked for: why the cache was missed, in comparison with an earlier answer."""
+
+    previous_message_id: str | None = None
+
+
 class Metadata(Body):
     user_id: str | None = None
 
@@ -67,7 +77,12 @@ class OutputConfig(Body):
     format: dict[str, Any] | None = None
 
 
-class CountRequest(Body):
+class CountRequest(Listed):
+    """What a prompt is made of; a whole request may be counted too."""
+
+    accepted: ClassVar[frozenset[str]] = ACCEPTED
+    refused: ClassVar[Mapping[str, tuple[object, ...]]] = {}
+
     model: str
     messages: Annotated[list[AnthropicMessage], Field(min_length=1)]
     system: str | list[Block] | None = None
@@ -75,15 +90,18 @@ class CountRequest(Body):
     tool_choice: ToolChoice | None = None
     thinking: AnthropicThinking | None = None
     output_config: OutputConfig | None = None
-
-    def ignored(self) -> list[str]:
-        return sorted(ACCEPTED & (self.model_extra or {}).keys())
+    max_tokens: Annotated[int | None, Field(ge=1)] = None
+    temperature: Annotated[float | None, Field(ge=0, le=2), NO_NAN] = None
+    top_p: Annotated[float | None, Field(ge=0, le=1), NO_NAN] = None
+    top_k: Annotated[int | None, Field(ge=-1)] = None
+    stop_sequences: Stops | None = None
+    stream: bool | None = None
+    metadata: Metadata | None = None
+    diagnostics: Diagnostics | None = None
 
     def chat(self) -> ChatRequest:
         """Raises RequestError for what has no place in a chat request."""
-        for name in self.model_extra or {}:
-            if name not in ACCEPTED:
-                raise RequestError(f"Unknown parameter: '{name}'", remedy="leave it out", param=name)
+        self.refuse_unsupported()
         return ChatRequest.model_validate(self._fields())
 
     def _fields(self) -> dict[str, Any]:
@@ -106,6 +124,16 @@ class CountRequest(Body):
             if wanted.get("type") != "json_schema" or not isinstance(wanted.get("schema"), dict):
                 raise RequestError("only json_schema is supported", param="output_config.format")
             fields["response_format"] = {"type": "json_schema", "json_schema": {"schema": wanted["schema"]}}
+        for name in ("max_tokens", "temperature", "top_p", "top_k", "stream"):
+            fields[name] = getattr(self, name)
+        fields["stop"] = self.stop_sequences
+        if self.diagnostics is not None:
+            fields["prompt_cache_options"] = {"comparison_response_id": self.diagnostics.previous_message_id}
+        user = self.metadata.user_id if self.metadata else None
+        if user:  # any text is one here; what goes on is as short as DeepSeek's
+            fields["user_id"] = (
+                user if USER_ID.fullmatch(user) else hashlib.sha256(user.encode("utf-8", "replace")).hexdigest()
+            )
         return fields
 
     @staticmethod
@@ -120,22 +148,6 @@ class CountRequest(Body):
 
 class MessagesRequest(CountRequest):
     max_tokens: Annotated[int, Field(ge=1)]
-    temperature: Annotated[float | None, Field(ge=0, le=2), NO_NAN] = None
-    top_p: Annotated[float | None, Field(ge=0, le=1), NO_NAN] = None
-    top_k: Annotated[int | None, Field(ge=-1)] = None
-    stop_sequences: Annotated[list[Annotated[str, Field(min_length=1)]] | None, Field(max_length=16)] = None
-    stream: bool | None = None
-    metadata: Metadata | None = None
-
-    def _fields(self) -> dict[str, Any]:
-        fields = super()._fields()
-        for name in ("max_tokens", "temperature", "top_p", "top_k", "stream"):
-            fields[name] = getattr(self, name)
-        fields["stop"] = self.stop_sequences
-        user = self.metadata.user_id if self.metadata else None
-        if user:  # any text is one here; what goes on is as short as DeepSeek's
-            fields["user_id"] = user if USER_ID.fullmatch(user) else hashlib.sha256(user.encode("utf-8")).hexdigest()
-        return fields
 
 
 def _tool(tool: AnthropicTool, i: int) -> dict[str, Any]:

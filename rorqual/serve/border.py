@@ -1,11 +1,11 @@
 """The outermost layer: what holds for every request whatever its route.
 
 Every response carries `x-request-id` (the client's own where it is clean), `openai-processing-ms` and what is
-left of the key's limits, and one log line tells of it. A key is asked for before anything of the body is read,
-on every path that was not declared public: a route that someone adds later is closed until it is opened on
-purpose. POST is what costs: its requests are counted against the key's limits, refused beyond what the server
-can hold, and refused while it drains. Bodies over the limit are refused. Exceptions that nobody expected end
-here, with a traceback in the log and without one in the answer.
+left of the key's limits, and one log line tells of it. A key is asked for before anything of the body is
+read, on every path that was not declared public: a route that someone adds later is closed until it is opened
+on purpose. POST is what costs, but where it was declared free: its requests are counted against the key's
+limits, refused beyond what the server can hold, and refused while it drains. Bodies over the limit are
+refused. Exceptions that nobody expected end here, with a traceback in the log and without one in the answer.
 
 It is plain ASGI because Starlette's BaseHTTPMiddleware puts a queue between the route and the connection, and
 then a client's departure is noticed late. Left out: CORS, on purpose; pages of other origins have no business
@@ -24,12 +24,12 @@ from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rorqual.serve.callers import VISIT, Callers, Visit
-from rorqual.serve.errors import RETRY_LATER, ApiError, to_api_error
+from rorqual.serve.errors import RETRY_LATER, ApiError, log_fault, to_api_error
 from rorqual.serve.keys import Keyring
 from rorqual.serve.metrics import Metrics
 from rorqual.serve.settings import Settings
@@ -39,16 +39,16 @@ log = logging.getLogger(__name__)
 CLEAN_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 
 
-def error_response(error: ApiError) -> Response:
-    return JSONResponse(error.body(), error.status, dict(error.headers))
+def error_response(error: ApiError, scope: Scope) -> Response:
+    return JSONResponse(error.body_for(scope["path"]), error.status, dict(error.headers))
 
 
 async def answer_error(request: Request, error: Exception) -> Response:
     """The exception handler of the routes. Server faults are logged with the id that the client got."""
     api_error = to_api_error(error)
     if api_error.status >= 500:
-        log.error("%s failed", request.scope.get("request_id", "a request"), exc_info=error)
-    return error_response(api_error)
+        log_fault(log, request.scope.get("request_id", "a request"), error)
+    return error_response(api_error, request.scope)
 
 
 async def answer_nobody(request: Request, error: Exception) -> Response:
@@ -65,7 +65,8 @@ class Traffic:
 
 
 class Border:
-    """ASGI middleware. `is_public(method, path)` names what needs no key."""
+    """ASGI middleware. `is_public(method, path)` names what needs no key, `is_free(path)` the POSTs that cost nothing,
+    `is_upload(path)` those whose bodies may be larger."""
 
     def __init__(
         self,
@@ -75,6 +76,8 @@ class Border:
         traffic: Traffic,
         metrics: Metrics,
         is_public: Callable[[str, str], bool],
+        is_free: Callable[[str], bool] = lambda path: False,
+        is_upload: Callable[[str], bool] = lambda path: False,
     ) -> None:
         self._app = app
         self._settings = settings
@@ -82,26 +85,32 @@ class Border:
         self._traffic = traffic
         self._metrics = metrics
         self._is_public = is_public
+        self._is_free = is_free
+        self._is_upload = is_upload
         self._callers = Callers(time.monotonic)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        crossing = _Crossing(scope, receive, send, self._settings.max_body_bytes, self._metrics)
+        uploads = self._is_upload(scope["path"])
+        limit = self._settings.max_upload_bytes if uploads else self._settings.max_body_bytes
+        crossing = _Crossing(scope, receive, send, limit, self._metrics)
         try:
             refusal = await self._identify(crossing, scope) or self._enter(crossing, scope)
             if refusal is None:
                 await self._app(scope, crossing.receive, crossing.send)
             else:
-                await error_response(refusal)(scope, receive, crossing.send)
+                await error_response(refusal, scope)(scope, receive, crossing.send)
         except Exception as error:
+            if crossing.gone:
+                return
             log.exception("%s failed", crossing.id)
             if not crossing.status:
-                await error_response(to_api_error(error))(scope, receive, crossing.send)
+                await error_response(to_api_error(error), scope)(scope, receive, crossing.send)
         except asyncio.CancelledError:
             if not crossing.status:
-                await error_response(SHUTTING_DOWN)(scope, receive, crossing.send)
+                await error_response(SHUTTING_DOWN, scope)(scope, receive, crossing.send)
             raise
         finally:
             self._leave(crossing)
@@ -125,9 +134,9 @@ class Border:
 
     def _enter(self, crossing: _Crossing, scope: Scope) -> ApiError | None:
         length = Headers(scope=scope).get("content-length", "")
-        if length.isdigit() and int(length) > self._settings.max_body_bytes:
-            return to_api_error(_too_large(self._settings.max_body_bytes))
-        if scope["method"] != "POST" or crossing.visit is None:
+        if length.isdigit() and int(length) > crossing.max_body_bytes:
+            return to_api_error(_too_large(crossing.max_body_bytes))
+        if scope["method"] != "POST" or crossing.visit is None or self._is_free(scope["path"]):
             return None
         if self._traffic.draining:
             # The connection is about to end, and a retry should find another server.
@@ -158,17 +167,18 @@ class _Crossing:
         self.status = 0
         self.visit: Visit | None = None  # until it is known whose it is
         self.counted = False
+        self.gone = False  # the client, or all sense from its connection
         self._receive = receive
         self._send = send
-        self._max_body_bytes = max_body_bytes
+        self.max_body_bytes = max_body_bytes
         self._body_bytes = 0
         self._metrics = metrics
 
     async def receive(self) -> Message:
         message = await self._receive()
         self._body_bytes += len(message.get("body", b""))
-        if self._body_bytes > self._max_body_bytes:  # a chunked body announces no length
-            raise _too_large(self._max_body_bytes)
+        if self._body_bytes > self.max_body_bytes:  # a chunked body announces no length
+            raise _too_large(self.max_body_bytes)
         return message
 
     async def send(self, message: Message) -> None:
@@ -179,7 +189,11 @@ class _Crossing:
             ours |= self.visit.caller.headers() if self.visit else {}
             raw = [(name.encode(), value.encode()) for name, value in ours.items()]
             message = {**message, "headers": [*message.get("headers", []), *raw]}
-        await self._send(message)
+        try:
+            await self._send(message)
+        except Exception as error:  # the transport's: behind this request came something that is no HTTP, or an end
+            self.gone = True
+            raise ClientDisconnect from error
 
     def tell(self, scope: Scope) -> None:
         """One log line, and the counts."""

@@ -12,6 +12,7 @@ request's salt, pays into its account and shows in its log line. Outside of requ
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -43,10 +44,12 @@ class Bucket:
 
 
 class Caller:
-    """id: of the key, "" where the server asks for none. `clock` gives seconds."""
+    """id: of the key, "" where the server asks for none; owner: whose conversations are the caller's. `clock` gives
+    seconds."""
 
     def __init__(self, key: Key | None, clock: Callable[[], float]) -> None:
         self.id = key.id if key else ""
+        self.owner = _owner(key) if key else "local"
         self._tenant = key.tenant if key else ""
         self.limits = key.limits if key else Limits()
         self.in_flight = 0
@@ -98,6 +101,12 @@ class Caller:
             headers[f"x-ratelimit-remaining-{name}"] = str(max(0, math.floor(bucket.level(now))))
             headers[f"x-ratelimit-reset-{name}"] = spell_duration(bucket.seconds_until(bucket.limit, now))
         return headers
+
+
+def _owner(key: Key) -> str:
+    """A stored key's id. One of the command line is numbered by its place there, which may change: it goes by its secret,
+    hashed once more than its tenant is."""
+    return key.id if key.tenant == key.id else hashlib.sha256(f"chats of {key.tenant}".encode()).hexdigest()[:40]
 
 
 class Callers:

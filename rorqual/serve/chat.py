@@ -23,6 +23,7 @@ from rorqual.serve.schemas import ChatRequest
 from rorqual.serve.stream import EventStream
 
 DONE = b"data: [DONE]\n\n"
+compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # json.dumps makes an encoder at each call
 
 
 async def chat_completions(body: ChatRequest, http: HttpRequest, platform: Platform) -> Response:
@@ -33,7 +34,8 @@ async def chat_completions(body: ChatRequest, http: HttpRequest, platform: Platf
     answers, usage = await collect(events, len(call.job.requests), http.receive, platform.settings)
     choices = [_choice(call, i, answer) for i, answer in enumerate(answers)]
     return JSONResponse(
-        {**call.envelope("chat.completion"), "choices": choices, "usage": usage.openai()}, headers=call.headers
+        {**call.envelope("chat.completion"), "choices": choices, "usage": usage.openai(), **call.diagnosed(usage)},
+        headers=call.headers,
     )
 
 
@@ -45,11 +47,13 @@ class ChatChunks:
         self._envelope = call.envelope("chat.completion.chunk")
         if call.body.include_usage:
             self._envelope["usage"] = None
+        # Most of a chunk is the same in all of them; spelling it each time would be half of a token's cost here.
+        self._before = f'data: {compact(self._envelope)[:-1]},"choices":['
         self._opened: set[int] = set()
 
     def encode(self, event: Event) -> bytes:
         if isinstance(event, Usage):
-            usage = sse({**self._envelope, "choices": [], "usage": event.openai()})
+            usage = sse({**self._envelope, "choices": [], "usage": event.openai(), **self._call.diagnosed(event)})
             return (usage if self._call.body.include_usage else b"") + DONE
         opening = b""
         if event.choice not in self._opened:
@@ -96,7 +100,7 @@ class ChatChunks:
         finish_reason: str | None = None,
     ) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-        return sse({**self._envelope, "choices": [choice]})
+        return f"{self._before}{compact(choice)}]}}\n\n".encode()
 
 
 def _choice(call: Call, index: int, answer: Answer) -> dict[str, Any]:
@@ -122,5 +126,5 @@ def _choice(call: Call, index: int, answer: Answer) -> dict[str, Any]:
 
 def sse(payload: dict[str, Any], event: str | None = None) -> bytes:
     """One server-sent event."""
-    name = b"" if event is None else f"event: {event}\n".encode()
-    return name + b"data: " + json.dumps(payload, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    name = "" if event is None else f"event: {event}\n"
+    return f"{name}data: {compact(payload)}\n\n".encode()

@@ -22,12 +22,12 @@ from rorqual.engine.api import Request
 from rorqual.errors import RequestError
 from rorqual.serve.answers import Answer, collect
 from rorqual.serve.chat import DONE, sse
+from rorqual.serve.completion_schemas import CompletionRequest
 from rorqual.serve.errors import ApiError
 from rorqual.serve.events import Event, Finish, Logprobs, TextDelta, Usage
 from rorqual.serve.generation import Job
 from rorqual.serve.logprobs import completion_logprobs
 from rorqual.serve.prepare import Call, Platform, engine_requests, sampling
-from rorqual.serve.schemas import CompletionRequest
 from rorqual.serve.stream import EventStream
 
 

@@ -1,7 +1,8 @@
 """From any exception to the one error object that clients understand.
 
 Every error that leaves here, as a response or in the middle of a stream, is made by `to_api_error`:
-`{"error": {"message", "type", "param", "code"}}`, all four keys present, `param` and `code` strings or null.
+`{"error": {"message", "type", "param", "code"}}`, all four keys present, `param` and `code` strings or null; Anthropic's
+clients get theirs (`ApiError.body_for`).
 
 Choices. Invalid values are 400, as OpenAI has it, and not DeepSeek's 422: openai-python has a class for each,
 but 400 is what programs written for OpenAI catch, and DeepSeek's clients treat both alike. Messages of our
@@ -11,21 +12,35 @@ goes to the log under the request's id. Left out: a code for each of OpenAI's hu
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
+from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 
-from rorqual.errors import CapacityError, NotFound, PromptTooLong, RequestError, RorqualError, UpstreamError
+from rorqual.errors import (
+    CapacityError,
+    Conflict,
+    EngineDied,
+    NotFound,
+    PromptTooLong,
+    RequestError,
+    RorqualError,
+    UpstreamError,
+)
 
 # What each status says when nothing more particular is known: (type, code).
 KINDS: Mapping[int, tuple[str, str | None]] = {
     400: ("invalid_request_error", None),
     401: ("invalid_request_error", "invalid_api_key"),
+    403: ("invalid_request_error", "forbidden"),
     404: ("invalid_request_error", "unknown_url"),
     405: ("invalid_request_error", "method_not_allowed"),
+    409: ("invalid_request_error", "conflict"),
     413: ("invalid_request_error", "request_too_large"),
     429: ("rate_limit_error", "engine_overloaded"),
     500: ("server_error", "internal_error"),
@@ -33,6 +48,18 @@ KINDS: Mapping[int, tuple[str, str | None]] = {
     503: ("server_error", "engine_unavailable"),
     504: ("server_error", "timeout"),
 }
+ANTHROPIC_KINDS: Mapping[int, str] = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+# A conversation of the chat page has messages too, which are none of Anthropic's.
+ANTHROPIC_PATH = re.compile(r"/anthropic/|(/beta)?(/v1)?/messages(/count_tokens)?$")
 RETRY_LATER = {"retry-after": "1"}  # openai-python obeys it; without, it would begin at half a second
 
 
@@ -51,6 +78,22 @@ class ApiError:
         error = {"message": message, "type": kind, "param": self.param, "code": self.code or code}
         return {"error": error}
 
+    def anthropic_body(self) -> dict[str, Any]:
+        kind = ANTHROPIC_KINDS.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
+        return {"type": "error", "error": {"type": kind, "message": self.body()["error"]["message"]}}
+
+    def body_for(self, path: str) -> dict[str, Any]:
+        """As the clients of this path read errors: Anthropic's for its messages, wherever they are mounted, and for all
+        that is under its prefix."""
+        return self.anthropic_body() if ANTHROPIC_PATH.match(path) else self.body()
+
+
+def log_fault(log: logging.Logger, request: str, error: BaseException) -> None:
+    """A server's fault, under the id that the client got. What is ours says why in its message; a traceback would tell no
+    more, and a dead engine would write one for each request that it had."""
+    known = isinstance(error, RorqualError | HTTPException)
+    log.error("%s failed: %s", request, error, exc_info=None if known else error)
+
 
 class Refused(Exception):
     """An answer that was decided elsewhere: an upstream's own error, passed on as it came."""
@@ -67,6 +110,8 @@ def to_api_error(error: BaseException) -> ApiError:
             return ApiError(400, str(error), error.param, "context_length_exceeded")
         case NotFound():
             return ApiError(404, str(error), error.param, "model_not_found" if error.param == "model" else "not_found")
+        case Conflict():
+            return ApiError(409, str(error), error.param)
         case CapacityError():
             return ApiError(429, str(error), error.param, headers=RETRY_LATER)
         case RequestError():
@@ -75,10 +120,14 @@ def to_api_error(error: BaseException) -> ApiError:
             return _validation_error(error.errors())
         case HTTPException():
             return ApiError(error.status_code, str(error.detail), headers=error.headers or {})
+        case EngineDied():
+            return ApiError(503, str(error), headers=RETRY_LATER)
         case UpstreamError():
             return ApiError(502, str(error), headers=RETRY_LATER)
         case Refused():
             return error.error
+        case OperationalError():
+            return ApiError(503, "The database is busy or away; try again.", None, "database_unavailable", RETRY_LATER)
         case RorqualError():
             return ApiError(500, str(error))
         case _:
@@ -95,6 +144,8 @@ def _validation_error(errors: Sequence[Any]) -> ApiError:
     kind, where = str(first["type"]), list(first["loc"])[1:]  # loc begins with "body"
     if kind == "json_invalid":
         return ApiError(400, f"The request body is not valid JSON: {first['ctx']['error']} at character {where[0]}.")
+    if not where and not kind.endswith("_type"):
+        return ApiError(400, f"{first['msg']}.", None, "invalid_value")
     if not where:
         return ApiError(400, "The request body must be a JSON object, sent with content-type: application/json.")
     param = _spell(where)

@@ -28,7 +28,7 @@ from sqlalchemy import Column, DateTime, Engine, Integer, LargeBinary, Row, Stri
 from sqlalchemy.exc import SQLAlchemyError
 
 from rorqual.errors import ConfigError, NotFound
-from rorqual.serve.database import METADATA, connect, sqlite_file
+from rorqual.serve.database import METADATA, connect, sqlite_file, writing
 
 log = logging.getLogger(__name__)
 PREFIX = "sk-rq-"  # clients and secret scanners know keys by `sk-`
@@ -102,7 +102,7 @@ class KeyStore:
             "concurrency": limits.concurrency, "requests_per_minute": limits.requests_per_minute,
             "tokens_per_minute": limits.tokens_per_minute,
         }  # fmt: skip
-        with self._engine.begin() as connection:
+        with writing(self._engine) as connection:
             connection.execute(insert(TABLE).values(row))
         return key, secret
 
@@ -113,7 +113,7 @@ class KeyStore:
     def revoke(self, key_id: str) -> Key:
         """Safe to call twice. Raises NotFound for an id that is not there."""
         change = update(TABLE).where(TABLE.c.id == key_id, TABLE.c.revoked.is_(None)).values(revoked=datetime.now(UTC))
-        with self._engine.begin() as connection:
+        with writing(self._engine) as connection:
             connection.execute(change)
             row = connection.execute(select(TABLE).where(TABLE.c.id == key_id)).one_or_none()
         if row is None:

@@ -10,17 +10,21 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
+
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 
 from rorqual.data.special import END_THINK, TOOL_CALLS_BEGIN
 from rorqual.data.tools import call_grammar, shape
 from rorqual.engine.api import Grammar, Request, SamplingParams, check_request
 from rorqual.errors import DataError, NotFound, RequestError
 from rorqual.serve.callers import VISIT
+from rorqual.serve.diagnosis import Comparison, PromptRecord, asked
 from rorqual.serve.errors import engine_gone
-from rorqual.serve.events import Event
+from rorqual.serve.events import Event, Usage
 from rorqual.serve.generation import Job, produce
 from rorqual.serve.replay import ReplayRecord
 from rorqual.serve.schemas import ChatRequest, Function, NamedTool, Sampled
@@ -29,6 +33,7 @@ from rorqual.serve.settings import Settings
 
 SMALLEST_TOP_P = 1e-9  # a top_p of 0 means the likeliest token alone
 IGNORED = "x-rorqual-ignored"
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +43,7 @@ class Platform:
     models: Mapping[str, ServedModel]
     settings: Settings
     replay: ReplayRecord = field(default_factory=ReplayRecord)
+    prompts: PromptRecord = field(default_factory=PromptRecord)
 
     def find(self, name: str) -> ServedModel:
         """Raises NotFound. A variant in brackets behind a name, as some clients write it, is the client's own matter."""
@@ -56,12 +62,14 @@ def owner(user_id: str | None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One request of a client on its way. thinks: whether a thought is to be expected at the start."""
+    """One request of a client on its way. thinks: whether a thought is to be expected at the start;
+    comparison: the prompt beside an earlier one."""
 
     id: str
     body: Sampled
     job: Job
     thinks: bool = False
+    comparison: Comparison | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -72,6 +80,10 @@ class Call:
     def headers(self) -> dict[str, str]:
         ignored = self.body.ignored()
         return {IGNORED: ", ".join(ignored)} if ignored else {}
+
+    def diagnosed(self, usage: Usage) -> dict[str, Any]:
+        """The field that tells why the cache was missed, where there is something to compare with."""
+        return {"prompt_cache_diagnostics": self.comparison.diagnose(usage)} if self.comparison else {}
 
     def events(self, replay: ReplayRecord) -> AsyncGenerator[Event, None]:
         events = produce(self.job)
@@ -95,8 +107,19 @@ class Rendered:
 
     served: ServedModel
     prompt: list[int]
+    thinking: bool
     in_thinking: bool
-    calls: bool
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]]
+
+
+def named(read: Callable[[], Read]) -> Read:
+    """What `read` makes of a body of another dialect. Raises pydantic's complaints as those of the request they are."""
+    try:
+        return read()
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+        raise RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in found]) from error
 
 
 async def render(body: ChatRequest, platform: Platform) -> Rendered:
@@ -114,7 +137,8 @@ async def render(body: ChatRequest, platform: Platform) -> Rendered:
         prompt = await asyncio.to_thread(served.template.encode, served.tokenizer, messages, thinking, tools=tools)
     except DataError as error:
         raise RequestError(str(error), param="messages") from error
-    return Rendered(served, prompt, served.template.starts_in_thinking(thinking, messages), bool(tools))
+    in_thinking = served.template.starts_in_thinking(thinking, messages)
+    return Rendered(served, prompt, thinking, in_thinking, messages, tools)
 
 
 async def prepare_chat(body: ChatRequest, platform: Platform, prefix: str = "chatcmpl-") -> Call:
@@ -123,13 +147,21 @@ async def prepare_chat(body: ChatRequest, platform: Platform, prefix: str = "cha
     served = rendered.served
     params = sampling(body, served, len(rendered.prompt), platform.settings)
     params = replace(params, grammar=_grammar(body, served, rendered.in_thinking))
-    if body.tools and not rendered.calls:  # it may have seen calls before; now it is to make none
+    if body.tools and not rendered.tools:  # it may have seen calls before; now it is to make none
         forbidden = (served.tokenizer.special(TOOL_CALLS_BEGIN),)
         params = replace(params, bad_token_ids=(*params.bad_token_ids, forbidden))
     call_id = prefix + uuid.uuid4().hex
     requests = engine_requests(call_id, rendered.prompt, params, body, served)
-    job = Job(served, requests, rendered.in_thinking, reads_calls=rendered.calls, n=body.n or 1)
-    return Call(call_id, body, job, rendered.in_thinking)
+    job = Job(served, requests, rendered.in_thinking, reads_calls=bool(rendered.tools), n=body.n or 1)
+    return Call(call_id, body, job, rendered.in_thinking, _compare(call_id, body, rendered, platform))
+
+
+def _compare(call_id: str, body: ChatRequest, rendered: Rendered, platform: Platform) -> Comparison | None:
+    shape = {"model": rendered.served.name, "thinking": rendered.thinking}
+    now = asked(call_id, rendered.prompt, rendered.messages, rendered.tools, **shape)
+    named_id = body.prompt_cache_options.comparison_response_id if body.prompt_cache_options else None
+    visit = VISIT.get()
+    return platform.prompts.compare(visit.caller.id if visit else "", body.cache_scope, now, named_id)
 
 
 def engine_requests(
@@ -198,7 +230,9 @@ def _grammar(body: ChatRequest, served: ServedModel, in_thinking: bool) -> Gramm
     if not tools:
         return None if answer is None else Grammar("json_schema", json.dumps(answer, ensure_ascii=False), after)
     choice = body.tool_choice
+    parallel = body.parallel_tool_calls is not False
     if isinstance(choice, NamedTool):
+        parallel = bool(body.parallel_tool_calls)  # who names one function wants one call
         tools = [tool for tool in tools if tool.name == choice.function.name]
     schemas = {tool.name: _arguments(tool) for tool in tools}
     required = choice == "required" or isinstance(choice, NamedTool)
@@ -207,7 +241,7 @@ def _grammar(body: ChatRequest, served: ServedModel, in_thinking: bool) -> Gramm
         served.tokenizer,
         served.template.tool_form,
         schemas,
-        parallel=body.parallel_tool_calls is not False,
+        parallel=parallel,
         opened=free,
         answer=None if required else answer,
     )

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
@@ -18,7 +16,7 @@ from rorqual.serve.chat import sse
 from rorqual.serve.errors import ApiError
 from rorqual.serve.events import Event, Finish, ReasoningDelta, TextDelta, ToolCallDelta, Usage
 from rorqual.serve.logprobs import chat_logprobs
-from rorqual.serve.prepare import IGNORED, Call, Platform, prepare_chat
+from rorqual.serve.prepare import IGNORED, Call, Platform, named, prepare_chat
 from rorqual.serve.responses_schemas import ResponsesRequest
 from rorqual.serve.stream import Attended, EventStream
 
@@ -26,12 +24,7 @@ Item = dict[str, Any]
 
 
 async def responses(body: ResponsesRequest, http: HttpRequest, platform: Platform) -> Response:
-    try:
-        chat = body.chat()
-    except ValidationError as error:
-        found = error.errors(include_url=False)
-        raise RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in found]) from error
-    call = await prepare_chat(chat, platform, "resp_")
+    call = await prepare_chat(named(body.chat), platform, "resp_")
     headers = {IGNORED: ", ".join(body.ignored())} if body.ignored() else {}
     events, dialect = call.events(platform.replay), ResponseEvents(call, body)
     if body.stream:
@@ -91,6 +84,7 @@ class ResponseEvents:
             "status": status,
             "incomplete_details": {"reason": "max_output_tokens"} if incomplete else None,
             "usage": _usage(usage),
+            **self._call.diagnosed(usage),
         }
         return {"type": f"response.{status}", "response": self.response}
 

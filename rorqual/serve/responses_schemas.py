@@ -7,13 +7,13 @@ accepted without effect. Tools are functions; OpenAI's own (web search, code int
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, field_validator
+from pydantic import Field, WithJsonSchema, field_validator
 from pydantic_core import PydanticCustomError
 
 from rorqual.errors import RequestError
-from rorqual.serve.schemas import ACCEPTED, NO_NAN, Body, ChatRequest
+from rorqual.serve.schemas import ACCEPTED, NO_NAN, Body, CacheOptions, ChatRequest, Listed
 
 RESPONSES_ACCEPTED = (ACCEPTED - {"metadata"}) | {"access_programs", "client_metadata", "context_management"}
 RESPONSES_REFUSED: Mapping[str, tuple[object, ...]] = {
@@ -27,6 +27,28 @@ RESPONSES_REFUSED: Mapping[str, tuple[object, ...]] = {
 }
 LOGPROBS = "message.output_text.logprobs"
 Item = dict[str, Any]
+# What is read by hand below, for the published schema.
+CONTENT = {"anyOf": [{"type": "string"}, {"type": "null"}, {"type": "array", "items": {"type": "object"}}]}
+ITEM = {
+    "type": "object",
+    "properties": {
+        "type": {"enum": ["message", "reasoning", "function_call", "function_call_output"], "default": "message"},
+        "role": {"enum": ["system", "developer", "user", "assistant"]},
+        "content": CONTENT,
+        "call_id": {"type": "string"},
+        "name": {"type": "string"},
+        "arguments": {"type": "string"},
+        "output": CONTENT,
+    },
+}
+FUNCTION: dict[str, Any] = {"type": {"const": "function"}, "name": {"type": "string"}}
+NAMED = {"type": "object", "properties": FUNCTION, "required": ["type", "name"]}
+TOOL = {
+    "type": "object",
+    "properties": FUNCTION
+    | {"description": {"type": "string"}, "parameters": {"type": "object"}, "strict": {"type": "boolean"}},
+    "required": ["type", "name"],
+}
 
 
 class Reasoning(Body):
@@ -38,16 +60,21 @@ class TextConfig(Body):
     verbosity: str | None = None
 
 
-class ResponsesRequest(Body):
+class ResponsesRequest(Listed):
+    accepted: ClassVar[frozenset[str]] = RESPONSES_ACCEPTED
+    refused: ClassVar[Mapping[str, tuple[object, ...]]] = RESPONSES_REFUSED
+
     model: str
-    input: Any
+    input: Annotated[
+        Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": ITEM, "minItems": 1}]})
+    ]
     instructions: str | None = None
     max_output_tokens: Annotated[int | None, Field(ge=1)] = None
     temperature: Annotated[float | None, Field(ge=0, le=2), NO_NAN] = None
     top_p: Annotated[float | None, Field(ge=0, le=1), NO_NAN] = None
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
-    tools: Annotated[list[Item] | None, Field(max_length=128)] = None
-    tool_choice: Any = None
+    tools: Annotated[list[Annotated[Item, WithJsonSchema(TOOL)]] | None, Field(max_length=128)] = None
+    tool_choice: Annotated[Any, WithJsonSchema({"anyOf": [{"enum": ["none", "auto", "required", None]}, NAMED]})] = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     reasoning: Reasoning | None = None
@@ -55,6 +82,7 @@ class ResponsesRequest(Body):
     include: list[str] | None = None
     stream: bool | None = None
     stream_options: dict[str, Any] | None = None
+    prompt_cache_options: CacheOptions | None = None
     user_id: str | None = None  # DeepSeek's: whose cache
 
     @field_validator("input")
@@ -64,23 +92,17 @@ class ResponsesRequest(Body):
             return value
         raise PydanticCustomError("input", "it is a text or a list of items")
 
-    def ignored(self) -> list[str]:
-        return sorted(RESPONSES_ACCEPTED & (self.model_extra or {}).keys())
-
     def chat(self) -> ChatRequest:
         """Raises RequestError or pydantic's ValidationError for what has no place in a chat request."""
-        for name, value in (self.model_extra or {}).items():
-            if name in RESPONSES_REFUSED:
-                if value not in RESPONSES_REFUSED[name]:
-                    raise RequestError(f"'{name}' is not supported by this server", remedy="leave it out", param=name)
-            elif name not in RESPONSES_ACCEPTED:
-                raise RequestError(f"Unknown parameter: '{name}'", remedy="leave it out", param=name)
+        self.refuse_unsupported()
         first = [] if not self.instructions else [{"role": "system", "content": self.instructions}]
         items = [{"role": "user", "content": self.input}] if isinstance(self.input, str) else self.input
         fields: dict[str, Any] = {"model": self.model, "messages": first + _messages(items)}
         for name in ("temperature", "top_p", "parallel_tool_calls", "stream", "user_id"):
             fields[name] = getattr(self, name)
         fields["max_tokens"] = self.max_output_tokens
+        if self.prompt_cache_options is not None:
+            fields["prompt_cache_options"] = self.prompt_cache_options.model_dump(exclude_unset=True)
         if self.top_logprobs is not None or LOGPROBS in (self.include or ()):
             fields |= {"logprobs": True, "top_logprobs": self.top_logprobs or 0}
         if self.tools:
@@ -111,7 +133,9 @@ def _messages(items: list[Item]) -> list[dict[str, Any]]:
                 message["reasoning_content"], thought = thought, ""
             messages.append(message)
         elif kind == "reasoning":
-            thought += "".join(part.get("text") or "" for part in item.get("content") or ())
+            parts = item.get("content")
+            texts = [part.get("text") for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+            thought += "".join(text for text in texts if isinstance(text, str))
         elif kind == "function_call":
             if not messages or messages[-1]["role"] != "assistant":
                 messages.append({"role": "assistant", "content": ""})

@@ -14,8 +14,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from rorqual.errors import RequestError
 
@@ -26,7 +35,6 @@ ACCEPTED = frozenset(
         "prediction",
         "priority",
         "prompt_cache_key",
-        "prompt_cache_options",
         "prompt_cache_retention",
         "request_id",
         "safety_identifier",
@@ -68,8 +76,38 @@ NO_NAN = Field(allow_inf_nan=False)
 NAME = r"^[a-zA-Z0-9_.:-]{1,128}$"
 
 
+NonEmpty = Annotated[str, Field(min_length=1)]
+Stops = Annotated[list[NonEmpty], Field(max_length=16)]
+
+
 class Body(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, hide_input_in_errors=True, protected_namespaces=())
+
+
+class Listed(Body):
+    """A body whose fields are in the three lists. Its JSON schema shows all of them, and nothing else is allowed."""
+
+    accepted: ClassVar[frozenset[str]] = ACCEPTED
+    refused: ClassVar[Mapping[str, tuple[object, ...]]] = REFUSED
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        schema = handler(core_schema)
+        whole = handler.resolve_ref_schema(schema)
+        for name in sorted(cls.accepted):
+            whole["properties"][name] = {"description": "Accepted without effect."}
+        for name, off in cls.refused.items():
+            whole["properties"][name] = {"description": "Refused unless off.", "enum": list(off)}
+        whole["additionalProperties"] = False
+        return schema
+
+    def ignored(self) -> list[str]:
+        """The fields that were accepted without effect."""
+        return sorted(self.accepted & (self.model_extra or {}).keys())
+
+    def refuse_unsupported(self) -> None:
+        """Raises RequestError for the first field that asks for what this server does not do."""
+        refuse(self, self.refused, "", self.accepted)
 
 
 class Function(Body):
@@ -126,6 +164,11 @@ class ResponseFormat(Body):
         return self
 
 
+class TextPart(Body):
+    type: Literal["text"]
+    text: str
+
+
 class Message(Body):
     """One turn. An assistant's `reasoning_content` (or vLLM's `reasoning`) is accepted wherever it stands, and shown to
     the model where its template has a place for it."""
@@ -137,8 +180,9 @@ class Message(Body):
     reasoning_content: str | None = None
     reasoning: str | None = None
     prefix: bool | None = None
+    thinking_done: bool | None = None  # ours: a prefix whose thought is over, though its text has not begun
 
-    @field_validator("content", mode="before")
+    @field_validator("content", mode="before", json_schema_input_type=str | list[TextPart] | None)
     @classmethod
     def _join_parts(cls, value: object) -> object:
         """Text parts become one text, a line each (as vLLM has it); any other part is refused by its type."""
@@ -170,7 +214,7 @@ class Message(Body):
         if self.tool_calls:
             message["tool_calls"] = [call.model_dump(exclude_unset=True) for call in self.tool_calls]
         if self.prefix:
-            message["prefix"] = True
+            message |= {"prefix": True} | ({"thinking_done": True} if self.thinking_done else {})
         return message
 
 
@@ -178,15 +222,18 @@ class StreamOptions(Body):
     include_usage: bool | None = None
 
 
+class CacheOptions(Body):
+    """Of these, the answer to compare with when the cache is missed; prefixes are cached without being told where."""
+
+    comparison_response_id: str | None = None
+
+
 class Thinking(Body):
     type: Literal["enabled", "disabled", "adaptive"]
 
 
-class Sampled(Body):
+class Sampled(Listed):
     """What chat completions and completions have in common."""
-
-    accepted: ClassVar[frozenset[str]] = ACCEPTED
-    refused: ClassVar[Mapping[str, tuple[object, ...]]] = REFUSED
 
     model: str
     max_tokens: Annotated[int | None, Field(ge=1)] = None
@@ -201,7 +248,7 @@ class Sampled(Body):
     logit_bias: Annotated[dict[str, float] | None, Field(max_length=1024)] = None
     bad_words: Annotated[list[Annotated[str, Field(min_length=1)]] | None, Field(max_length=128)] = None  # vLLM's
     min_tokens: Annotated[int | None, Field(ge=0)] = None  # vLLM's
-    stop: Annotated[list[Annotated[str, Field(min_length=1)]] | None, Field(max_length=16)] = None
+    stop: Stops | None = None
     stop_token_ids: Annotated[list[int] | None, Field(max_length=128)] = None  # vLLM's
     ignore_eos: bool | None = None  # vLLM's, for benchmarks
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
@@ -216,7 +263,7 @@ class Sampled(Body):
         user = self.user_id or ""
         return f"{user}/{self.cache_salt}" if self.cache_salt else user
 
-    @field_validator("stop", mode="before")
+    @field_validator("stop", mode="before", json_schema_input_type=NonEmpty | Stops | None)
     @classmethod
     def _one_stop(cls, value: object) -> object:
         return [value] if isinstance(value, str) else value
@@ -233,13 +280,8 @@ class Sampled(Body):
     def wanted_logprobs(self) -> int | None:
         return None
 
-    def ignored(self) -> list[str]:
-        """The fields that were accepted without effect."""
-        return sorted(self.accepted & (self.model_extra or {}).keys())
-
     def refuse_unsupported(self) -> None:
-        """Raises RequestError for the first field that asks for what this server does not do."""
-        _refuse(self, self.refused, "", self.accepted)
+        super().refuse_unsupported()
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options is allowed only where stream is true", param="stream_options")
 
@@ -256,8 +298,11 @@ class ChatRequest(Sampled):
     thinking: Thinking | None = None  # DeepSeek's
     reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None  # vLLM's
+    prompt_cache_options: CacheOptions | None = None
 
-    @field_validator("tool_choice", mode="wrap")
+    @field_validator(
+        "tool_choice", mode="wrap", json_schema_input_type=Literal["none", "auto", "required"] | NamedTool | None
+    )
     @classmethod
     def _one_choice(cls, value: object, read: Callable[[object], object]) -> object:
         """One error for the field, not one for each of its forms."""
@@ -296,7 +341,7 @@ class ChatRequest(Sampled):
     def refuse_unsupported(self) -> None:
         super().refuse_unsupported()
         for i, message in enumerate(self.messages):
-            _refuse(message, MESSAGE_REFUSED, f"messages[{i}].", None)
+            refuse(message, MESSAGE_REFUSED, f"messages[{i}].", None)
             if message.prefix and (message.role != "assistant" or i != len(self.messages) - 1):
                 raise RequestError(
                     "prefix is for the assistant's message at the end", param=f"messages[{i}].prefix", remedy="move it"
@@ -324,70 +369,7 @@ class ChatRequest(Sampled):
             raise RequestError(f"there is no tool '{choice.function.name}'", param="tool_choice")
 
 
-class CompletionRequest(Sampled):
-    """prompt: one or several, as text or as token ids. suffix: what comes after the hole that is to be filled."""
-
-    accepted: ClassVar[frozenset[str]] = ACCEPTED
-    refused: ClassVar[Mapping[str, tuple[object, ...]]] = {"best_of": (None, 1), "prompt_logprobs": (None,)}
-
-    prompt: Any
-    suffix: str | None = None
-    echo: bool | None = None
-    logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
-
-    @field_validator("prompt")
-    @classmethod
-    def _known_form(cls, value: object) -> object:
-        """Always a list of texts and lists of ids."""
-        many = value if isinstance(value, list) and value and not _is_ids(value) else [value]
-        if len(many) > 128 or not all(isinstance(one, str) or (_is_ids(one) and one) for one in many):
-            raise PydanticCustomError("prompt", "it is a text, token ids, or up to 128 of either")
-        return many
-
-    @property
-    def wanted_logprobs(self) -> int | None:
-        return self.logprobs
-
-    def refuse_unsupported(self) -> None:
-        super().refuse_unsupported()
-        if self.echo and self.logprobs is not None:
-            raise RequestError(
-                "log-probabilities of the prompt are not computed", remedy="leave echo out", param="echo"
-            )
-        if self.suffix is not None and not all(isinstance(one, str) for one in self.prompt):
-            raise RequestError("suffix needs a prompt of text", param="suffix")
-        if len(self.prompt) * (self.n or 1) > 128:
-            raise RequestError("more than 128 completions at once", remedy="send several requests", param="n")
-
-
-def _is_ids(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in value)
-
-
-class TokenizeRequest(Body):
-    """prompt, or messages with what shapes their prompt. model None: the first that is served."""
-
-    model: str | None = None
-    prompt: str | None = None
-    messages: Annotated[list[Message] | None, Field(min_length=1)] = None
-    tools: list[Tool] | None = None
-    thinking: Thinking | None = None
-    add_special_tokens: bool = True
-    return_token_strs: bool = False
-
-    @model_validator(mode="after")
-    def _one_of_both(self) -> TokenizeRequest:
-        if (self.prompt is None) == (self.messages is None):
-            raise PydanticCustomError("tokenize", "give either prompt or messages")
-        return self
-
-
-class DetokenizeRequest(Body):
-    model: str | None = None
-    tokens: list[int]
-
-
-def _refuse(body: Body, refused: Mapping[str, tuple[object, ...]], path: str, accepted: frozenset[str] | None) -> None:
+def refuse(body: Body, refused: Mapping[str, tuple[object, ...]], path: str, accepted: frozenset[str] | None) -> None:
     """accepted None: what nobody knows passes."""
     for name, value in (body.model_extra or {}).items():
         if name in refused:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,9 @@ class ServedModel:
         return self.template.supports_thinking and not self.template.starts_in_thinking(False)
 
     def listing(self, public_name: str) -> dict[str, Any]:
-        """The entry of the models list. `root` and `max_model_len` are vLLM's additions; `thinking` is ours: whether
-        the request's `thinking` can be switched on and off, so that a page knows whether to show the switch."""
+        """The entry of the models list, in OpenAI's words and Anthropic's. `root` and `max_model_len` are vLLM's additions;
+        `thinking` is ours: whether the request's `thinking` can be switched on and off, so that a page knows whether to
+        show the switch."""
         return {
             "id": public_name,
             "object": "model",
@@ -91,4 +93,9 @@ class ServedModel:
             "parent": None,
             "max_model_len": self.engine.info.max_model_len,
             "thinking": self.has_thinking_switch,
+            "type": "model",
+            "display_name": public_name,
+            "created_at": datetime.fromtimestamp(self.created, UTC).isoformat().replace("+00:00", "Z"),
+            "lifecycle": "active",
+            "max_input_tokens": self.engine.info.max_model_len,
         }

@@ -20,6 +20,7 @@ class Settings:
     api_keys: any of them opens every route, beside those of the database;
     database_url: where keys are kept; None: nowhere. Without any key none is asked for (loopback only, see `run.serve`);
     max_body_bytes: larger request bodies are refused unread;
+    max_upload_bytes: ... where a file or a whole conversation is uploaded;
     max_in_flight: requests being answered at once; beyond, 503: each holds a connection and a body;
     heartbeat_s: after so long without news a stream says `: keep-alive`, so that proxies keep it open;
     queue_timeout_s: how long a request waits for its first token, queueing and the reading of the prompt included;
@@ -35,6 +36,7 @@ class Settings:
     api_keys: tuple[str, ...] = ()
     database_url: str | None = None
     max_body_bytes: int = 8 << 20
+    max_upload_bytes: int = 32 << 20
     max_in_flight: int = 2048
     heartbeat_s: float = 10.0
     queue_timeout_s: float = 600.0
@@ -53,7 +55,7 @@ class Settings:
                 "api_keys must be non-empty ASCII strings",
                 remedy="remove the blank key or write a longer one",
             )
-        positive = "max_body_bytes max_in_flight heartbeat_s queue_timeout_s idle_timeout_s request_timeout_s"
-        for name in (*positive.split(), "default_max_tokens"):
+        positive = "max_body_bytes max_upload_bytes max_in_flight heartbeat_s queue_timeout_s idle_timeout_s"
+        for name in (*positive.split(), "request_timeout_s", "default_max_tokens"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive, not {getattr(self, name)!r}")

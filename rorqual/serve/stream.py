@@ -8,14 +8,14 @@ events from it.
 The status line is held back until the first event or the first heartbeat, whichever comes first: what is
 refused at once (prompt too long, queue full) is an HTTP error even for a streaming call, and only later
 trouble is an error event. The events wait in a queue without a limit of its own: a request's own max_tokens
-bounds it.
+bounds it, and the engine never waits for a client that reads slowly. What has queued up goes out in one piece.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from types import TracebackType
 from typing import Protocol
 
@@ -24,7 +24,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from rorqual.serve.errors import ApiError, to_api_error
+from rorqual.serve.errors import ApiError, log_fault, to_api_error
 from rorqual.serve.events import Event
 from rorqual.serve.settings import Settings
 
@@ -52,17 +52,24 @@ class Attended:
         self._events = events
         self._receive = receive
         self._settings = settings
-        self._news: asyncio.Queue[Event | BaseException] = asyncio.Queue()
+        self._news: asyncio.Queue[Event | BaseException | None] = asyncio.Queue()
+        self._end: BaseException | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> Attended:
-        self._deadline = asyncio.get_running_loop().time() + self._settings.request_timeout_s
+        self._loop = asyncio.get_running_loop()
+        self._heard = self._loop.time()
+        self._deadline = self._heard + self._settings.request_timeout_s
         self._reader = asyncio.create_task(self._read())
         self._watcher = asyncio.create_task(self._watch())
+        self._tick()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         self._reader.cancel()
         self._watcher.cancel()
         await asyncio.gather(self._reader, self._watcher, return_exceptions=True)
@@ -70,28 +77,41 @@ class Attended:
 
     async def __aiter__(self) -> AsyncIterator[Event | None]:
         while True:
-            news = await self._next()
+            news = self._end or await self._news.get()
             if isinstance(news, StopAsyncIteration):
                 return
             if isinstance(news, BaseException):
                 raise news
             yield news
 
-    async def _next(self) -> Event | BaseException | None:
-        beat = asyncio.get_running_loop().time() + self._settings.heartbeat_s
-        try:
-            async with asyncio.timeout_at(min(beat, self._deadline)):
-                return await self._news.get()
-        except TimeoutError:
-            if beat < self._deadline:
-                return None
+    def waiting(self) -> Iterator[Event | None]:
+        """What has come in the meantime, for whoever can take several at once."""
+        while self._end is None and not self._news.empty():
+            news = self._news.get_nowait()
+            if isinstance(news, BaseException):
+                self._end = news
+            else:
+                yield news
+
+    def _tick(self) -> None:
+        """Heartbeats and the deadline, by one timer that runs on past the news: setting one for each event would cost more
+        than the event does."""
+        now = self._loop.time()
+        if now >= self._deadline:
             limit = f"The request did not end within {self._settings.request_timeout_s:g} seconds."
             # openai-python's header; without it, it would wait as long again.
-            return HTTPException(504, limit, {"x-should-retry": "false"})
+            self._news.put_nowait(HTTPException(504, limit, {"x-should-retry": "false"}))
+            return
+        if now - self._heard >= self._settings.heartbeat_s:
+            self._heard = now
+            if self._news.empty():
+                self._news.put_nowait(None)
+        self._timer = self._loop.call_at(min(self._heard + self._settings.heartbeat_s, self._deadline), self._tick)
 
     async def _read(self) -> None:
         try:
             async for event in self._events:
+                self._heard = self._loop.time()
                 self._news.put_nowait(event)
         except Exception as error:
             self._news.put_nowait(error)
@@ -106,8 +126,7 @@ class Attended:
 
 
 class EventStream(Response):
-    """Server-sent events as a response. What fails before anything was written is an HTTP error: `refusal` makes the
-    response, or it is raised."""
+    """Server-sent events as a response. What fails before anything was written is raised, and becomes an HTTP error."""
 
     media_type = "text/event-stream"
 
@@ -117,7 +136,6 @@ class EventStream(Response):
         dialect: Dialect,
         settings: Settings,
         headers: Mapping[str, str] | None = None,
-        refusal: Callable[[ApiError], Response] | None = None,
     ) -> None:
         # Not super().__init__: it renders a body and its length, and here there is neither.
         self.status_code = 200
@@ -126,9 +144,18 @@ class EventStream(Response):
         self._events = events
         self._dialect = dialect
         self._settings = settings
-        self._refusal = refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            # Every other deadline waits for the engine; this one is for a client that stays and does not read.
+            async with asyncio.timeout(self._settings.request_timeout_s + self._settings.heartbeat_s) as patience:
+                await self._stream(scope, receive, send, patience)
+        except TimeoutError:
+            if not patience.expired():
+                raise
+            log.warning("%s: the client has stopped reading and is left", scope.get("request_id", "a request"))
+
+    async def _stream(self, scope: Scope, receive: Receive, send: Send, patience: asyncio.Timeout) -> None:
         started = False
         last: BaseException | None = None
         try:
@@ -137,15 +164,12 @@ class EventStream(Response):
                     if not started:
                         started = True
                         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-                    await self._write(send, KEEP_ALIVE if event is None else self._dialect.encode(event))
+                    await self._write(send, b"".join(map(self._spell, (event, *events.waiting()))))
         except ClientDisconnect:
             if not started:
                 raise
         except (Exception, asyncio.CancelledError) as error:
-            if not started and self._refusal is not None and isinstance(error, Exception):
-                await self._refusal(self._explain(error, scope))(scope, receive, send)
-                return
-            if not started:
+            if patience.expired() or not started:
                 raise
             last = error
         if last is not None:
@@ -153,6 +177,9 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         if isinstance(last, asyncio.CancelledError):
             raise last
+
+    def _spell(self, event: Event | None) -> bytes:
+        return KEEP_ALIVE if event is None else self._dialect.encode(event)
 
     @staticmethod
     async def _write(send: Send, body: bytes) -> None:
@@ -164,5 +191,5 @@ class EventStream(Response):
             return SHUTTING_DOWN
         api_error = to_api_error(error)
         if api_error.status >= 500:
-            log.error("%s failed in mid-stream", scope.get("request_id", "a request"), exc_info=error)
+            log_fault(log, scope.get("request_id", "a request"), error)
         return api_error

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from rorqual.serve.completion_schemas import DetokenizeRequest, TokenizeRequest
 from rorqual.serve.prepare import Platform, render
-from rorqual.serve.schemas import ChatRequest, DetokenizeRequest, TokenizeRequest
+from rorqual.serve.schemas import ChatRequest
 from rorqual.serve.served import ServedModel
 
 

@@ -45,6 +45,13 @@ WITH_USAGE_OPTION = ("/chat/completions", "/completions")
 # vLLM and SGLang have these beside /v1 and not below it.
 AT_ROOT = ("/tokenize", "/detokenize")
 ROUTES = (*LAST_WORDS, "/messages/count_tokens", "/embeddings", "/rerank", "/score", *AT_ROOT)
+# For the published document: what the bodies hold is the upstream's matter.
+PASSED_ON: Mapping[str, Any] = {
+    "openapi_extra": {
+        "requestBody": {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}
+    },
+    "responses": {200: {"description": "The upstream's answer", "content": {"text/event-stream": {}}}},
+}
 PASSED_HEADERS = ("content-type", "retry-after", "retry-after-ms")
 SENT_HEADERS = ("content-type", "accept", "anthropic-version", "anthropic-beta")
 
@@ -74,7 +81,8 @@ class Upstream:
         router.add_api_route("/models", listing, methods=["GET"])
         router.add_api_route("/models/{name:path}", listing, methods=["GET"])
         for route in ROUTES:
-            router.add_api_route(route, self._handler(route, settings, metrics), methods=["POST"])
+            declared = {**PASSED_ON, "methods": ["POST"]}
+            router.add_api_route(route, self._handler(route, settings, metrics), **declared)
         return router
 
     def _handler(self, route: str, settings: Settings, metrics: Metrics) -> Any:
@@ -119,8 +127,7 @@ class Relay:
     def encode_error(self, error: ApiError) -> bytes:
         if self._route in WITH_USAGE_OPTION:
             return _data(error.body()) + b"data: [DONE]\n\n"
-        body = error.body()["error"]
-        return b"event: error\n" + _data({"type": "error", "error": {"type": body["type"], "message": body["message"]}})
+        return b"event: error\n" + _data(error.anthropic_body())
 
     async def answer(self, receive: Receive) -> Response:
         """The whole answer at once."""

@@ -161,8 +161,13 @@ class RunConfig:
     (where it grows, at the end), in micro-batches. dtype: of the activations; precision "fp32" and "bf16" say the
     same by another name, "fp8" multiplies all linear layers in FP8 (`ops/fp8_train.py`) between activations in bf16 (or in
     fp32, where dtype says so).
+    compile: the blocks, in place of our own kernels; graph: a GPU runs forward and backward as one captured CUDA graph;
+    recompute: what the backward computes again for less memory: what comes before the attention ("selective"), or whole
+    layers ("block"); the SwiGLU of experts is computed again in any case.
+    checkpoint_every: steps; 0 for an experiment whose curves alone are wanted: no checkpoint and no model is written, also
+    not where it is stopped.
     freeze: patterns of parameters that stay as they are ("layers.*", "embed_tokens.*").
-    report: write report.html when the run ends or stops."""
+    report: write report.html when the run ends or stops; dashboard: also log to trackio's local page."""
 
     out: str
     data: DataConfig
@@ -177,6 +182,8 @@ class RunConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     compile: bool | Literal["auto"] = "auto"
+    graph: bool | Literal["auto"] = "auto"
+    recompute: Literal["none", "selective", "block"] = "none"
     threads: int | Literal["auto"] = "auto"
     eval_every: int = 500
     eval_rows: int = 64
@@ -184,6 +191,7 @@ class RunConfig:
     checkpoint_seconds: float = 600.0
     keep_checkpoints: int = 2
     report: bool = True
+    dashboard: Literal["none", "trackio"] = "none"
     export_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     optim: OptimConfig = field(default_factory=OptimConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
@@ -221,7 +229,10 @@ class RunConfig:
             f"precision = {self.precision} contradicts dtype = {self.dtype}": (self.precision, self.dtype)
             not in (("bf16", "float32"), ("fp32", "bfloat16")),
             "keep_checkpoints must be at least 1": self.keep_checkpoints >= 1,
-            "checkpoint_every must be at least 1": self.checkpoint_every >= 1,
+            "checkpoint_every must not be negative": self.checkpoint_every >= 0,
+            "guard.policy = rewind needs checkpoints: checkpoint_every must be at least 1": self.guard.policy
+            != "rewind"
+            or self.checkpoint_every >= 1,
             "quantise.fraction must lie in [0, 1]": 0 <= self.quantise.fraction <= 1,
             "distill.chunk must be at least 1": self.distill is None or self.distill.chunk >= 1,
             "model or init_from must be given": bool(self.model) or bool(self.init_from),
@@ -282,6 +293,10 @@ def resolve(cfg: RunConfig, *, kind: Kind, cuda: bool, cores: int) -> RunConfig:
         micro_batch=micro,
         dtype=dtype,
         precision=precision,
-        compile=on_gpu if cfg.compile == "auto" else cfg.compile,
+        compile=False if cfg.compile == "auto" else cfg.compile,  # our kernels are as fast, and start at once
+        # What fine-tuning and a teacher compute is not known to be the same kernels at every step.
+        graph=on_gpu and kind == "pretrain" and cfg.compile is not True and cfg.recompute == "none"
+        if cfg.graph == "auto"
+        else cfg.graph,
         threads=cores if cfg.threads == "auto" else cfg.threads,
     )

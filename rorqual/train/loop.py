@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from rorqual.config import to_dict
 from rorqual.data.packing import PackedSamples, PackedStream, Rows
 from rorqual.errors import TrainingError
 from rorqual.plan.count import training_flops_per_token
@@ -23,7 +24,7 @@ from rorqual.train.config import RunConfig
 from rorqual.train.guard import Detours, Guard
 from rorqual.train.hardware import memory_bytes, peak_flops
 from rorqual.train.limits import OutOfMemory, no_room, out_of_memory
-from rorqual.train.record import Events, ExpertLoads, LiveLine, MetricsFile, read_metrics
+from rorqual.train.record import Dashboard, Events, ExpertLoads, LiveLine, MetricsFile, read_metrics
 from rorqual.train.trainer import METRICS, StepResult, Trainer
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class Loop:
         self.metrics = MetricsFile(self.directory / "metrics.jsonl", self.step)
         self.loads = ExpertLoads(self.directory / "expert_load.jsonl", self.step)
         self.events = Events(self.directory, self.step)
+        self.dashboard = Dashboard(self.cfg.dashboard, self.directory, to_dict(self.cfg))
         self.pending: list[tuple[int, StepResult, float]] = []
         self.refused: dict[int, str] = {}
         self.recent: deque[float] = deque(maxlen=50)
@@ -87,8 +89,9 @@ class Loop:
             # Reading a metric waits for the device; on a GPU that is done for ten steps at once.
             if evaluate or not cuda or len(self.pending) == 10 or self._due():
                 self._flush(val if evaluate else None)
-            if self._due() or self.stop:
+            if self._due(stopped=self.stop):
                 self.save()
+        self._flush()
 
     def _train(self, train: Packed) -> StepResult:
         if self.step and self.trainer.shipped.on(self.step) is not self.trainer.shipped.on(self.step - 1):
@@ -130,8 +133,12 @@ class Loop:
         self._open_records()
         self.say(f"back to step {back}, with the rows after step {bad}")
 
-    def _due(self) -> bool:
+    def _due(self, stopped: bool = False) -> bool:
         cfg = self.cfg
+        if not cfg.checkpoint_every:
+            return False
+        if stopped:
+            return True
         at_step = self.step % cfg.checkpoint_every == 0 or self.step == self.steps
         return at_step or time.monotonic() - self.saved_at > cfg.checkpoint_seconds
 
@@ -149,6 +156,7 @@ class Loop:
                 line |= self._validate(val)
             self.metrics.write(line)
             self.events.write(line)
+            self.dashboard.write(line)
             self.loads.write(step, result.loads, self.steps)
             kept = {k: v for k, v in self.last.items() if k in ("val_loss", "val_loss_ema", "mtp_agreement")}
             self.last = {**kept, **line}
@@ -197,7 +205,7 @@ class Loop:
 
     def close(self) -> None:
         """Closes the records. What a full disk refuses here was never promised: resuming writes those lines anew."""
-        for record in (self.metrics, self.loads, self.events):
+        for record in (self.metrics, self.loads, self.events, self.dashboard):
             try:
                 record.close()
             except OSError as error:

@@ -49,7 +49,7 @@ def losses(
     counts: Tensor,
     *,
     mask_documents: bool,
-    balance_share: float,
+    balance_share: float | Tensor,
 ) -> Losses:
     """counts [1 + D]: how many targets of each depth the whole step has, so that micro-batches add up to its mean.
     balance_share: this micro-batch's share of the step's sequences. MTP targets never cross a document; next-token
@@ -70,7 +70,7 @@ def losses(
     return Losses(lm, mtp, balance_guard(model, routings, T, balance_share), routings)
 
 
-def balance_guard(model: Transformer, routings: list[Routing], T: int, share: float) -> Tensor:
+def balance_guard(model: Transformer, routings: list[Routing], T: int, share: float | Tensor) -> Tensor:
     """The sequence-wise balance loss of all routed layers, times this micro-batch's share of the step's sequences."""
     guards = [sequence_balance_loss(r.scores_NE, T, model.cfg.num_experts_per_tok) for r in routings]
     return torch.stack(guards).sum() * share if guards else torch.zeros((), device=model.device)

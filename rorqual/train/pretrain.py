@@ -28,7 +28,6 @@ from rorqual.data.shards import Reader, write_atomic
 from rorqual.errors import ConfigError, DataError, TrainingError
 from rorqual.model.precision import train_in_fp8
 from rorqual.model.transformer import Transformer
-from rorqual.ops.experts import experts_for_training
 from rorqual.plan.count import totals
 from rorqual.train import checkpoints, report
 from rorqual.train.config import Kind, RunConfig, Source, resolve
@@ -89,9 +88,11 @@ def pretrain(
         if cfg.report and loop.step > done and (page := report.write(run)) is not None:
             say(f"curves and expert loads: {page}")
     if loop.step < loop.steps:
-        say(f"stopped after step {loop.step}; the same command goes on from there")
+        again = "the same command goes on from there" if cfg.checkpoint_every else "nothing is saved, as told"
+        say(f"stopped after step {loop.step}; {again}")
         return RunRecord(run, None, loop.step, loop.last)
-    return RunRecord(run, _export(trainer, run, done, loop.step), loop.step, loop.last)
+    model = _export(trainer, run, done, loop.step) if cfg.checkpoint_every else None
+    return RunRecord(run, model, loop.step, loop.last)
 
 
 def _trainer(cfg: RunConfig, model_cfg: ModelConfig, device: torch.device, make_loss: MakeLoss | None) -> Trainer:
@@ -178,18 +179,16 @@ def build_model(cfg: RunConfig, model_cfg: ModelConfig, device: torch.device) ->
 
 def _weights(cfg: RunConfig, model_cfg: ModelConfig, device: torch.device) -> Transformer:
     compute = None if cfg.dtype == "float32" else DTYPES[cfg.dtype]
-    experts = experts_for_training(model_cfg.n_routed_experts, model_cfg.num_experts_per_tok, device)
     if cfg.init_from:
         # Quantised weights are no parameters, and a view of a file is no place for an optimiser's updates.
-        how = {"dequantize": True, "memory_map": False, "experts": experts}
-        return load_model(cfg.init_from, torch.float32, device, compute, **how).train()
+        return load_model(cfg.init_from, torch.float32, device, compute, dequantize=True, memory_map=False).train()
     # Drawn on the CPU, so that a seed means the same weights on every machine.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
         drawn = Transformer(model_cfg)
     if device.type == "cpu" and compute is None:
         return drawn
-    model = Transformer(model_cfg, device=device, compute_dtype=compute, experts=experts, init=False)
+    model = Transformer(model_cfg, device=device, compute_dtype=compute, init=False)
     model.load_state_dict(drawn.state_dict())
     return model
 
@@ -253,7 +252,18 @@ def _claim(run: Path, cfg: RunConfig, model_cfg: ModelConfig) -> None:
     """Write the resolved configuration, or refuse a directory that holds another run."""
     file = run / "config.toml"
     # The machine is not part of what a run *is*: one may resume elsewhere.
-    machine = {"device", "threads", "compile", "micro_batch", "dtype", "precision", "report"}
+    machine = {
+        "device",
+        "threads",
+        "compile",
+        "graph",
+        "recompute",
+        "micro_batch",
+        "dtype",
+        "precision",
+        "report",
+        "dashboard",
+    }
     mine = to_dict(cfg)
     if file.is_file():
         import tomllib

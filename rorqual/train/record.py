@@ -9,12 +9,14 @@ import math
 import os
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
 
 from torch import Tensor
 
 from rorqual.data.shards import write_atomic
+from rorqual.errors import BackendUnavailable
 from rorqual.train.limits import size
 
 log = logging.getLogger(__name__)
@@ -103,6 +105,36 @@ class Events:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+class Dashboard:
+    """Curves of all runs side by side while they go, by trackio: a database on this machine (`trackio show --project
+    rorqual` serves the page), nothing is sent anywhere. Steps that a resumed run makes again appear twice."""
+
+    def __init__(self, kind: str, run: Path, config: dict[str, Any]) -> None:
+        """kind: "none" or "trackio". Raises BackendUnavailable where that is not installed."""
+        self._trackio: Any = None
+        if kind == "none":
+            return
+        try:
+            self._trackio = import_module(kind)
+        except ImportError as error:
+            raise BackendUnavailable(
+                "dashboard = trackio needs the package trackio", remedy="pip install trackio, or dashboard = none"
+            ) from error
+        self._trackio.init(
+            project="rorqual", name=run.name, config=config, resume="allow", embed=False, auto_log_gpu=False,
+            auto_log_cpu=False,
+        )  # fmt: skip
+
+    def write(self, line: dict[str, Any]) -> None:
+        if self._trackio is not None:
+            values = {k: v for k, v in line.items() if isinstance(v, int | float) and math.isfinite(v)}
+            self._trackio.log(values, step=line["step"])
+
+    def close(self) -> None:
+        if self._trackio is not None:
+            self._trackio.finish()
 
 
 class LiveLine:

@@ -7,6 +7,7 @@ function of the step, so a killed run goes on where its last checkpoint stands, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatch
 from typing import NamedTuple
 
@@ -22,11 +23,13 @@ from rorqual.model.transformer import Transformer
 from rorqual.ops.balance import load, max_violation, update_bias_
 from rorqual.train.config import RunConfig
 from rorqual.train.ema import WeightAverage
+from rorqual.train.graphs import MicroGraph
 from rorqual.train.limits import OutOfMemory, out_of_memory
 from rorqual.train.loss import Losses, Targets, losses, token_loss
 from rorqual.train.optimizer import Optimizer
 from rorqual.train.quantise import ShippedWeights
 from rorqual.train.schedule import Timeline
+from rorqual.train.working import WorkingCopies
 
 Fetch = Callable[[int, int], Rows]
 LossFunction = Callable[..., Losses]
@@ -35,10 +38,12 @@ METRICS = ("loss", "lm_loss", "mtp_loss", "balance_loss", "grad_norm", "max_viol
 
 
 class StepResult(NamedTuple):
-    """values: fp32 [len(METRICS)] on the device, so that nobody waits for it; loads: tokens per expert, [gates, E]."""
+    """values: fp32 [len(METRICS)] on the device, so that nobody waits for it; loads: tokens per expert, [gates, E]; factor:
+    what gradients are clipped by."""
 
     values: Tensor
     loads: Tensor
+    factor: Tensor
 
 
 Judge = Callable[[StepResult], bool]
@@ -56,10 +61,15 @@ class Trainer:
         for name, parameter in model.named_parameters():
             if any(fnmatch(name, pattern) for pattern in cfg.freeze):
                 parameter.requires_grad_(False)
-        self.optimizer = Optimizer(cfg.optim, model)
+        narrow = cfg.dtype == "bfloat16" and cfg.precision != "fp8"
+        self.copies = WorkingCopies(model, torch.bfloat16) if narrow else None
+        self.optimizer = Optimizer(cfg.optim, model, self.copies)
         self.shipped = ShippedWeights(cfg.quantise, model, self.timeline)
+        self.graph: MicroGraph | None = None
         self.average = WeightAverage(cfg.ema, model) if cfg.ema.decay else None
         self.losses = losses if loss is None else loss
+        for block in [*model.layers, *(m.block for m in model.mtp)]:
+            block.recompute(cfg.recompute)
         if cfg.compile:
             for block in [*model.layers, *model.mtp]:
                 block.compile()
@@ -69,44 +79,87 @@ class Trainer:
         rows = self._to_device(fetch(self.timeline.first_row(step), self.timeline.batch(step)))
         result = self.gradients(step, rows)
         if judge is None or judge(result):
-            self.update(step, result.loads)
+            self.update(step, result)
         self.optimizer.zero_grad()
         return result
 
-    def gradients(self, step: int, rows: Targets) -> StepResult:
-        """Gradients of the step's mean loss, added up over micro-batches and clipped, in the parameters' `grad`."""
+    def gradients(self, step: int, rows: Targets, capture: bool = True) -> StepResult:
+        """Gradients of the step's mean loss, added up over micro-batches, in the `grad` of the parameters or of their
+        copies; not clipped yet. capture: whether a CUDA graph may be made and used."""
         cfg, model, timeline = self.cfg, self.model, self.timeline
         assert isinstance(cfg.micro_batch, int)
         batch, counts = len(rows.tokens), self._target_counts(rows)
         weight, alpha = timeline.mtp_weight(step), cfg.balance.alpha
         sums = torch.zeros(3, device=model.device)
         loads = torch.zeros(len(self.gates), model.cfg.n_routed_experts, dtype=torch.int64, device=model.device)
-        with self.shipped.during(step):
+        more = batch > cfg.micro_batch
+        with self.shipped.during(step), self._narrow():
             for start in range(0, batch, cfg.micro_batch):
                 part = Targets(*(t[start : start + cfg.micro_batch] for t in rows))
-                out = self.losses(
-                    model,
-                    part,
-                    counts,
-                    mask_documents=bool(cfg.data.mask_documents),
-                    balance_share=len(part.tokens) / batch,
-                )
-                (out.lm + weight * out.mtp + alpha * out.balance).backward()
-                sums += torch.stack((out.lm.detach(), out.mtp.detach(), out.balance.detach()))
-                if out.routings:
-                    loads += torch.stack([load(r.chosen_NK, model.cfg.n_routed_experts) for r in out.routings])
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.optim.clip, foreach=True)
+                share = len(part.tokens) / batch
+                if graph := self._graph_for(part, counts) if capture else None:
+                    values, load_GE = graph.run(part, counts, weight, share, more)
+                else:
+                    values, load_GE = self._micro(part, counts, weight, share)
+                sums += values
+                loads += load_GE
+                if self.copies is not None and more:
+                    self.copies.fold()
+        norm = self._gradient_norm()
+        factor = (cfg.optim.clip / (norm + 1e-6)).clamp(max=1.0)
         lm, mtp, balance = sums.unbind()
         worst = torch.stack([max_violation(x) for x in loads]).max() if self.gates else torch.zeros_like(lm)
         total = lm + weight * mtp + alpha * balance
-        return StepResult(torch.stack((total, lm, mtp, balance, norm, worst)), loads)
+        return StepResult(torch.stack((total, lm, mtp, balance, norm, worst)), loads, factor)
 
-    def update(self, step: int, loads: Tensor) -> None:
+    def _micro(
+        self, part: Targets, counts: Tensor, weight: float | Tensor, share: float | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Adds gradients of a micro-batch, `share` of the step's sequences; returns its three losses and its loads."""
+        cfg, E = self.cfg, self.model.cfg.n_routed_experts
+        documents = bool(cfg.data.mask_documents)
+        out = self.losses(self.model, part, counts, mask_documents=documents, balance_share=share)
+        (out.lm + weight * out.mtp + cfg.balance.alpha * out.balance).backward()
+        values = torch.stack((out.lm.detach(), out.mtp.detach(), out.balance.detach()))
+        loads = [load(r.chosen_NK, E) for r in out.routings]
+        return values, torch.stack(loads) if loads else torch.zeros(0, E, dtype=torch.int64, device=values.device)
+
+    def _graph_for(self, part: Targets, counts: Tensor) -> MicroGraph | None:
+        """The graph for a whole micro-batch, made where there is none yet; None where the step is not captured, or for what
+        a growing batch leaves over."""
+        if self.cfg.graph is not True or len(part.tokens) != self.cfg.micro_batch:
+            return None
+        if self.graph is None:
+            leaves = self._leaves()
+            before = [p.grad for p in leaves]
+            for p in leaves:
+                p.grad = None
+            self.graph = MicroGraph(self._micro, leaves, part, counts)
+            for p, grad in zip(leaves, before, strict=True):
+                p.grad = grad
+        return self.graph
+
+    def _narrow(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.copies is None else self.copies.in_place()
+
+    def _leaves(self) -> list[torch.nn.Parameter]:
+        """Whatever may get a gradient: each parameter, then its copy."""
+        copies = self.copies
+        both = [(p, None if copies is None else copies.of(p)) for p in self.model.parameters() if p.requires_grad]
+        return [leaf for pair in both for leaf in pair if leaf is not None]
+
+    def _gradient_norm(self) -> Tensor:
+        """Of all gradients together, in fp32."""
+        grads = [p.grad for p in self._leaves() if p.grad is not None]
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]
+        return torch.linalg.vector_norm(torch.stack(norms))
+
+    def update(self, step: int, result: StepResult) -> None:
         """Weights by their gradients, correction biases by the step's load, and the average of the weights."""
         if self.average is not None:
             self.average.before_update()
-        self.optimizer.step(self.timeline.learning_rate(step))
-        for gate, load_E in zip(self.gates, loads, strict=True):
+        self.optimizer.step(self.timeline.learning_rate(step), result.factor)
+        for gate, load_E in zip(self.gates, result.loads, strict=True):
             if gate.weight.requires_grad:
                 update_bias_(gate.e_score_correction_bias, load_E, self.timeline.gamma(step))
         if self.average is not None:
@@ -115,7 +168,7 @@ class Trainer:
     def advise(self, step: int, fetch: Fetch, message: str) -> TrainingError:
         """After memory ran out: the error to raise, which names the largest micro-batch that does fit (found by trying, with
         room held for what the optimiser has yet to allocate)."""
-        micro = int(self.cfg.micro_batch)
+        micro, self.graph = int(self.cfg.micro_batch), None
         said = f"out of memory in step {step + 1} with micro_batch {micro}: {message}"
         first, batch = self.timeline.first_row(step), self.timeline.batch(step)
         while micro > 1:
@@ -135,7 +188,7 @@ class Trainer:
             held = torch.zeros(self.optimizer.bytes_to_come, dtype=torch.uint8, device=self.model.device)
             # Twice: from the second micro-batch on, gradients are there already.
             for _ in range(2):
-                self.gradients(step, self._to_device(fetch(first, rows)))
+                self.gradients(step, self._to_device(fetch(first, rows)), capture=False)
             del held
         except OutOfMemory as error:
             if not out_of_memory(error):
@@ -153,7 +206,7 @@ class Trainer:
         assert isinstance(cfg.micro_batch, int)
         total, agree = torch.zeros((), device=model.device), torch.zeros((), device=model.device)
         counted = torch.zeros((), device=model.device)
-        with self.shipped.during(step):
+        with self.shipped.during(step), self._narrow():
             for start in range(0, rows, cfg.micro_batch):
                 part = self._to_device(fetch(start, min(cfg.micro_batch, rows - start)))
                 lm, match, weights = evaluate_rows(model, part, bool(cfg.data.mask_documents))
@@ -162,7 +215,10 @@ class Trainer:
 
     def _to_device(self, rows: Rows) -> Targets:
         device = self.model.device
-        return Targets(*(torch.from_numpy(np.ascontiguousarray(a)).to(device, non_blocking=True) for a in rows))
+        parts = [torch.from_numpy(np.ascontiguousarray(a)) for a in rows]
+        if device.type == "cuda":  # from other memory, a copy would wait for the step before
+            parts = [part.pin_memory() for part in parts]
+        return Targets(*(part.to(device, non_blocking=True) for part in parts))
 
     def _target_counts(self, rows: Targets) -> Tensor:
         """How many targets each depth has in the whole step, at least 1."""

@@ -92,7 +92,8 @@ def join(back: Path, gguf: Path, out: Path) -> None:
     for name in [n for n in tensors if n.endswith("_scale")]:
         tensors[name] = tensors[name].view(tensors[name.replace("_scale", "_packed")].shape[0], -1)
     out.mkdir(parents=True, exist_ok=True)
-    for name, text in json.loads(lzma.open(back / "side.json.xz", "rt").read()).items():
+    side = json.loads(lzma.decompress((back / "side.json.xz").read_bytes()))
+    for name, text in side.items():
         # One line: the tokenizer is a third smaller so, and counts among the bundled bytes.
         small = (
             json.dumps(json.loads(text), ensure_ascii=False, separators=(",", ":"))

@@ -296,9 +296,9 @@ def main() -> None:
     tok = read_tokenizer(gguf.meta)
     rng = random.Random(o.seed)
     if o.answer:
-        return answer(
-            Waves(Teacher(gguf, o.rows, 0, o.length, device, dtype), o.length, [0.8], 0.0), tok, o.answer, o.out
-        )
+        waves = Waves(Teacher(gguf, o.rows, 0, o.length, device, dtype), o.length, [0.8], 0.0)
+        answer(waves, tok, o.answer, o.out)
+        return
     asks, texts = read_asks(o.asks, rng), read_texts(o.text)
     waves = Waves(Teacher(gguf, o.rows, 0, o.length, device, dtype), o.length, o.temperatures, o.min_p)
     record = generate(waves, tok, lambda: script(rng, asks, texts), o)

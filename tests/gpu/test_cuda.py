@@ -13,7 +13,7 @@ from rorqual.config import ModelConfig
 from rorqual.data.packing import Rows
 from rorqual.ops import attention, experts, fp8
 from rorqual.ops.formats import experts_by_linear
-from rorqual.ops.triton.fp8 import expand, fp8_experts, quantize_rows
+from rorqual.ops.triton.fp8 import expand, quantize_rows, tile_experts
 from rorqual.train.config import DataConfig, RunConfig, Source
 from rorqual.train.pretrain import build_model
 from rorqual.train.trainer import Trainer
@@ -126,7 +126,8 @@ def test_grouped_fp8_experts_equal_the_loop(n: int, k: int, dynamic: bool) -> No
     x, gates = torch.randn(n, D, device=CUDA).bfloat16(), torch.rand(n, k, device=CUDA)
     chosen = torch.rand(n, E, device=CUDA).topk(k).indices
     want = experts_by_linear(x.float(), gates, chosen, (form, gate_up), (form, down))
-    got = fp8_experts(x, gate_up, down, gates, chosen, dynamic)
+    form = fp8.Fp8Blocks("dynamic" if dynamic else "weight_only")
+    got = tile_experts(x, form.weight(gate_up), form.weight(down), gates, chosen)
     # In between, h is rounded to bf16, which moves some of its FP8 codes by one.
     assert (got.float() - want).norm() <= (2.5e-2 if dynamic else 8e-3) * want.norm()
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from rorqual.ops.experts import experts_backends, experts_loop
-from rorqual.ops.triton.experts import few_slots, many_slots, routed_experts
+from rorqual.ops.formats import Weight
+from rorqual.ops.triton import experts as kernels
 
 CUDA = torch.device("cuda")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -18,6 +21,19 @@ BOUND = {torch.bfloat16: 8e-3, torch.float16: 2e-3, torch.float32: 2e-5}
 # N, D, F, E, K; the largest two as a small model and as one layer of V3 with fewer experts.
 SHAPES = [(1, 1024, 512, 64, 6), (8, 1024, 512, 64, 6), (64, 1024, 512, 64, 6), (1, 7168, 2048, 16, 8)]
 RAGGED = [(3, 300, 70, 12, 4), (40, 300, 70, 6, 3), (130, 1408, 136, 5, 1)]
+
+
+def plainly(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The kernel on plain weights."""
+
+    @functools.wraps(run)
+    def call(x: Tensor, up: Tensor, down: Tensor, *rest: Any) -> Tensor:
+        return run(x, Weight.plain(up.unflatten(1, (2, -1))), Weight.plain(down), *rest)
+
+    return call
+
+
+few_slots, many_slots, routed_experts = map(plainly, (kernels.few_slots, kernels.many_slots, kernels.routed_experts))
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:

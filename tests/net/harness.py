@@ -20,6 +20,7 @@ from rorqual.engine.api import EngineInfo
 from rorqual.engine.scripted import Script, ScriptedEngine
 from rorqual.serve.app import GenerationDefaults, ServedModel, Settings, create_app
 from rorqual.serve.run import Server, listen
+from rorqual.serve.searching import Searcher
 
 WORDS = [
     "whale",
@@ -103,6 +104,7 @@ def running(
     engine: ScriptedEngine | None = None,
     grace_s: int = 1,
     context: int = 512,
+    searcher: Searcher | None = None,
 ) -> Iterator[Harness]:
     info = EngineInfo("scripted", context, tokenizer.vocab_size, (tokenizer.eos_id,), cache_tokens=1 << 20)
     engine = engine or ScriptedEngine(info=info)
@@ -110,7 +112,7 @@ def running(
     served = ServedModel(
         engine, tokenizer, chat_template, name="tiny", created=7, defaults=defaults or GenerationDefaults()
     )
-    app = create_app({"tiny": served, "org/alias": served}, settings or Settings())
+    app = create_app({"tiny": served, "org/alias": served}, settings or Settings(), searcher=searcher)
     with serving(app, grace_s=grace_s) as server:
         yield Harness(server.url, engine, tokenizer, chat_template, server)
 

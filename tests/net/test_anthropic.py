@@ -15,6 +15,7 @@ from rorqual.data.tokenizer import Tokenizer
 from rorqual.data.tools import tool_calls
 from rorqual.engine.scripted import Script
 from rorqual.errors import CapacityError, RorqualError
+from rorqual.serve.app import Settings
 from tests.net.harness import Harness, running, some_text
 
 HI = [{"role": "user", "content": "hi"}]
@@ -27,8 +28,8 @@ def server(tokenizer: Tokenizer) -> Iterator[Harness]:
         yield harness
 
 
-def client(server: Harness) -> anthropic.Anthropic:
-    return anthropic.Anthropic(base_url=f"{server.url}/anthropic", api_key="none", max_retries=0, timeout=20)
+def client(server: Harness, key: str = "none") -> anthropic.Anthropic:
+    return anthropic.Anthropic(base_url=f"{server.url}/anthropic", api_key=key, max_retries=0, timeout=20)
 
 
 def ask(server: Harness, **more: Any) -> Any:
@@ -161,3 +162,29 @@ def test_errors_are_anthropics(server: Harness, stream: bool) -> None:
         reply = httpx.post(f"{server.url}/v1/messages", content=content, headers={"content-type": "application/json"})
         assert reply.status_code == 400 and reply.json()["type"] == "error"
     assert httpx.post(f"{server.url}/v1/messages", content=b"{}").status_code == 400
+
+
+def test_the_borders_errors_are_anthropics_too(tokenizer: Tokenizer) -> None:
+    """Keys, sizes, routes and methods are judged before any dialect is known; the path says whose client it is."""
+    with running(tokenizer, Settings(api_keys=("k",), max_body_bytes=2000)) as server:
+        key = {"x-api-key": "k"}
+        calls = [
+            ("POST", "/anthropic/v1/messages", {}, b"{}", 401, "authentication_error"),
+            ("POST", "/v1/messages", {}, b"{}", 401, "authentication_error"),
+            ("POST", "/v1/messages", key, b"x" * 3000, 413, "request_too_large"),
+            ("GET", "/anthropic/v1/messages", key, b"", 405, "invalid_request_error"),
+            ("POST", "/anthropic/v1/nothing", key, b"{}", 404, "not_found_error"),
+            ("GET", "/anthropic/v1/models/other", key, b"", 404, "not_found_error"),
+        ]
+        for method, path, headers, content, status, kind in calls:
+            reply = httpx.request(method, server.url + path, headers=headers, content=content)
+            assert (reply.status_code, reply.json()["type"], reply.json()["error"]["type"]) == (status, "error", kind)
+        for path in ("/v1/models", "/chats/x/messages", "/chats/messages", "/anthropics/x"):
+            assert set(httpx.post(server.url + path).json()["error"]) == {"message", "type", "param", "code"}
+        assert set(httpx.get(f"{server.url}/v1/models").json()["error"]) == {"message", "type", "param", "code"}
+        with pytest.raises(anthropic.AuthenticationError):
+            client(server).messages.create(model="tiny", max_tokens=3, messages=HI)
+        listed = client(server, "k").models.list()
+        assert [(m.id, m.type) for m in listed] == [("tiny", "model"), ("org/alias", "model")]
+        one = client(server, "k").models.retrieve("tiny")
+        assert (one.display_name, one.created_at.timestamp()) == ("tiny", 7)

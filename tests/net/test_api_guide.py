@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,12 +15,14 @@ from rorqual.data.tokenizer import Tokenizer
 from rorqual.engine.scripted import ScriptedEngine
 from rorqual.errors import ConfigError
 from rorqual.serve.anthropic_schemas import MessagesRequest
+from rorqual.serve.completion_schemas import CompletionRequest
 from rorqual.serve.responses_schemas import ResponsesRequest
-from rorqual.serve.schemas import ACCEPTED, REFUSED, ChatRequest, CompletionRequest
+from rorqual.serve.schemas import ACCEPTED, REFUSED, ChatRequest
 from rorqual.serve.served import ServedModel
 from tests.net.harness import Harness
 
-GUIDE = (Path(__file__).resolve().parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[2]
+GUIDE = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
 LISTS = {
     "Honoured in chat completions": set(ChatRequest.model_fields),
     "Honoured in completions": set(CompletionRequest.model_fields),
@@ -45,6 +49,20 @@ def test_snippets_run(server: Harness, capsys: pytest.CaptureFixture[str]) -> No
         code = snippet.replace("http://127.0.0.1:8000", server.url).replace("rorqual-nano", "tiny")
         exec(compile(code, "docs/api.md", "exec"), {})
         assert "It is." in capsys.readouterr().out
+
+
+def test_every_client_of_the_guide_has_a_snippet_that_runs() -> None:
+    """`scripts/clients.py` runs them; here, that it finds them all."""
+    spec = importlib.util.spec_from_file_location("clients", ROOT / "scripts" / "clients.py")
+    assert spec and spec.loader
+    clients = importlib.util.module_from_spec(spec)
+    sys.modules["clients"] = clients
+    spec.loader.exec_module(clients)
+    assert [snippet.packages[0] for snippet in clients.snippets()] == [
+        "openai", "openai", "anthropic", "langchain-openai", "langchain-deepseek", "litellm", "instructor", "ai",
+    ]  # fmt: skip
+    with pytest.raises(AssertionError, match="no tool call"):
+        clients.judge("It is.\nusage: 5 + 6\n", scripted=False)
 
 
 def test_aliases_share_the_engine_under_other_defaults(tokenizer: Tokenizer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -20,6 +21,7 @@ import jsonschema
 import pytest
 from openai import BadRequestError, NotFoundError, OpenAI
 
+from rorqual.conformance.server import grade
 from tests.net.harness import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -218,6 +220,13 @@ def test_the_readmes_client_example_runs(bundled: Serving, capsys: pytest.Captur
     [code] = [block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "OpenAI(" in block]
     exec(compile(code.replace("http://127.0.0.1:8000", bundled.url), "README.md", "exec"), {})
     assert capsys.readouterr().out.strip()
+
+
+def test_our_server_passes_everything_that_it_grades_others_by() -> None:
+    """With a key, as it would stand on a network."""
+    with serving([*SERVE, "--api-key", "k"]) as server:
+        lines = asyncio.run(grade(f"{server.url}/v1", api_key="k"))
+    assert [line for line in lines if line.verdict != "pass"] == []
 
 
 # ---- starting and stopping --------------------------------------------------------------------------------------

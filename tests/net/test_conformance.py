@@ -23,7 +23,10 @@ from rorqual.serve.app import Settings
 from tests.net.harness import running
 
 # A scripted engine obeys no grammar, no logit_bias, no order to call a tool: these are graded against a real one.
-NEEDS_A_MODEL = {"json_object", "json_schema", "required", "named", "streamed", "logit_bias"}
+NEEDS_A_MODEL = {
+    "json_object", "json_schema", "required", "named", "streamed", "logit_bias", "strict", "one at a time", "function call",
+    "tool use", "tool use streamed",
+}  # fmt: skip
 ALWAYS = {
     ("models", "list"), ("models", "one by its id"), ("chat", "answer"), ("chat", "usage"),
     ("chat", "system message and history"), ("chat", "content in parts"), ("stream", "chunks"),
@@ -33,7 +36,11 @@ ALWAYS = {
     ("errors", "unknown model"), ("errors", "beyond the context"), ("errors", "no key"), ("errors", "x-request-id"),
     ("deepseek", "thinking enabled"), ("deepseek", "thinking disabled"), ("deepseek", "thinking streamed"),
     ("deepseek", "reasoning replayed"), ("deepseek", "prompt_cache counts"), ("deepseek", "prefix cache hits"),
-    ("deepseek", "user_id"), ("beside the API", "health"), ("beside the API", "metrics"),
+    ("stream", "ends with its client"), ("parameters", "top_k and min_p"), ("errors", "unknown parameter"),
+    ("deepseek", "reasoning_effort"), ("deepseek", "base URLs"), ("deepseek", "why the cache was missed"),
+    ("anthropic", "messages"), ("anthropic", "system and history"), ("anthropic", "stream"), ("anthropic", "stop_sequences"),
+    ("anthropic", "thinking"), ("anthropic", "count_tokens"), ("anthropic", "list of models"), ("anthropic", "error"),
+    ("anthropic", "no key"), ("deepseek", "user_id"), ("beside the API", "health"), ("beside the API", "metrics"),
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import re
 import signal
 import socket
@@ -91,6 +92,36 @@ def test_page_is_cached_and_confined(tokenizer: Tokenizer, tmp_path: Path) -> No
         head = httpx.head(f"{server.url}/")
         assert head.status_code == 200 and not head.content and head.headers["etag"] == index.headers["etag"]
         assert httpx.get(f"{server.url}/assets/other.js").status_code == 404
+
+
+def test_the_frames_have_no_origin_and_no_network(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Their scripts run, so the server takes everything else from them, even where they are opened by themselves."""
+    built_page(tmp_path)
+    for name in ("preview.html", "diagram.html"):
+        (tmp_path / name).write_text("<!doctype html><script>1</script>")
+    with running(tokenizer, Settings(page_dir=tmp_path)) as server:
+        for name in ("preview.html", "diagram.html"):
+            parts = httpx.get(f"{server.url}/{name}").headers["content-security-policy"].split("; ")
+            assert {"sandbox allow-scripts", "default-src 'none'", "frame-ancestors 'self'"} <= set(parts)
+            assert not any(part.startswith(("connect-src", "frame-src", "child-src", "worker-src")) for part in parts)
+
+
+def test_large_files_are_sent_gzipped_to_who_takes_it(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    built_page(tmp_path)
+    whole = b"export const a = 1;" * 100
+    (tmp_path / "assets" / "big.js").write_bytes(whole)
+    (tmp_path / "assets" / "big.js.gz").write_bytes(gzip.compress(whole))
+    with running(tokenizer, Settings(page_dir=tmp_path)) as server:
+        url = f"{server.url}/assets/big.js"
+        small = httpx.get(url, headers={"accept-encoding": "gzip, br"})
+        plain = httpx.get(url, headers={"accept-encoding": "identity"})
+        assert small.content == plain.content == whole
+        assert small.headers["content-encoding"] == "gzip" and "content-encoding" not in plain.headers
+        assert small.headers["vary"] == plain.headers["vary"] == "accept-encoding"
+        assert int(small.headers["content-length"]) < len(whole) and small.headers["etag"] != plain.headers["etag"]
+        again = httpx.get(url, headers={"accept-encoding": "gzip", "if-none-match": small.headers["etag"]})
+        assert again.status_code == 304
+        assert httpx.get(f"{url}.gz").status_code == 404
 
 
 def test_without_a_built_page_the_server_says_how_to_build_it(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -187,6 +187,10 @@ def test_a_prefix_is_continued(server: Harness) -> None:
     chat[-1] = {"role": "assistant", "content": "", "reasoning_content": "Think", "prefix": True}
     message = whole(server, messages=chat, tools=[]).message
     assert (message.reasoning_content, message.content) == (" it through", "done")
+    server.script("at once")
+    chat[-1]["thinking_done"] = True
+    assert whole(server, messages=chat, tools=[]).message.content == "at once"
+    assert server.tokenizer.decode(server.engine.seen[-1].prompt).endswith("<think>Think</think>")
 
 
 def test_arguments_that_are_an_object_are_written_as_json(server: Harness) -> None:

@@ -54,6 +54,12 @@ def test_answers_are_the_upstreams(server: Harness, front: Server) -> None:
     assert raw.headers["x-request-id"]
 
 
+def test_the_document_tells_of_what_is_passed_on(front: Server) -> None:
+    paths = httpx.get(f"{front.url}/openapi.json").json()["paths"]
+    for path in ("/chat/completions", "/embeddings", "/messages"):
+        assert paths[path]["post"]["requestBody"] and set(paths[path]["post"]["responses"]) == {"200", "4XX", "5XX"}
+
+
 @pytest.mark.parametrize("wants_usage", [True, False])
 def test_streams_are_the_upstreams(server: Harness, front: Server, wants_usage: bool) -> None:
     """Chunk by chunk; the usage that the platform asks for is seen by those alone who asked for it."""

@@ -1,4 +1,4 @@
-"""Fixtures for the chat page: a browser, and a server for it to look at."""
+"""Fixtures for the chat page: a browser, and the real server with scripted ends (world.py) for it to look at."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from tests.web.scripted import NotBuiltError, ScriptedApi, serve_script
+from tests.web.world import NotBuiltError, World, running
 
 FLAGS = [
     "--headless",
@@ -30,27 +30,26 @@ def chromium() -> str:
 
 
 @pytest.fixture(scope="session")
-def _api() -> Iterator[ScriptedApi]:
+def _world() -> Iterator[World]:
     try:
-        api, server = serve_script()
+        with running() as world:
+            yield world
     except NotBuiltError as error:
         pytest.fail(str(error))
-    yield api
-    server.shutdown()
-    server.server_close()
 
 
 @pytest.fixture
-def api(_api: ScriptedApi) -> ScriptedApi:
-    """The script of the server, fresh for each test."""
-    _api.reset()
-    return _api
+def world(_world: World) -> World:
+    """The two ends of the server, as they are at first, and no conversation in it."""
+    _world.reset()
+    _world.clear()
+    return _world
 
 
 @pytest.fixture
-def page_server(api: ScriptedApi) -> str:
+def page_server(world: World) -> str:
     """The base URL of a server that serves the page and the API."""
-    return api.url
+    return world.url
 
 
 @pytest.fixture(scope="session")
@@ -61,17 +60,25 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
+def watched(page: Page, url: str) -> list[str]:
+    """What must not happen while the page is open: a script error, a request to any other host."""
+    faults: list[str] = []
+    page.on("pageerror", lambda error: faults.append(f"script error: {error}"))
+    page.on(
+        "request", lambda r: None if r.url.startswith((url, "data:", "blob:")) else faults.append(f"request to {r.url}")
+    )
+    return faults
+
+
 @pytest.fixture
 def page(browser: Browser, page_server: str) -> Iterator[Page]:
     """The page, opened by someone who was never here before. A script error or a request to any other
     host fails the test."""
-    context = browser.new_context(base_url=page_server, viewport={"width": 1280, "height": 800})
+    context = browser.new_context(base_url=page_server, viewport={"width": 1280, "height": 800}, locale="en-GB")
     context.set_default_timeout(20_000)
     expect.set_options(timeout=20_000)
     page = context.new_page()
-    faults: list[str] = []
-    page.on("pageerror", lambda error: faults.append(f"script error: {error}"))
-    page.on("request", lambda r: None if r.url.startswith(page_server) else faults.append(f"request to {r.url}"))
+    faults = watched(page, page_server)
     page.goto("/")
     yield page
     context.close()

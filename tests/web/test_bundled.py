@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import ConsoleMessage, Page, expect
 
 from tests.net.test_bundled import serving
-from tests.web.scripted import PAGE
+from tests.web.world import PAGE
 
 ANSWER_MS = 60_000
 
@@ -56,6 +56,7 @@ def test_it_says_who_it_is(chat: Page) -> None:
     expect(answer.get_by_test_id("answer-text")).to_contain_text(re.compile("rorqual", re.I))
     expect(answer.get_by_test_id("thinking-toggle")).to_have_count(0)
     expect(answer.get_by_test_id("stats")).to_contain_text(re.compile(r"\d+ tokens.*tokens/s"))
+    expect(chat.get_by_test_id("cost")).to_contain_text(re.compile(r"\$[\d.]+ at "))
 
 
 def test_it_thinks_before_it_adds(chat: Page) -> None:
@@ -71,7 +72,7 @@ def test_it_thinks_before_it_adds(chat: Page) -> None:
     expect(thought).to_be_visible()
     expect(thought).to_contain_text(re.compile(r"\w+"))
     expect(answer).not_to_contain_text("</think>")
-    expect(answer.get_by_test_id("stats")).to_contain_text("thinking)")
+    expect(toggle).to_contain_text(re.compile(r"Thought for .*\d+ tokens"))
 
 
 def test_a_conversation_goes_on_and_outlives_a_reload(chat: Page) -> None:

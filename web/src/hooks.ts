@@ -1,7 +1,9 @@
-/** React's side of the session: selecting state, the route in the hash, scrolling that follows. */
-import { createContext, type RefObject, useContext, useEffect, useRef, useState, useSyncExternalStore } from "react";
+/** React's side of the session: selecting state, words, the route in the hash, scrolling that follows. */
+import { createContext, type RefObject, useContext, useEffect, useMemo, useRef, useState, useSyncExternalStore } from "react";
+import { type Language, LANGUAGES, languageOf, type Translate, translator } from "./lib/i18n";
 import type { Session } from "./lib/session";
-import type { State } from "./lib/store";
+import { settingsOf, type State } from "./lib/store";
+import type { Message, Settings } from "./lib/types";
 
 export const SessionContext = createContext<Session | null>(null);
 
@@ -17,6 +19,29 @@ export function useSelect<T>(select: (state: State) => T): T {
   return useSyncExternalStore(store.subscribe, () => select(store.get()));
 }
 
+/** What a conversation (null: the next one) is asked with. */
+export function useSettings(chat: string | null): Settings {
+  const own = useSelect((s) => (chat === null ? undefined : s.threads[chat]?.info.settings));
+  const fresh = useSelect((s) => s.prefs.settings);
+  const setup = useSelect((s) => s.setup);
+  const { store } = useSession();
+  return useMemo(() => settingsOf(store.get(), chat), [store, chat, own, fresh, setup]);
+}
+
+export const useMessage = (chat: string, id: string): Message | undefined => useSelect((s) => s.threads[chat]?.messages.get(id));
+
+export const WordsContext = createContext<{ language: Language; t: Translate }>({ language: "en", t: translator("en") });
+export const useWords = (): { language: Language; t: Translate } => useContext(WordsContext);
+export const useT = (): Translate => useContext(WordsContext).t;
+
+/** The chosen language, as words and on the document. */
+export function useLanguage(): { language: Language; t: Translate } {
+  const chosen = useSelect((s) => s.prefs.language);
+  const language = languageOf(chosen, navigator.languages);
+  useEffect(() => void (document.documentElement.lang = LANGUAGES[language].tag), [language]);
+  return useMemo(() => ({ language, t: translator(language) }), [language]);
+}
+
 const hashChanges = (listener: () => void) => {
   window.addEventListener("hashchange", listener);
   return () => window.removeEventListener("hashchange", listener);
@@ -24,24 +49,46 @@ const hashChanges = (listener: () => void) => {
 
 /** The chat that the address names (`#/c/ID`), or null for a new one (`#/`). */
 export function useRoute(): string | null {
-  return useSyncExternalStore(hashChanges, () => /^#\/c\/(\w+)$/.exec(location.hash)?.[1] ?? null);
+  return useSyncExternalStore(hashChanges, () => /^#\/c\/([\w-]{1,64})$/.exec(location.hash)?.[1] ?? null);
 }
 
-export const routeTo = (chatId: string | null): string => (chatId === null ? "#/" : `#/c/${chatId}`);
+export const routeTo = (chat: string | null): string => (chat === null ? "#/" : `#/c/${chat}`);
 
-export function go(chatId: string | null): void {
-  location.hash = routeTo(chatId);
+export function go(chat: string | null): void {
+  location.hash = routeTo(chat);
+}
+
+export const CALM = "(prefers-reduced-motion: reduce)";
+
+/** Whether a media query holds. */
+export function useMedia(query: string): boolean {
+  const list = useMemo(() => matchMedia(query), [query]);
+  const changes = (listener: () => void) => {
+    list.addEventListener("change", listener);
+    return () => list.removeEventListener("change", listener);
+  };
+  return useSyncExternalStore(changes, () => list.matches);
+}
+
+/** Dark or not, by choice or by system. */
+export function useDark(): boolean {
+  const theme = useSelect((s) => s.prefs.theme);
+  const system = useMedia("(prefers-color-scheme: dark)");
+  return theme === null ? system : theme === "dark";
 }
 
 const NEAR_PX = 48;
+const BY_HAND_MS = 700;
 
-/** Keeps a scrolling box at its end while its content grows, until the person scrolls up. `key` names
- *  what is shown: when it changes, the box starts at its end again. */
+/** Keeps a scrolling box at its end while its content grows, until the person scrolls up. Only what follows a
+ *  wheel, a touch, a key or a pointer counts as the person's: the list corrects its place by itself too. */
 export function useFollow(key: unknown): {
   box: RefObject<HTMLDivElement | null>;
   content: RefObject<HTMLDivElement | null>;
   following: boolean;
   toEnd: (smooth?: boolean) => void;
+  /** Stops following, as scrolling up does. */
+  hold: () => void;
 } {
   const box = useRef<HTMLDivElement>(null);
   const content = useRef<HTMLDivElement>(null);
@@ -54,43 +101,85 @@ export function useFollow(key: unknown): {
   };
   const toEnd = (smooth = false) => {
     set(true);
-    const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
+    const calm = matchMedia(CALM).matches;
     box.current?.scrollTo({ top: box.current.scrollHeight, behavior: smooth && !calm ? "smooth" : "instant" });
   };
 
   useEffect(() => {
     const el = box.current;
     if (!el || !content.current) return;
+    const watch = new AbortController();
+    const hands = { signal: watch.signal, passive: true };
     let top = el.scrollTop;
+    let touched = 0;
+    let held = false;
+    const touch = () => void (touched = performance.now());
+    for (const kind of ["wheel", "touchmove", "keydown"] as const) el.addEventListener(kind, touch, hands);
+    el.addEventListener("pointerdown", () => void (held = true), hands);
+    window.addEventListener("pointerup", () => void ((held = false), touch()), hands);
     const scrolled = () => {
       const left = el.scrollHeight - el.clientHeight - el.scrollTop;
+      const byHand = held || performance.now() - touched < BY_HAND_MS;
       if (left < NEAR_PX && el.scrollTop >= top) set(true);
-      else if (el.scrollTop < top && left > 2) set(false); // upwards: only a person does that
+      else if (byHand && el.scrollTop < top && left > 2) set(false);
       top = el.scrollTop;
     };
     const grown = new ResizeObserver(() => {
       if (follow.current) el.scrollTop = el.scrollHeight;
     });
-    el.addEventListener("scroll", scrolled, { passive: true });
+    el.addEventListener("scroll", scrolled, hands);
     grown.observe(content.current);
     grown.observe(el);
     toEnd();
     return () => {
-      el.removeEventListener("scroll", scrolled);
+      watch.abort();
       grown.disconnect();
     };
   }, [key]);
 
-  return { box, content, following, toEnd };
+  return { box, content, following, toEnd, hold: () => set(false) };
 }
 
-/** The time, again every second while `active`. */
+/** The time in ms, again every second while `active`. */
 export function useNow(active: boolean): number {
   const [now, setNow] = useState(Date.now);
   useEffect(() => {
     if (!active) return;
+    setNow(Date.now());
     const timer = setInterval(() => setNow(Date.now()), 1000);
     return () => clearInterval(timer);
   }, [active]);
   return now;
+}
+
+/** What a row of the conversation remembers while it is scrolled away and not drawn. */
+export const MemoryContext = createContext<Map<string, unknown>>(new Map());
+
+export function useMemory<T>(key: string, initial: T): [T, (value: T) => void] {
+  const memory = useContext(MemoryContext);
+  const [value, setValue] = useState<T>(() => (memory.has(key) ? (memory.get(key) as T) : initial));
+  return [
+    value,
+    (next) => {
+      memory.set(key, next);
+      setValue(next);
+    },
+  ];
+}
+
+/** A module that is loaded when it is first needed; null until then. */
+export function lazyModule<T>(load: () => Promise<T>): () => T | null {
+  let module: T | null = null;
+  let loading: Promise<void> | undefined;
+  return function useModule() {
+    const [ready, setReady] = useState<T | null>(() => module); // a module may be a function
+    useEffect(() => {
+      if (ready) return;
+      let here = true;
+      loading ??= load().then((loaded) => void (module = loaded));
+      loading.then(() => here && setReady(() => module)).catch(() => void (loading = undefined));
+      return () => void (here = false);
+    }, [ready]);
+    return ready;
+  };
 }

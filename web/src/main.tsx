@@ -2,16 +2,19 @@ import { Component, type ReactNode } from "react";
 import { createRoot } from "react-dom/client";
 import { App } from "./App";
 import { SessionContext } from "./hooks";
-import { persist } from "./lib/persist";
+import { languageOf, translator } from "./lib/i18n";
+import { browserDisk, keep, load } from "./lib/local";
 import { Session } from "./lib/session";
-import { browserDisk, load } from "./lib/storage";
 import { createStore } from "./lib/store";
+import "@fontsource-variable/inter/wght.css";
 import "./styles/base.css";
 import "./styles/layout.css";
 import "./styles/thread.css";
 import "./styles/markdown.css";
 import "./styles/composer.css";
 import "./styles/controls.css";
+import "./styles/panel.css";
+import "./styles/code.css";
 
 /** A fault in drawing must not leave an empty page. */
 class Boundary extends Component<{ children: ReactNode }, { fault: string | null }> {
@@ -19,12 +22,13 @@ class Boundary extends Component<{ children: ReactNode }, { fault: string | null
   static getDerivedStateFromError = (error: unknown) => ({ fault: String(error) });
   override render() {
     if (this.state.fault === null) return this.props.children;
+    const t = translator(languageOf(null, navigator.languages));
     return (
       <main className="crash" role="alert">
-        <h1>The page has stumbled</h1>
+        <h1>{t("app.crash")}</h1>
         <p>{this.state.fault}</p>
         <button className="button primary" onClick={() => location.reload()}>
-          Reload
+          {t("app.reload")}
         </button>
       </main>
     );
@@ -34,8 +38,9 @@ class Boundary extends Component<{ children: ReactNode }, { fault: string | null
 const disk = browserDisk();
 const store = createStore(load(disk));
 const session = new Session(store);
-persist(store, disk);
-void session.loadModels();
+window.addEventListener("pagehide", () => session.rescue());
+keep(store, disk);
+void session.start();
 
 createRoot(document.getElementById("root") as HTMLElement).render(
   <Boundary>

@@ -1,116 +1,149 @@
-import { afterEach, expect, test, vi } from "vitest";
-import { pieces, requestBody } from "../src/lib/api";
+import { expect, test } from "vitest";
+import { type Api, ApiError } from "../src/lib/api";
+import type { Following } from "../src/lib/follow";
 import { Session } from "../src/lib/session";
-import { createStore, EMPTY, type State } from "../src/lib/store";
-import { DEFAULTS, type Answer, type Message } from "../src/lib/types";
+import { createStore, EMPTY } from "../src/lib/store";
+import type { Message } from "../src/lib/types";
+import { info, message, SETTINGS } from "./make";
 
-const MODEL = { id: "nano", thinking: true };
-const piece = (delta: object, more: object = {}) => `data: ${JSON.stringify({ choices: [{ index: 0, delta, ...more }] })}\n\n`;
-const usage = { prompt_tokens: 5, completion_tokens: 2 };
-const USAGE = `data: ${JSON.stringify({ choices: [], usage })}\n\n`;
-const DONE = "data: [DONE]\n\n";
-
-/** A session whose server answers with these chunks; an Error among them breaks the connection. */
-function session(...answer: (string | Error | Response)[]) {
-  const sent: { path: string; body: any; headers: Headers }[] = [];
-  vi.stubGlobal("fetch", async (path: string, init: RequestInit) => {
-    sent.push({ path, body: init.body ? JSON.parse(init.body as string) : null, headers: new Headers(init.headers) });
-    if (answer[0] instanceof Response) return answer[0].clone();
-    const stream = new ReadableStream({
-      async start(controller) {
-        init.signal?.addEventListener("abort", () => controller.error(init.signal?.reason));
-        for (const chunk of answer) {
-          await new Promise((next) => setTimeout(next)); // an error throws away what was not read yet
-          if (chunk instanceof Error) return controller.error(chunk);
-          controller.enqueue(new TextEncoder().encode(chunk as string));
-        }
-        if (answer.at(-1) !== "") controller.close(); // "" leaves the stream open
-      },
-    });
-    return new Response(stream);
+/** A server in memory: what was called, what it says, and the streams that are open. */
+function world(over: Partial<Record<keyof Api, unknown>> = {}) {
+  const calls: [string, ...unknown[]][] = [];
+  const streams = new Map<string, Following>();
+  const store = createStore(EMPTY);
+  const note = (name: string, answer: (...args: never[]) => unknown) => (...args: never[]) => {
+    calls.push([name, ...args]);
+    return answer(...args);
+  };
+  const api = {
+    setup: note("setup", async () => ({ models: [{ id: "nano", thinking: true }], default_model: "nano", search: { available: true }, prices: [], limits: {}, upload_types: [] })),
+    list: note("list", async () => ({ chats: [], next: null })),
+    create: note("create", async () => info()),
+    change: note("change", async () => info()),
+    ask: note("ask", async (chat: string, body: { id: string; parent: string | null; content: string; answer: { id: string } }) => ({
+      question: message({ id: body.id, chat, parent: body.parent, role: "user", content: body.content }),
+      answer: message({ id: body.answer.id, chat, parent: body.id, status: "running" }),
+    })),
+    answer: note("answer", async (chat: string, body: { id: string; parent: string }) => message({ id: body.id, chat, parent: body.parent, status: "running" })),
+    stop: note("stop", async (chat: string, id: string) => ({ ...store.get().threads[chat]!.messages.get(id)!, status: "stopped", content: "half" })),
+    ...Object.fromEntries(Object.entries(over).map(([name, answer]) => [name, note(name, answer as never)])),
+  } as unknown as Api;
+  const session = new Session(store, api, (_, __, id, on) => {
+    streams.set(id, on);
+    return () => streams.delete(id);
   });
-  const store = createStore({ ...EMPTY, models: [MODEL] });
-  return { session: new Session(store), store, sent };
+  const shown = (chat: string): Message[] => store.get().threads[chat]!.path.map((id) => store.get().threads[chat]!.messages.get(id)!);
+  return { calls, streams, store, session, shown, names: () => calls.map(([name]) => name) };
 }
 
-async function ended(store: { get(): State }, id: string): Promise<Answer> {
-  return vi.waitFor(() => {
-    const last = store.get().chats[id]?.messages.at(-1) as Answer;
-    expect(last.status).not.toBe("streaming");
-    return last;
+const settle = () => new Promise((resolve) => setTimeout(resolve));
+
+test("a first question makes a chat, is shown at once and then followed", async () => {
+  const { session, shown, streams, names } = world();
+  await session.start();
+  const chat = session.ask(null, "hello", []);
+  expect(shown(chat).map((m) => [m.role, m.status])).toEqual([["user", "done"], ["assistant", "running"]]);
+  await settle();
+  expect(names().slice(2, 4)).toEqual(["create", "ask"]);
+  const [[id, on]] = [...streams] as [[string, Following]];
+  on.events([{ type: "text", text: "hi" }]);
+  expect(shown(chat)[1]).toMatchObject({ id, content: "hi" });
+  on.events([{ type: "end", message: { ...shown(chat)[1]!, status: "done", content: "hi there" } }]);
+  on.done(null);
+  expect(shown(chat)[1]).toMatchObject({ status: "done", content: "hi there" });
+});
+
+test("a question that the server did not take is kept, and sent again with the same ids", async () => {
+  let away = true;
+  const { session, shown, calls } = world({
+    ask: async (chat: string, body: { id: string; answer: { id: string } }) => {
+      if (away) throw new ApiError("");
+      return { question: message({ id: body.id, chat, role: "user", content: "hello" }), answer: message({ id: body.answer.id, chat, parent: body.id, status: "running" }) };
+    },
   });
-}
-
-afterEach(() => vi.unstubAllGlobals());
-
-test("an answer, from question to usage", async () => {
-  const { session: s, store, sent } = session(
-    ": keep-alive\n\n", piece({ role: "assistant", content: null, reasoning_content: "Hm." }),
-    piece({ content: "Hel" }), piece({ content: "lo" }), piece({}, { finish_reason: "stop" }), USAGE, DONE,
-  );
-  const id = s.ask(null, "Hi");
-  expect(await ended(store, id)).toMatchObject({ status: "done", reasoning: "Hm.", content: "Hello", finishReason: "stop", usage, model: "nano" });
-  expect(sent[0]).toMatchObject({ path: "v1/chat/completions", body: { stream: true, stream_options: { include_usage: true }, thinking: { type: "disabled" } } });
-  expect(sent[0]?.body.messages).toEqual([{ role: "user", content: "Hi" }]);
+  await session.start();
+  const chat = session.ask(null, "hello", []);
+  await settle();
+  const [question, answer] = shown(chat) as [Message, Message];
+  expect(answer).toMatchObject({ status: "error", unsent: true });
+  expect(question).toMatchObject({ content: "hello", unsent: true });
+  away = false;
+  session.again(chat, answer);
+  await settle();
+  const bodies = calls.filter(([name]) => name === "ask").map((call) => call[2] as { id: string; answer: { id: string } });
+  expect(bodies).toHaveLength(2);
+  expect([bodies[0]!.id, bodies[0]!.answer.id]).toEqual([bodies[1]!.id, bodies[1]!.answer.id]);
+  expect(shown(chat).map((m) => [m.status, m.unsent])).toEqual([["done", undefined], ["running", undefined]]);
 });
 
-test("no [DONE], a lost connection, a stream of nonsense: what came is kept", async () => {
-  for (const chunks of [[piece({ content: "So far" })], [piece({ content: "So far" }), new Error("gone")], [piece({ content: "So far" }), "data: <html>\n\n"]]) {
-    const { session: s, store } = session(...chunks);
-    const answer = await ended(store, s.ask(null, "Hi"));
-    expect(answer).toMatchObject({ status: "interrupted", content: "So far" });
-    expect(answer.fault?.message).toBeTruthy();
-  }
+test("before the page goes, an unsent question becomes a draft", async () => {
+  const { session, store } = world({ create: async () => Promise.reject(new ApiError("")) });
+  await session.start();
+  session.ask(null, "do not lose me", []);
+  await settle();
+  session.rescue();
+  expect(store.get().drafts.new).toMatchObject({ text: "do not lose me" });
 });
 
-test("an error inside the stream is the server's word", async () => {
-  const { session: s, store } = session(piece({ content: "So far" }), 'data: {"error":{"message":"out of memory"}}\n\n');
-  expect(await ended(store, s.ask(null, "Hi"))).toMatchObject({ status: "error", content: "So far", fault: { message: "out of memory" } });
+test("answering again, editing and choosing make and show siblings", async () => {
+  const { session, shown, store, calls } = world();
+  await session.start();
+  const chat = session.ask(null, "first", []);
+  await settle();
+  const [question, answer] = shown(chat) as [Message, Message];
+  session.again(chat, answer);
+  await settle();
+  expect(shown(chat)[1]!.id).not.toBe(answer.id);
+  session.choose(chat, answer.id);
+  expect(shown(chat)[1]!.id).toBe(answer.id);
+  expect(calls.at(-1)).toEqual(["change", chat, { head: answer.id }]);
+  session.edit(chat, question, "second");
+  await settle();
+  expect(shown(chat)[0]!.content).toBe("second");
+  expect(store.get().threads[chat]!.children.get("")).toHaveLength(2);
 });
 
-test("HTTP errors with and without the API's body", async () => {
-  const refused = session(new Response('{"error":{"message":"too busy","code":null}}', { status: 503 }));
-  expect(await ended(refused.store, refused.session.ask(null, "Hi"))).toMatchObject({ status: "error", fault: { message: "too busy", status: 503 } });
-  const proxy = session(new Response("<h1>Bad gateway</h1>", { status: 502 }));
-  expect((await ended(proxy.store, proxy.session.ask(null, "Hi"))).fault).toEqual({ message: "The server answered with status 502.", status: 502 });
+test("stop takes the server's word for what there is", async () => {
+  const { session, shown, streams } = world();
+  await session.start();
+  const chat = session.ask(null, "slow", []);
+  await settle();
+  await session.stop(chat, shown(chat)[1]!.id);
+  expect(streams.size).toBe(0);
+  expect(shown(chat)[1]).toMatchObject({ status: "stopped", content: "half" });
 });
 
-test("401 asks for a key; the key is sent and the question repeated", async () => {
-  const { session: s, store, sent } = session(new Response('{"error":{"message":"no key"}}', { status: 401 }));
-  const id = s.ask(null, "Hi");
-  await ended(store, id);
-  expect(store.get().askKey).toBe(true);
-  await s.useKey("sk-1", id);
-  await ended(store, id);
-  expect(sent.at(-1)).toMatchObject({ path: "v1/chat/completions" });
-  expect(sent.at(-1)?.headers.get("Authorization")).toBe("Bearer sk-1");
+test("a refused key asks for one", async () => {
+  const { session, store } = world({ setup: async () => Promise.reject(new ApiError("no key", 401)) });
+  await session.start();
+  expect(store.get()).toMatchObject({ askKey: true, fault: { status: 401 } });
 });
 
-test("stop keeps what came and marks it", async () => {
-  const { session: s, store } = session(piece({ content: "So far" }), "");
-  const id = s.ask(null, "Hi");
-  await vi.waitFor(() => expect(store.get().chats[id]?.messages.at(-1)?.content).toBe("So far"), 2000);
-  s.stop(id);
-  const answer = await ended(store, id);
-  expect(answer).toMatchObject({ status: "stopped", content: "So far" });
-  expect(answer.fault).toBeUndefined();
-});
-
-test("the request leaves out reasoning, empty answers and what was not set", () => {
-  const answer = { id: "a", role: "assistant", content: "Yes.", reasoning: "Hm.", status: "done", model: "m" } as const;
-  const history: Message[] = [{ id: "q", role: "user", content: "Hi" }, answer, { ...answer, content: "" }];
-  const plain = requestBody(history, { id: "m" }, DEFAULTS);
-  expect(plain).toEqual({
-    model: "m",
-    messages: [{ role: "user", content: "Hi" }, { role: "assistant", content: "Yes." }],
-    stream: true,
-    stream_options: { include_usage: true },
+test("a deleted chat is gone at once; undo imports what was exported before", async () => {
+  const kept = { name: "x.json", body: new Blob(['{"title":"x"}']) };
+  const { session, store, names, calls } = world({
+    exported: async () => kept,
+    remove: async () => undefined,
+    restore: async () => ({ ...info({ id: "c2" }), messages: [] }),
   });
-  const set = requestBody(history, MODEL, { ...DEFAULTS, system: "Be brief.", temperature: 0, maxTokens: 9, thinking: true });
-  expect(set).toMatchObject({ temperature: 0, max_tokens: 9, thinking: { type: "enabled" } });
-  expect(set.messages[0]).toEqual({ role: "system", content: "Be brief." });
+  await session.delete("c", { deleted: "gone", undo: "undo" });
+  expect(names().slice(0, 2)).toEqual(["exported", "remove"]);
+  store.get().toast!.action!.run();
+  await settle();
+  await settle();
+  expect(calls.find(([name]) => name === "restore")).toEqual(["restore", { title: "x" }]);
 });
 
-test("vLLM's name for reasoning is understood", () => {
-  expect([...pieces('{"choices":[{"delta":{"reasoning":"Hm"}}]}')]).toEqual([{ kind: "reasoning", text: "Hm" }]);
+test("switches are told to the server and start the next chat; a system prompt stays with its own", async () => {
+  const { session, store, calls } = world();
+  await session.start();
+  const chat = session.ask(null, "x", []);
+  await settle();
+  session.settings(chat, { thinking: true, system: "Be brief." });
+  session.settings(chat, { system: "Be very brief." });
+  session.rescue(); // what waits is told when the page goes
+  const told = calls.filter(([name]) => name === "change");
+  expect(told).toEqual([["change", chat, { settings: { thinking: true, system: "Be very brief." } }, true]]);
+  expect(store.get().prefs.settings).toEqual({ thinking: true });
+  expect(store.get().threads[chat]!.info.settings).toEqual({ ...SETTINGS, thinking: true, system: "Be very brief." });
 });

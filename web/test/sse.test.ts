@@ -16,7 +16,7 @@ const EVENTS = ['{"a":"wörd 🐋"}', "no space", "two\nlines", "cr only", "", "
 
 function decode(...chunks: Uint8Array[]): string[] {
   const decoder = new SseDecoder();
-  return [...chunks.flatMap((chunk) => decoder.push(chunk)), ...decoder.end()];
+  return [...chunks.flatMap((chunk) => decoder.push(chunk)), ...decoder.end()].map((event) => event.data);
 }
 
 const bytes = new TextEncoder().encode(STREAM);
@@ -48,7 +48,7 @@ test("byte by byte, with empty chunks between", () => {
 test("an event is given out as soon as its blank line is there", () => {
   const decoder = new SseDecoder();
   expect(decoder.push(new TextEncoder().encode("data: x\n"))).toEqual([]);
-  expect(decoder.push(new TextEncoder().encode("\ndata: y"))).toEqual(["x"]);
+  expect(decoder.push(new TextEncoder().encode("\ndata: y"))).toEqual([{ id: "", data: "x" }]);
 });
 
 test("a stream that ends without the last blank line, or without a newline", () => {
@@ -62,4 +62,10 @@ test("a hundred thousand events in one chunk take no quadratic time", () => {
   const start = performance.now();
   expect(decode(many)).toHaveLength(100_000);
   expect(performance.now() - start).toBeLessThan(2000);
+});
+
+test("the last id goes with every event after it", () => {
+  const decoder = new SseDecoder();
+  const events = decoder.push(new TextEncoder().encode("data: a\n\nid: 7\ndata: b\n\ndata: c\n\n"));
+  expect(events.map((event) => event.id)).toEqual(["", "7", "7"]);
 });

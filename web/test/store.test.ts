@@ -1,102 +1,80 @@
-import { describe, expect, test } from "vitest";
-import { createStore, currentModel, EMPTY, reduce, sortedChats, type Action, type State } from "../src/lib/store";
-import type { Answer, Question } from "../src/lib/types";
+import { expect, test } from "vitest";
+import { after, createStore, EMPTY, inOrder, settingsOf, withInfo, withMessages, withThread } from "../src/lib/store";
+import type { Setup } from "../src/lib/types";
+import { info, message, SETTINGS } from "./make";
 
-const question = (id: string, content = `question ${id}`): Question => ({ id, role: "user", content });
-const answer = (id: string): Answer => ({ id, role: "assistant", content: "", reasoning: "", status: "streaming", model: "m" });
-const run = (...actions: Action[]): State => actions.reduce(reduce, EMPTY);
+const live = message({ id: "a", parent: "q", status: "running" });
 
-const asked: Action = { type: "ask", chatId: "c", question: question("q1", "What is krill?"), answer: answer("a1"), at: 10 };
-const says = (content: string, at = 20, reasoning = ""): Action => ({ type: "append", chatId: "c", answerId: "a1", reasoning, content, at });
-const done: Action = { type: "finish", chatId: "c", answerId: "a1", result: { status: "done" }, at: 30 };
-const messages = (state: State) => state.chats.c?.messages ?? [];
-const first = (state: State) => messages(state)[1] as Answer;
-
-describe("a conversation", () => {
-  test("the first question makes the chat and its title", () => {
-    const state = run(asked);
-    expect(state.chats.c).toMatchObject({ id: "c", title: "What is krill?", updatedAt: 10 });
-    expect(messages(state).map((m) => m.id)).toEqual(["q1", "a1"]);
-  });
-
-  test("pieces add up; other messages stay the same objects", () => {
-    const before = run(asked, says("Small "), done, { ...asked, question: question("q2"), answer: answer("a2") } as Action);
-    const after = reduce(before, { type: "append", chatId: "c", answerId: "a2", reasoning: "", content: "x", at: 40 });
-    expect(messages(after).slice(0, 3)).toEqual(messages(before).slice(0, 3));
-    messages(before).slice(0, 3).forEach((m, i) => expect(messages(after)[i]).toBe(m));
-    expect(first(run(asked, says("Small "), says("animals."))).content).toBe("Small animals.");
-  });
-
-  test("pieces for an answer that is gone change nothing", () => {
-    const state = run(asked);
-    const other = reduce(state, { type: "append", chatId: "c", answerId: "zzz", reasoning: "", content: "x", at: 1 });
-    expect(messages(other)).toEqual(messages(state));
-    expect(reduce(state, { type: "finish", chatId: "zzz", answerId: "a1", result: {}, at: 1 })).toBe(state);
-  });
-
-  test("edit replaces the question, drops what followed and renames the chat", () => {
-    const second: Action = { type: "ask", chatId: "c", question: question("q2"), answer: answer("a2"), at: 40 };
-    const edit: Action = { type: "edit", chatId: "c", questionId: "q1", content: "What is plankton?", answer: answer("a3"), at: 50 };
-    const state = run(asked, done, second, edit);
-    expect(messages(state).map((m) => m.id)).toEqual(["q1", "a3"]);
-    expect(messages(state)[0]?.content).toBe("What is plankton?");
-    expect(state.chats.c?.title).toBe("What is plankton?");
-    const later = run(asked, done, second, { ...edit, questionId: "q2" } as Action);
-    expect(messages(later).map((m) => m.id)).toEqual(["q1", "a1", "q2", "a3"]);
-    expect(later.chats.c?.title).toBe("What is krill?");
-  });
-
-  test("again replaces the last answer only", () => {
-    const state = run(asked, says("x"), done, { type: "again", chatId: "c", answer: answer("a2"), at: 50 });
-    expect(messages(state).map((m) => m.id)).toEqual(["q1", "a2"]);
-    expect(state.chats.c?.updatedAt).toBe(50);
-  });
+test("deltas of one frame make one new message; the old one is untouched", () => {
+  const next = after(live, [{ type: "thinking", text: "hm" }, { type: "thinking", text: "m" }, { type: "text", text: "yes" }], 5000);
+  expect(next).toMatchObject({ thinking: "hmm", content: "yes", thinkingSince: 5000, thinking_s: 0 });
+  expect(live.thinking).toBeNull();
+  expect(after(next, [{ type: "text", text: "!" }], 9000).thinking_s).toBe(0);
 });
 
-describe("thinking", () => {
-  test("is timed from its first piece to the answer's first", () => {
-    const state = run(asked, says("", 100, "Hm"), says("", 1500, "m."), says("Yes", 3100), says("!", 9000), done);
-    expect(first(state)).toMatchObject({ reasoning: "Hmm.", content: "Yes!", thinkingSince: 100, thinkingMs: 3000 });
-  });
-
-  test("that is broken off is timed until then", () => {
-    const stop: Action = { ...done, result: { status: "stopped" }, at: 600 } as Action;
-    expect(first(run(asked, says("", 100, "Hm"), stop))).toMatchObject({ status: "stopped", thinkingMs: 500 });
-  });
-
-  test("that never was has no time", () => {
-    expect(first(run(asked, says("Yes"), done)).thinkingMs).toBeUndefined();
-  });
+test("a state replaces everything: what was missed is there, what was ahead is not doubled", () => {
+  const seen = after(live, [{ type: "text", text: "Hello wor" }], 1);
+  const state = { ...live, content: "Hello world, and more" };
+  const next = after(seen, [{ type: "state", message: state }, { type: "text", text: "!" }], 2);
+  expect(next.content).toBe("Hello world, and more!");
 });
 
-test("a deleted chat can be put back", () => {
-  const gone = run(asked, done, { type: "delete", chatId: "c" });
-  expect(gone.chats).toEqual({});
-  const back = reduce(gone, { type: "put", chat: gone.deleted! });
-  expect(messages(back)).toHaveLength(2);
-  expect(back.deleted).toBeNull();
+test("a thought that was under way before a reload is timed from the answer's beginning", () => {
+  const state = { ...live, created: 100, thinking: "so far" };
+  expect(after(live, [{ type: "state", message: state }], 130_000).thinkingSince).toBe(100_000);
+  const told = { ...live, created: 100, thinking: "so far", thinking_s: 12 };
+  const next = after(live, [{ type: "state", message: told }], 130_000);
+  expect(next.thinkingSince).toBe(118_000);
+  expect(after(next, [{ type: "text", text: "So" }], 133_000).thinking_s).toBe(15);
 });
 
-test("chats are sorted by their last question, streaming does not move them", () => {
-  const state = run(asked, { ...asked, chatId: "d", at: 15 } as Action, says("x", 99), done);
-  expect(sortedChats(state).map((c) => c.id)).toEqual(["d", "c"]);
+test("search goes through its phases and ends with checks", () => {
+  const search = { queries: ["q"], sources: [], failed: null };
+  const checks = [{ start: 0, end: 1, citations: [1], found: true, reason: "" }];
+  const next = after(live, [{ type: "search", search, phase: "reading" }, { type: "checks", checks }], 1);
+  expect(next).toMatchObject({ search, phase: "reading", checks });
 });
 
-test("a remembered model that the server no longer has gives way to its first", () => {
-  const models = [{ id: "a" }, { id: "b" }];
-  expect(currentModel(run({ type: "set", values: { models } }, { type: "settings", settings: { model: "b" } }))?.id).toBe("b");
-  expect(currentModel(run({ type: "set", values: { models } }, { type: "settings", settings: { model: "z" } }))?.id).toBe("a");
-  expect(currentModel(EMPTY)).toBeUndefined();
+test("content that grows leaves the shape alone; a new message moves the path", () => {
+  const store = createStore(withThread(EMPTY, { ...info({ head: "a" }), messages: [message({ id: "q", role: "user" }), live] }));
+  const { path } = store.get().threads.c!;
+  store.update((s) => withMessages(s, "c", [{ ...live, content: "x" }]));
+  expect(store.get().threads.c!.path).toBe(path);
+  store.update((s) => withMessages(s, "c", [message({ id: "b", parent: "q" })], "b"));
+  expect(store.get().threads.c!.path).toEqual(["q", "b"]);
+  expect(withMessages(store.get(), "other", [live])).toBe(store.get());
 });
 
-test("listeners hear of changes, and only of changes", () => {
-  const store = createStore(EMPTY);
-  let heard = 0;
-  const leave = store.subscribe(() => heard++);
-  store.dispatch({ type: "delete", chatId: "nothing" });
-  expect(heard).toBe(0);
-  store.dispatch(asked);
-  leave();
-  store.dispatch(done);
-  expect(heard).toBe(1);
+test("what the server has not taken stays when the chat is read again", () => {
+  const one = withThread(EMPTY, { ...info(), messages: [] });
+  const two = withMessages(one, "c", [message({ id: "mine", role: "user", unsent: true })]);
+  const three = withThread(two, { ...info(), messages: [message({ id: "q", role: "user" })] });
+  expect([...three.threads.c!.messages.keys()]).toEqual(["q", "mine"]);
+});
+
+test("a new title shows in the list too", () => {
+  const row = { id: "c", title: "old", pinned: false, created: 1, updated: 1, model: null };
+  const state = withThread({ ...EMPTY, list: { ...EMPTY.list, chats: [row] } }, { ...info(), messages: [] });
+  const next = withInfo(state, "c", { title: "new" });
+  expect([next.threads.c!.info.title, next.list.chats[0]!.title]).toEqual(["new", "new"]);
+});
+
+test("pinned first, then newest", () => {
+  const row = (id: string, pinned: boolean, updated: number) => ({ id, title: id, pinned, created: 0, updated, model: null });
+  expect(inOrder([row("a", false, 3), row("b", true, 1), row("c", false, 5)]).map((c) => c.id)).toEqual(["b", "c", "a"]);
+});
+
+test("a chat's settings fall back on what the server has", () => {
+  const setup: Setup = {
+    models: [{ id: "big", context_length: 1, thinking: true, max_output: 1 }, { id: "nano", context_length: 1, thinking: true, max_output: 1 }],
+    default_model: "nano",
+    search: { available: false, provider: null, local_index: false },
+    prices: [],
+    limits: { file_bytes: 1, files_per_message: 1, content_chars: 1 },
+    upload_types: [],
+  };
+  const state = { ...EMPTY, setup, prefs: { ...EMPTY.prefs, settings: { model: "gone", search: true, thinking: true } } };
+  expect(settingsOf(state, null)).toEqual({ ...SETTINGS, model: "nano", thinking: true });
+  const open = withThread(state, { ...info({ settings: { ...SETTINGS, model: "big", system: "Be brief." } }), messages: [] });
+  expect(settingsOf(open, "c")).toMatchObject({ model: "big", system: "Be brief.", thinking: false });
 });

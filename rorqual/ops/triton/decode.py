@@ -1,9 +1,7 @@
-"""A decoding step's small products as few launches: projections of few rows, absorbed queries, router logits.
+"""A decoding step's small operations around its attention as few launches: norms, absorbed queries, merged values.
 
 With one or two dozen tokens a step every kernel reads its weights and multiplies almost nothing, and what a step waits for
-is the number of kernels (a few microseconds each, whatever they do) and how many multiprocessors read at once. So here a
-program takes a few rows of a weight for one token, streams them into lanes of fp32 sums and adds those once; the tokens
-are the fastest axis of the grid, so that the second token finds the rows in the cache.
+is the number of kernels: a few microseconds each, whatever they do.
 
 Inference only. The order of additions depends on shapes alone, never on the number of tokens.
 """
@@ -14,54 +12,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-TOKENS = 4
-"""Up to so many tokens, reading weights once for each beats a product made for many rows (cuBLAS)."""
-PROCESSORS = 132
-"""An H100's multiprocessors."""
-
-
-@triton.jit
-def _rows_dot_kernel(
-    x, w1, w2, y1, y2, OUT1, OUT2, stride_x, stride_w1, stride_w2, stride_y1, stride_y2,
-    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """y1[n] = w1 x[n] and y2[n] = w2 x[n]: ROWS of the rows of either, for one token."""
-    n = tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1)
-    first = tl.cdiv(OUT1, ROWS)
-    if block >= first:
-        w, y, out, stride_w = w2, y2 + n * stride_y2, OUT2, stride_w2
-        block -= first
-    else:
-        w, y, out, stride_w = w1, y1 + n * stride_y1, OUT1, stride_w1
-    o = block * ROWS + tl.arange(0, ROWS)
-    d = tl.arange(0, COLUMNS)
-    rows = w + tl.minimum(o, out - 1).to(tl.int64)[:, None] * stride_w + d[None, :]
-    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for at in tl.range(0, D, COLUMNS, num_stages=STAGES):
-        if D % COLUMNS == 0:
-            acc += tl.load(rows + at).to(tl.float32) * tl.load(x + n * stride_x + at + d).to(tl.float32)[None, :]
-        else:
-            inside = at + d < D
-            value = tl.load(x + n * stride_x + at + d, mask=inside, other=0.0).to(tl.float32)
-            acc += tl.load(rows + at, mask=inside[None, :], other=0.0).to(tl.float32) * value[None, :]
-    tl.store(y + o, tl.sum(acc, 1).to(y.dtype.element_ty), mask=o < out)
-
-
-def rows_dot(x_ND: Tensor, *weights: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
-    """x [N, D] by one or two weights [out, D] in one launch -> [N, out] of each, in `dtype` or x's; sums in fp32."""
-    assert 1 <= len(weights) <= 2 and x_ND.stride(1) == 1 and all(w.stride(1) == 1 for w in weights)
-    (N, D), outs = x_ND.shape, [len(w) for w in weights]
-    ys = [torch.empty(N, out, dtype=dtype or x_ND.dtype, device=x_ND.device) for out in outs]
-    rows = 8 if sum(outs) >= 16 * PROCESSORS else 4
-    w1, w2, y1, y2 = weights[0], weights[-1], ys[0], ys[-1]
-    second = outs[1] if len(outs) == 2 else 0
-    _rows_dot_kernel[(N, triton.cdiv(outs[0], rows) + triton.cdiv(second, rows))](
-        x_ND, w1, w2, y1, y2, outs[0], second, x_ND.stride(0), w1.stride(0), w2.stride(0), y1.stride(0), y2.stride(0),
-        D=D, ROWS=rows, COLUMNS=min(512, triton.next_power_of_2(D)), STAGES=3, num_warps=4,
-    )  # fmt: skip
-    return ys
 
 
 @triton.jit
@@ -174,17 +124,53 @@ def _values_kernel(
 
 
 def merged_values(
-    part: Tensor, lse: Tensor, lengths_N: Tensor, w_uv_HUC: Tensor, dtype: torch.dtype, keys: int, page: int, split: int
-) -> Tensor:
+    part: Tensor, lse: Tensor, lengths_N: Tensor, w_uv_HUC: Tensor, dtype: torch.dtype, keys: int, page: int, split: int,
+    block: int | None = None,
+) -> Tensor:  # fmt: skip
     """Attended latents in parts (`ops.triton.mla.parts`: [T, H, splits, C] and [T, H, splits], fp32) -> values [T, H, U].
-    keys: how many the page table has room for."""
+    keys: how many the page table has room for. block: values of a program; None: by the number of rows."""
     (T, H, splits, C), U = part.shape, w_uv_HUC.shape[1]
     assert w_uv_HUC.shape == (H, U, C) and w_uv_HUC.stride(2) == 1
     out = torch.empty(T, H, U, dtype=dtype, device=part.device)
-    block_u = min(32 if T <= 8 else 64, triton.next_power_of_2(U))
+    block_u = min(block or (32 if T <= 8 else 64), triton.next_power_of_2(U))
     _values_kernel[(T, H, triton.cdiv(U, block_u))](
         part, lse, lengths_N, w_uv_HUC, out, keys // page, splits, w_uv_HUC.stride(0), w_uv_HUC.stride(1),
         H=H, C=C, U=U, PAGE=page, SPLIT=split, MERGED=8,
         BLOCK_C=triton.next_power_of_2(C), BLOCK_U=block_u, num_warps=4,
     )  # fmt: skip
     return out
+
+
+@triton.jit
+def _best_kernel(logits, top, best, V, stride, BLOCK: tl.constexpr):
+    n, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(logits + n * stride + at, mask=at < V, other=float("-inf")).to(tl.float32)
+    unsound = (x != x) | (x == float("inf"))
+    value = tl.max(tl.where(unsound, float("inf"), x), 0)
+    place = n * tl.num_programs(1) + block
+    tl.store(top + place, value)
+    tl.store(best + place, tl.min(tl.where(x == value, at, V), 0))
+
+
+@triton.jit
+def _told_kernel(top, best, told, blocks, V, BLOCK: tl.constexpr):
+    n, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    value = tl.load(top + n * blocks + i, mask=i < blocks, other=float("-inf"))
+    largest = tl.max(value, 0)
+    index = tl.load(best + n * blocks + i, mask=i < blocks, other=V)
+    first = tl.min(tl.where(value == largest, index, V), 0)
+    sound = (largest < float("inf")) & (largest > float("-inf"))
+    tl.store(told + n, tl.where(sound, first, -1).to(tl.int64))
+
+
+def most_likely(logits_NV: Tensor) -> Tensor:
+    """`ops.most_likely` in two launches; a row is cut into blocks, or few multiprocessors would read it."""
+    (N, V), block = logits_NV.shape, 4096
+    blocks = triton.cdiv(V, block)
+    top = torch.empty(N, blocks, dtype=torch.float32, device=logits_NV.device)
+    best = torch.empty(N, blocks, dtype=torch.int32, device=logits_NV.device)
+    told = torch.empty(N, dtype=torch.int64, device=logits_NV.device)
+    _best_kernel[(N, blocks)](logits_NV, top, best, V, logits_NV.stride(0), BLOCK=block, num_warps=8)
+    _told_kernel[(N,)](top, best, told, blocks, V, BLOCK=triton.next_power_of_2(blocks), num_warps=1)
+    return told

@@ -1,4 +1,4 @@
-"""Routed experts with plain weights for few tokens, in Triton: what a decoding step needs on a GPU.
+"""Routed experts for few tokens, in Triton, however their weights are stored: what a decoding step needs on a GPU.
 
 Such a step reads the weights of the experts it chose and multiplies almost nothing, so all that counts is that every
 multiprocessor reads all the time, and that there are few launches. Two ways, chosen by shapes alone (`FEW`):
@@ -9,7 +9,7 @@ the end. The slots are the fastest axis of the grid, so that two slots of one ex
 time, the second from the cache. The second launch goes through a token's slots in order and writes the result.
 
 More: rows are sorted by expert and multiplied in tiles of 16 by the kernel of `ops.triton.fp8`, then added in slot
-order. Sorting is one launch as well: a slot's place is counted by comparing it with all others.
+order. Sorting is one launch as well: each expert counts the slots before its own.
 
 Nothing waits for the device and launch shapes depend on shapes only: a step can be captured in a CUDA graph. Which
 blocks are used depends on D, F and K, never on N, and every reduction is one fixed loop: a row's result does not depend
@@ -28,109 +28,101 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import linear
 
-from rorqual.ops.triton.fp8 import Tiling, launch
+from rorqual.ops.formats import FP8, PLAIN, Weight
+from rorqual.ops.triton.fp8 import Tiling, launch, tile_rows
 from rorqual.ops.triton.fused import swiglu
+from rorqual.ops.triton.stream import add_columns, no_sums
 
-FEW = 2
-"""Up to so many slots an expert on average, each slot reads its expert's weights for itself."""
+FEW = {PLAIN: 2, FP8: 0.5, 8: 0.5, 4: 0.5}
+"""By kind of weight: up to so many slots an expert on average, each slot reads its expert's weights for itself. Expanding
+quantised ones again for each slot costs more than reading them."""
 TILE = Tiling(block_m=16, block_n=64, splits=1, warps=4, stages=3)
-"""For more. Fixed, not `ops.triton.fp8.tiling`, whose splits depend on the number of rows."""
-PROCESSORS = 132
-"""An H100's multiprocessors."""
+"""For more; 32 rows from 16 an expert on, which changes no order of additions. Not `ops.triton.fp8.tiling`, whose splits
+depend on the number of rows."""
 
 
 class Streams(NamedTuple):
-    """How few slots read weights: rows of gate (and as many of up) a program, rows of down, columns a step, and steps
-    in flight."""
+    """How few slots read weights: rows of a program and columns of a step, of gate and up and of down."""
 
     gate_rows: int
+    gate_columns: int
     down_rows: int
-    columns: int
-    warps: int
-    stages: int
+    down_columns: int
+    warps: int = 4
 
 
-def streams(D: int, F: int, K: int) -> Streams:
-    """The most rows a program with which one token alone still gives every multiprocessor something to read."""
-    gate = next((rows for rows in (16, 8) if rows * PROCESSORS <= K * F), 4)
-    down = next((rows for rows in (16, 8) if rows * (PROCESSORS - 4) <= D), 4)  # 1,024 wide: 128 programs of 8
-    return Streams(gate, down, 256, 4, 3)
+STREAMS = {
+    PLAIN: Streams(4, 1024, 4, 1024), FP8: Streams(4, 1024, 4, 2048), 8: Streams(8, 1024, 8, 1024),
+    4: Streams(8, 1024, 8, 2048),
+}  # fmt: skip
+"""By kind of weight, measured on an H200. So many columns at once that nothing is left to fetch ahead; fewer rows leave
+registers for more programs."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_se", "stride_sh", "stride_s", "stride_own_s"])
 def _swiglu_kernel(
-    x, w, shared_gate, shared_up, h, chosen, stride_x, stride_we, stride_w, stride_shared,
-    K: tl.constexpr, S: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    x, w, w_scale, gate, gate_scale, up, up_scale, h, chosen,
+    stride_x, stride_we, stride_wh, stride_w, stride_se, stride_sh, stride_s, stride_own, stride_own_s,
+    K: tl.constexpr, S: tl.constexpr, D: tl.constexpr, F: tl.constexpr, KIND: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """h[slot, f] = silu(gate_f x) (up_f x), fp32, for ROWS of the f of one slot. A token has K slots of chosen experts and
-    then S slots of F rows each of the shared expert."""
+    then S slots of F rows each of the shared expert (gate and up)."""
     slot = tl.program_id(0)
     token, k = slot // (K + S), slot % (K + S)
     f = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    d = tl.arange(0, COLUMNS)
     row = tl.minimum(f, F - 1).to(tl.int64)  # past the end: the last row again, never stored
     if k < K:
         expert = tl.load(chosen + token * K + k).to(tl.int64)
-        gate_row = w + expert * stride_we
-        up_row, stride = gate_row + F * stride_w, stride_w
+        gate_w, gate_s, stride, stride_scale = w + expert * stride_we, w_scale + expert * stride_se, stride_w, stride_s
+        up_w, up_s = gate_w + stride_wh, gate_s + stride_sh
     else:
-        gate_row = shared_gate + (k - K).to(tl.int64) * F * stride_shared
-        up_row, stride = shared_up + (k - K).to(tl.int64) * F * stride_shared, stride_shared
-    gate_rows = gate_row + row[:, None] * stride + d[None, :]
-    up_rows = up_row + row[:, None] * stride + d[None, :]
-    x_row = x + token.to(tl.int64) * stride_x + d
-    gate = tl.zeros((ROWS, COLUMNS), tl.float32)
-    up = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for at in tl.range(0, D, COLUMNS, num_stages=STAGES):
-        if D % COLUMNS == 0:
-            value = tl.load(x_row + at).to(tl.float32)[None, :]
-            gate += tl.load(gate_rows + at).to(tl.float32) * value
-            up += tl.load(up_rows + at).to(tl.float32) * value
-        else:
-            inside = at + d < D
-            value = tl.load(x_row + at, mask=inside, other=0.0).to(tl.float32)[None, :]
-            gate += tl.load(gate_rows + at, mask=inside[None, :], other=0.0).to(tl.float32) * value
-            up += tl.load(up_rows + at, mask=inside[None, :], other=0.0).to(tl.float32) * value
-    gate_f = tl.sum(gate, 1)
-    tl.store(h + slot.to(tl.int64) * F + f, gate_f * tl.sigmoid(gate_f) * tl.sum(up, 1), mask=f < F)
+        row += (k - K).to(tl.int64) * F
+        gate_w, gate_s, stride, stride_scale = gate, gate_scale, stride_own, stride_own_s
+        up_w, up_s = up, up_scale
+    x += token.to(tl.int64) * stride_x
+    gates = no_sums(KIND, ROWS, COLUMNS)
+    ups = no_sums(KIND, ROWS, COLUMNS)
+    for at in range(0, D, COLUMNS):
+        gates = add_columns(
+            gates, x, gate_w, gate_s, row, at, 1.0, D, stride, stride_scale, KIND, COLUMNS, D % COLUMNS == 0
+        )
+        ups = add_columns(ups, x, up_w, up_s, row, at, 1.0, D, stride, stride_scale, KIND, COLUMNS, D % COLUMNS == 0)
+    gate_f = tl.sum(gates, 1)
+    tl.store(h + slot.to(tl.int64) * F + f, gate_f * tl.sigmoid(gate_f) * tl.sum(ups, 1), mask=f < F)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_se", "stride_s", "stride_own_s"])
 def _down_kernel(
-    h, w, shared, gates, chosen, add, y, stride_we, stride_w, stride_shared, stride_add,
-    K: tl.constexpr, S: tl.constexpr, D: tl.constexpr, F: tl.constexpr, ADD: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    h, w, w_scale, own, own_scale, gates, chosen, add, y, stride_we, stride_w, stride_se, stride_s, stride_own,
+    stride_own_s, stride_add,
+    K: tl.constexpr, S: tl.constexpr, D: tl.constexpr, F: tl.constexpr, KIND: tl.constexpr, ADD: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """y[n, d] = sum over slots of gate down_d h, for ROWS of the d of one token. One loop over slots and columns, so
-    that the next expert's weights are on their way before this one's are used up."""
+    that lanes are added once."""
     n = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    f = tl.arange(0, COLUMNS)
-    at_d = tl.minimum(d, D - 1).to(tl.int64)[:, None]
-    rows = w + at_d * stride_w + f[None, :]
+    row = tl.minimum(d, D - 1).to(tl.int64)
     h += n * (K + S) * F
-    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    acc = no_sums(KIND, ROWS, COLUMNS)
     STEPS: tl.constexpr = (F + COLUMNS - 1) // COLUMNS
-    for step in tl.range(0, K * STEPS, num_stages=STAGES):
+    for step in range(0, K * STEPS):
         k = step // STEPS
         at = step % STEPS * COLUMNS
-        place = rows + tl.load(chosen + n * K + k).to(tl.int64) * stride_we + at
+        expert = tl.load(chosen + n * K + k).to(tl.int64)
         gate = tl.load(gates + n * K + k).to(tl.float32)
-        if F % COLUMNS == 0:
-            acc += tl.load(place).to(tl.float32) * (tl.load(h + k * F + at + f) * gate)[None, :]
-        else:
-            inside = at + f < F
-            value = tl.load(h + k * F + at + f, mask=inside, other=0.0) * gate
-            acc += tl.load(place, mask=inside[None, :], other=0.0).to(tl.float32) * value[None, :]
+        acc = add_columns(
+            acc, h + k * F, w + expert * stride_we, w_scale + expert * stride_se, row, at, gate, F, stride_w, stride_s,
+            KIND, COLUMNS, F % COLUMNS == 0,
+        )  # fmt: skip
     if S:
         # The shared expert's slots lie side by side in its rows.
-        place = shared + at_d * stride_shared + f[None, :]
-        h += K * F
-        for at in tl.range(0, S * F, COLUMNS, num_stages=STAGES):
-            inside = at + f < S * F
-            value = tl.load(h + at + f, mask=inside, other=0.0)
-            acc += tl.load(place + at, mask=inside[None, :], other=0.0).to(tl.float32) * value[None, :]
+        for at in range(0, S * F, COLUMNS):
+            acc = add_columns(
+                acc, h + K * F, own, own_scale, row, at, 1.0, S * F, stride_own, stride_own_s, KIND, COLUMNS,
+                S * F % COLUMNS == 0,
+            )  # fmt: skip
     total = tl.sum(acc, 1)
     if ADD:
         total += tl.load(add + n * stride_add + d, mask=d < D, other=0.0).to(tl.float32)
@@ -142,27 +134,24 @@ def _sort_kernel(
     chosen, place, token, tile_expert, tile_begin, row_end, slots,
     K: tl.constexpr, TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Each slot's place in the stable order by expert. The slot that opens a tile enters it in the list: an expert's
-    tiles stand from start / TILE_ROWS + expert on, which leaves gaps and no two tiles in one place."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    expert = tl.load(chosen + i, mask=i < slots, other=0)
-    start = tl.zeros((BLOCK,), tl.int32)  # slots of the experts before
-    rank = tl.zeros((BLOCK,), tl.int32)  # slots of this expert before
-    count = tl.zeros((BLOCK,), tl.int32)
-    for first in range(0, slots, BLOCK):
-        j = first + tl.arange(0, BLOCK)
-        other = tl.load(chosen + j, mask=j < slots, other=2147483647)
-        same = other[None, :] == expert[:, None]
-        start += tl.sum((other[None, :] < expert[:, None]).to(tl.int32), 1)
-        rank += tl.sum((same & (j[None, :] < i[:, None])).to(tl.int32), 1)
-        count += tl.sum(same.to(tl.int32), 1)
-    tl.store(place + i, start + rank, mask=i < slots)
-    tl.store(token + start + rank, i // K, mask=i < slots)
-    opens = (i < slots) & (rank % TILE_ROWS == 0)
-    tile = start // TILE_ROWS + expert + rank // TILE_ROWS
-    tl.store(tile_expert + tile, expert.to(tl.int32), mask=opens)
-    tl.store(tile_begin + tile, start + rank, mask=opens)
-    tl.store(row_end + expert, start + count, mask=opens & (rank == 0))
+    """One expert: where its slots go in the stable order by expert, and its tiles. They stand in the list from
+    start / TILE_ROWS + expert on, up to where the next expert's begin, which leaves room that is named nobody's."""
+    expert, experts = tl.program_id(0), tl.num_programs(0)
+    i = tl.arange(0, BLOCK)
+    other = tl.load(chosen + i, mask=i < slots, other=2147483647).to(tl.int32)
+    mine = other == expert
+    start = tl.sum((other < expert).to(tl.int32), 0)
+    count = tl.sum(mine.to(tl.int32), 0)
+    at = start + tl.cumsum(mine.to(tl.int32), 0) - 1
+    tl.store(place + i, at, mask=mine)
+    tl.store(token + at, i // K, mask=mine)
+    tl.store(row_end + expert, start + count)
+    first = start // TILE_ROWS + expert
+    last = (start + count) // TILE_ROWS + expert + 1
+    t = tl.arange(0, BLOCK)
+    used = t * TILE_ROWS < count
+    tl.store(tile_expert + first + t, tl.where(used, expert, experts), mask=first + t < last)
+    tl.store(tile_begin + first + t, start + t * TILE_ROWS, mask=used)
 
 
 @triton.jit
@@ -184,76 +173,95 @@ def _combine_kernel(
     tl.store(out + n * D + d, total.to(out.dtype.element_ty), mask=d < D)
 
 
-Shared = tuple[Tensor, Tensor, Tensor]
+Shared = tuple[Weight, Weight, Weight]
 """The shared expert's gate and up [W, D] and down [D, W], W a multiple of the routed experts' F."""
 
 
 def routed_experts(
     x_ND: Tensor,
-    gate_up_E2FD: Tensor,
-    down_EDF: Tensor,
+    gate_up: Weight,
+    down: Weight,
     gates_NK: Tensor,
     chosen_NK: Tensor,
     add_ND: Tensor | None = None,
     shared: Shared | None = None,
 ) -> Tensor:
-    """The op of `ops.experts`: x [N, D], gate_up [E, 2F, D], down [E, D, F], gates [N, K], chosen [N, K] integers ->
+    """The op of `ops.experts`: x [N, D], gate_up [E, 2, F, D], down [E, D, F], gates [N, K], chosen [N, K] integers ->
     [N, D] in x's dtype. shared: an expert of every token, with gate 1. add [N, D] (the residual stream) joins the sum
-    last, in fp32, before the one rounding. Weights of another dtype are converted as they are read. Chosen experts must
-    exist: nothing checks them."""
+    last, in fp32, before the one rounding. Weights are expanded as they are read. Chosen experts must exist: nothing
+    checks them."""
     if x_ND.shape[0] == 0:
         return torch.empty_like(x_ND)
-    rows = (x_ND, gate_up_E2FD, down_EDF, *(() if add_ND is None else (add_ND,)), *(shared or ()))
-    assert all(t.stride(-1) == 1 for t in rows)
+    assert x_ND.stride(1) == 1 and (add_ND is None or add_ND.stride(1) == 1)
     gates_NK, chosen_NK = gates_NK.contiguous(), chosen_NK.contiguous()
-    run = few_slots if chosen_NK.numel() <= FEW * down_EDF.shape[0] else many_slots
-    return run(x_ND, gate_up_E2FD, down_EDF, gates_NK, chosen_NK, add_ND, shared)
+    few = chosen_NK.numel() <= FEW[gate_up.kind] * len(down.data) and streams_experts(x_ND, gate_up, down, shared)
+    return (few_slots if few else many_slots)(x_ND, gate_up, down, gates_NK, chosen_NK, add_ND, shared)
+
+
+def streams_experts(x_ND: Tensor, gate_up: Weight, down: Weight, shared: Shared | None) -> bool:
+    """Whether `few_slots` takes them: activations as they are, rows of one program in one block of scales, and the shared
+    expert stored as the others are."""
+    kinds = {gate_up.kind, down.kind, *(w.kind for w in shared or ())}
+    aligned = gate_up.kind == PLAIN or (gate_up.data.shape[2] % 16 == 0 and x_ND.shape[1] % 16 == 0)
+    return len(kinds) == 1 and aligned and not any(w.dynamic for w in (gate_up, down, *(shared or ())))
 
 
 def few_slots(
-    x_ND: Tensor, w_E2FD: Tensor, down_EDF: Tensor, gates_NK: Tensor, chosen_NK: Tensor, add_ND: Tensor | None,
+    x_ND: Tensor, gate_up: Weight, down: Weight, gates_NK: Tensor, chosen_NK: Tensor, add_ND: Tensor | None,
     shared: Shared | None = None, how: Streams | None = None,
 ) -> Tensor:  # fmt: skip
-    (N, D), F, K = x_ND.shape, down_EDF.shape[2], chosen_NK.shape[1]
-    how = how or streams(D, F, K)
-    gate, up, down = shared or (w_E2FD[0], w_E2FD[0], down_EDF[0])  # not read without
-    S = len(gate) // F if shared else 0
-    assert not shared or (len(gate) == S * F and gate.stride(0) == up.stride(0)), "the shared expert is whole experts"
+    (N, D), F, K = x_ND.shape, gate_up.data.shape[2], chosen_NK.shape[1]
+    w, d = gate_up, down
+    gate, up, own = shared or (w.view((0, 0)), w.view((0, 0)), d.view(0))  # not read without
+    S = len(gate.data) // F if shared else 0
+    assert not shared or len(gate.data) == S * F, "the shared expert is whole experts"
+    assert gate.data.stride(0) == up.data.stride(0) and gate.scale.stride(0) == up.scale.stride(0)
     h_MF = torch.empty(N * (K + S), F, dtype=torch.float32, device=x_ND.device)
     y_ND = torch.empty(N, D, dtype=x_ND.dtype, device=x_ND.device)
+    how = how or STREAMS[w.kind]
     _swiglu_kernel[(N * (K + S), triton.cdiv(F, how.gate_rows))](
-        x_ND, w_E2FD, gate, up, h_MF, chosen_NK, x_ND.stride(0), w_E2FD.stride(0), w_E2FD.stride(1), gate.stride(0),
-        K=K, S=S, D=D, F=F, ROWS=how.gate_rows, COLUMNS=how.columns, STAGES=how.stages, num_warps=how.warps,
+        x_ND, w.data, w.scale, gate.data, gate.scale, up.data, up.scale, h_MF, chosen_NK,
+        x_ND.stride(0), *w.data.stride()[:3], *w.scale.stride()[:3], gate.data.stride(0), gate.scale.stride(0),
+        K=K, S=S, D=D, F=F, KIND=w.kind,
+        ROWS=how.gate_rows, COLUMNS=how.gate_columns, num_warps=how.warps,
     )  # fmt: skip
     _down_kernel[(N, triton.cdiv(D, how.down_rows))](
-        h_MF, down_EDF, down, gates_NK, chosen_NK, add_ND, y_ND,
-        down_EDF.stride(0), down_EDF.stride(1), down.stride(0), 0 if add_ND is None else add_ND.stride(0),
-        K=K, S=S, D=D, F=F, ADD=add_ND is not None,
-        ROWS=how.down_rows, COLUMNS=how.columns, STAGES=how.stages, num_warps=how.warps,
+        h_MF, d.data, d.scale, own.data, own.scale, gates_NK, chosen_NK, add_ND, y_ND,
+        *d.data.stride()[:2], *d.scale.stride()[:2], own.data.stride(0), own.scale.stride(0),
+        0 if add_ND is None else add_ND.stride(0),
+        K=K, S=S, D=D, F=F, KIND=d.kind, ADD=add_ND is not None,
+        ROWS=how.down_rows, COLUMNS=how.down_columns, num_warps=how.warps,
     )  # fmt: skip
     return y_ND
 
 
 def many_slots(
-    x_ND: Tensor, w_E2FD: Tensor, down_EDF: Tensor, gates_NK: Tensor, chosen_NK: Tensor, add_ND: Tensor | None,
+    x_ND: Tensor, gate_up: Weight, down: Weight, gates_NK: Tensor, chosen_NK: Tensor, add_ND: Tensor | None,
     shared: Shared | None = None, how: Tiling = TILE,
 ) -> Tensor:  # fmt: skip
-    N, (E, _, F), K = len(x_ND), down_EDF.shape, chosen_NK.shape[1]
+    N, E, K = len(x_ND), len(down.data), chosen_NK.shape[1]
     more_ND = None
     if shared is not None:
-        gate, up, down = (w.to(x_ND.dtype) for w in shared)
-        more_ND = linear(swiglu(linear(x_ND, gate), linear(x_ND, up)), down)
+        gate, up, own = shared
+        more_ND = _product(swiglu(_product(x_ND, gate), _product(x_ND, up)), own)
+    if N * K > 16 * E:
+        how = how._replace(block_m=32)
     slots, tiles = N * K, N * K // how.block_m + E
     place_M, token_M = torch.empty(2, slots, dtype=torch.int32, device=x_ND.device)
-    tile_expert = torch.full((tiles,), E, dtype=torch.int32, device=x_ND.device)  # E: no tile
-    tile_begin, row_end = torch.empty_like(tile_expert), torch.empty(E, dtype=torch.int32, device=x_ND.device)
-    _sort_kernel[(triton.cdiv(slots, 64),)](
-        chosen_NK, place_M, token_M, tile_expert, tile_begin, row_end, slots, K=K, TILE_ROWS=how.block_m, BLOCK=64
-    )
+    tile_expert, tile_begin = torch.empty(2, tiles, dtype=torch.int32, device=x_ND.device)
+    row_end = torch.empty(E, dtype=torch.int32, device=x_ND.device)
+    _sort_kernel[(E,)](
+        chosen_NK, place_M, token_M, tile_expert, tile_begin, row_end, slots,
+        K=K, TILE_ROWS=how.block_m, BLOCK=max(16, triton.next_power_of_2(slots)), num_warps=1 if slots <= 256 else 4,
+    )  # fmt: skip
     listed = tile_expert, tile_begin, row_end
-    h_MF = launch(x_ND, w_E2FD.unflatten(1, (2, F)), None, listed, token_M, slots, False, how)
-    y_MD = launch(h_MF, down_EDF[:, None], None, listed, None, slots, False, how)
+    h_MF = launch(x_ND, gate_up, listed, token_M, slots, how)
+    y_MD = launch(h_MF, down.view((slice(None), None)), listed, None, slots, how)
     return combine(y_MD, place_M, gates_NK, add_ND, more_ND)
+
+
+def _product(x: Tensor, weight: Weight) -> Tensor:
+    return linear(x, weight.data.to(x.dtype)) if weight.kind == PLAIN else tile_rows(x, weight)
 
 
 def combine(

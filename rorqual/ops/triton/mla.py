@@ -4,12 +4,15 @@ A row's keys are cut into splits, which run side by side and are merged in order
 (SPLIT) a row's result depends neither on the rows beside it nor on the width of the page table; `busy_split` gives that
 up for speed. Lengths and tables are read on the device alone: a captured CUDA graph replays over other ones.
 
-The latents are the left operand of both products (scores^T = K q^T, out^T = K^T p^T): a Hopper matrix unit wants 64 or
-more rows of it, while a program has 16 or 32 heads, and it takes both operands from shared memory, where one copy of a
-block of latents serves as keys and as values. Slots beyond a row's length are never read.
+With few heads the latents are the left operand of both products (scores^T = K q^T, out^T = K^T p^T): a Hopper matrix
+unit wants 64 or more rows of it, while a program has 16 or 32 heads. With 64 heads or more these are the left operand, and
+the latents are read half as often. Either way one copy of a block of latents in shared memory serves as keys and as
+values. Slots beyond a row's length are never read.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -21,8 +24,6 @@ SPLIT = 512
 PROGRAMS = 2048
 """Programs that a launch aims at. A table may be much wider than its rows are long; programs beyond their row's last
 split return at once, but even those take their turn on a processor, so from here on programs take several splits."""
-KEYS, STAGES = 64, 2
-"""Keys of a block, and blocks in flight."""
 MERGED = 8
 """Splits that are merged at once."""
 PROCESSORS = 132
@@ -30,11 +31,32 @@ PROCESSORS = 132
 LOG2_E = 1.4426950408889634
 
 
+class Tiles(NamedTuple):
+    """Launch parameters: keys of a block, heads of a program, whether heads are the left operand, warps, and blocks in
+    flight."""
+
+    keys: int
+    heads: int
+    left: bool
+    warps: int
+    stages: int
+
+
+def tiles(heads: int, dtype: torch.dtype) -> Tiles:
+    """By measurement on an H200 for C = 512: a block of keys and those on their way in shared memory, the accumulators in
+    registers."""
+    if dtype == torch.float32:
+        return Tiles(16, 16, False, 8, 2)
+    if heads >= 64:
+        return Tiles(64, 64, True, 8, 2)
+    return Tiles(64, 32, False, 8, 2) if heads >= 32 else Tiles(32, 16, False, 4, 5)
+
+
 @triton.jit(do_not_specialize=["table_stride", "width", "splits"])
 def _split_kernel(
     q, pages, table, lengths, out, lse, scale_log2, table_stride, width, splits,
     H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr, KEYS: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, DIRECT: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, DIRECT: tl.constexpr, LEFT: tl.constexpr,
 ):  # fmt: skip
     """Attention of BLOCK_H heads of one row over its splits program_id(1), + num_programs(1), ... DIRECT: there is but
     one split, and out is the result; otherwise out [N, H, splits, C] and lse (to base 2) [N, H, splits] are parts."""
@@ -59,26 +81,42 @@ def _split_kernel(
         end = tl.minimum(length, split * SPLIT + SPLIT)
         largest = tl.full((BLOCK_H,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_H,), tl.float32)
-        acc = tl.zeros((BLOCK_C, BLOCK_H), tl.float32)
+        acc = tl.zeros((BLOCK_H, BLOCK_C) if LEFT else (BLOCK_C, BLOCK_H), tl.float32)
         for start in range(split * SPLIT, end, KEYS):
             page = tl.load(table + n * table_stride + start // PAGE).to(tl.int64)
             rows = pages + (page * PAGE + start % PAGE + key)[:, None] * (C + R)
-            seen = (start + key < end)[:, None]
-            k_c = tl.load(rows + c[None, :], mask=seen & in_c, other=0.0).to(q_c.dtype)
-            k_r = tl.load(rows + C + r[None, :], mask=seen & in_r, other=0.0).to(q_c.dtype)
-            scores = tl.dot(k_c, tl.trans(q_c), input_precision="ieee")
-            scores = tl.dot(k_r, tl.trans(q_r), scores, input_precision="ieee")
-            scores = tl.where(seen, scores * scale_log2, float("-inf"))
-            now = tl.maximum(largest, tl.max(scores, 0))  # finite: a block holds at least one key that is seen
-            fade = tl.exp2(largest - now)
-            probs = tl.exp2(scores - now[None, :])
-            total = total * fade + tl.sum(probs, 0)
-            acc = tl.dot(tl.trans(k_c), probs.to(q_c.dtype), acc * fade[None, :], input_precision="ieee")
+            seen = start + key < end
+            k_c = tl.load(rows + c[None, :], mask=seen[:, None] & in_c, other=0.0).to(q_c.dtype)
+            k_r = tl.load(rows + C + r[None, :], mask=seen[:, None] & in_r, other=0.0).to(q_c.dtype)
+            # The largest is finite: a block holds at least one key that is seen.
+            if LEFT:
+                scores = tl.dot(q_c, tl.trans(k_c), input_precision="ieee")
+                scores = tl.dot(q_r, tl.trans(k_r), scores, input_precision="ieee")
+                scores = tl.where(seen[None, :], scores * scale_log2, float("-inf"))
+                now = tl.maximum(largest, tl.max(scores, 1))
+                fade = tl.exp2(largest - now)
+                probs = tl.exp2(scores - now[:, None])
+                total = total * fade + tl.sum(probs, 1)
+                acc = tl.dot(probs.to(q_c.dtype), k_c, acc * fade[:, None], input_precision="ieee")
+            else:
+                scores = tl.dot(k_c, tl.trans(q_c), input_precision="ieee")
+                scores = tl.dot(k_r, tl.trans(q_r), scores, input_precision="ieee")
+                scores = tl.where(seen[:, None], scores * scale_log2, float("-inf"))
+                now = tl.maximum(largest, tl.max(scores, 0))
+                fade = tl.exp2(largest - now)
+                probs = tl.exp2(scores - now[None, :])
+                total = total * fade + tl.sum(probs, 0)
+                acc = tl.dot(tl.trans(k_c), probs.to(q_c.dtype), acc * fade[None, :], input_precision="ieee")
             largest = now
-        acc = acc / tl.where(total > 0, total, 1.0)[None, :]
+        share = 1.0 / tl.where(total > 0, total, 1.0)
         at = (n * H + h) * splits + split
-        place = out + at[None, :] * C + c[:, None]
-        tl.store(place, acc.to(out.dtype.element_ty), mask=(h < H)[None, :] & (c < C)[:, None])
+        if LEFT:
+            place, mask = out + at[:, None] * C + c[None, :], (h < H)[:, None] & in_c
+            acc = acc * share[:, None]
+        else:
+            place, mask = out + at[None, :] * C + c[:, None], (h < H)[None, :] & (c < C)[:, None]
+            acc = acc * share[None, :]
+        tl.store(place, acc.to(out.dtype.element_ty), mask=mask)
         if not DIRECT:
             tl.store(lse + at, largest + tl.log2(total), mask=h < H)
 
@@ -110,7 +148,7 @@ def _merge_kernel(
 
 def decode(
     q_NHX: Tensor, pages_PSX: Tensor, table_NP: Tensor, lengths_N: Tensor, latent_dim: int, scale: float,
-    out: Tensor | None = None, split: int = SPLIT,
+    out: Tensor | None = None, split: int = SPLIT, how: Tiles | None = None,
 ) -> Tensor:  # fmt: skip
     """`ops.attention.attend_pages`: queries [N, H, C + R] over pages [pages, page_size, C + R] -> [N, H, C].
 
@@ -125,9 +163,9 @@ def decode(
     if N == 0:
         return out
     if width * page <= split:
-        _launch(q_NHX, pages_PSX, table_NP, lengths_N, C, scale, out, None, split)
+        _launch(q_NHX, pages_PSX, table_NP, lengths_N, C, scale, out, None, split, how)
         return out
-    part, lse = parts(q_NHX, pages_PSX, table_NP, lengths_N, C, scale, split)
+    part, lse = parts(q_NHX, pages_PSX, table_NP, lengths_N, C, scale, split, how)
     _merge_kernel[(N, H)](
         part, lse, lengths_N, out, width, part.shape[2],
         H=H, C=C, PAGE=page, SPLIT=split, BLOCK_C=max(16, triton.next_power_of_2(C)), MERGED=MERGED, num_warps=4,
@@ -137,7 +175,7 @@ def decode(
 
 def parts(
     q_NHX: Tensor, pages_PSX: Tensor, table_NP: Tensor, lengths_N: Tensor, latent_dim: int, scale: float,
-    split: int = SPLIT,
+    split: int = SPLIT, how: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The same, not merged: each split's result [N, H, splits, C], and the logarithm to base 2 of its sum of exponentials
     [N, H, splits], fp32; undefined in splits beyond a row's length."""
@@ -146,21 +184,22 @@ def parts(
     part = torch.empty(N, H, splits, latent_dim, dtype=torch.float32, device=q_NHX.device)
     lse = torch.empty(N, H, splits, dtype=torch.float32, device=q_NHX.device)
     if N:
-        _launch(q_NHX, pages_PSX, table_NP, lengths_N, latent_dim, scale, part, lse, split)
+        _launch(q_NHX, pages_PSX, table_NP, lengths_N, latent_dim, scale, part, lse, split, how)
     return part, lse
 
 
 def busy_split(rows: int, heads: int, keys: int) -> int:
-    """Keys of a split with which every multiprocessor has about two programs: short ones for few rows, where a split is
-    a chain of loads that one processor waits for, and long ones for many, where parts are memory moved for nothing."""
-    programs = rows * triton.cdiv(heads, 32 if heads >= 32 else 16)
-    wanted = max(1, 2 * PROCESSORS // programs)
-    return min(1024, max(64, triton.next_power_of_2(triton.cdiv(keys, wanted))))
+    """Keys of a split with which every multiprocessor has as many programs as fit it: short ones for few rows, where a split
+    is a chain of loads that one processor waits for, and long ones for many, where parts are memory moved for nothing."""
+    how = tiles(heads, torch.bfloat16)
+    programs = rows * triton.cdiv(heads, how.heads)
+    wanted = max(1, (1 if how.left else 2) * PROCESSORS // programs)
+    return min(8192, max(128, triton.next_power_of_2(triton.cdiv(keys, wanted))))
 
 
 def _launch(
     q_NHX: Tensor, pages_PSX: Tensor, table_NP: Tensor, lengths_N: Tensor, C: int, scale: float,
-    out: Tensor, lse: Tensor | None, split: int,
+    out: Tensor, lse: Tensor | None, split: int, how: Tiles | None,
 ) -> None:  # fmt: skip
     """lse None: one split, and out is the result."""
     N, H, X = q_NHX.shape
@@ -169,17 +208,11 @@ def _launch(
     assert page >= 16 and page & (page - 1) == 0 and table_NP.stride(1) == lengths_N.stride(0) == 1
     assert split % page == 0, "a split is whole pages"
     splits = max(1, triton.cdiv(width * page, split))
-    exact = q_NHX.dtype == torch.float32
-    # By what fits an H100 for C = 512 without spilling: a block of keys and the next one in shared memory, [C, heads] of
-    # accumulators in registers. 32 heads read the latents half as often as 16.
-    if exact:
-        keys, block_h, warps = 16, 16, 8
-    else:
-        keys, block_h, warps = KEYS, *((32, 8) if H >= 32 else (16, 4))
-    row_programs = N * triton.cdiv(H, block_h)
+    how = how or tiles(H, q_NHX.dtype)
+    row_programs = N * triton.cdiv(H, how.heads)
     _split_kernel[(row_programs, min(splits, triton.cdiv(PROGRAMS, row_programs)))](
         q_NHX.contiguous(), pages_PSX, table_NP, lengths_N, out, lse, scale * LOG2_E, table_NP.stride(0), width, splits,
-        H=H, C=C, R=X - C, PAGE=page, SPLIT=split, KEYS=min(page, keys), BLOCK_H=block_h,
+        H=H, C=C, R=X - C, PAGE=page, SPLIT=split, KEYS=min(page, how.keys), BLOCK_H=how.heads,
         BLOCK_C=max(16, triton.next_power_of_2(C)), BLOCK_R=max(16, triton.next_power_of_2(X - C)), DIRECT=lse is None,
-        num_warps=warps, num_stages=STAGES,
+        LEFT=how.left, num_warps=how.warps, num_stages=how.stages,
     )  # fmt: skip

@@ -1,9 +1,11 @@
-"""`rorqual bench load` on a tiny model: what it reports, not how fast anything is."""
+"""`rorqual bench` on a tiny model: what it reports, not how fast anything is."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,9 @@ import torch
 from rorqual.checkpoint import save_model
 from rorqual.cli.main import main
 from rorqual.config import ModelConfig
+from rorqual.engine.api import Output
+from rorqual.engine.core import EngineCore
+from rorqual.engine.scheduler import Job, Scheduler
 from rorqual.model.transformer import Transformer
 
 
@@ -37,3 +42,96 @@ def test_loading_is_compared_with_reading(
     assert rows["load_model"]["warm_ratio"] == 1
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("warm_ratio", "load_model", result["environment"]["commit"]))
+
+
+def test_training_in_two_precisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    file = tmp_path / "train.json"
+    few = ["--model", "test", "--num-layers", "1", "--batch", "2", "--seq-len", "8", "--rounds", "1", "--no-peer"]
+    with pytest.raises(SystemExit) as end:
+        main(["bench", "train", *few, "--precision", "fp32", "--precision", "fp8", "--json", str(file)])
+    assert not end.value.code
+    result = json.loads(file.read_text())
+    assert result["kind"] == "train" and result["layers"] == 1 and result["bound_tokens_per_s"] > 0
+    engines = result["engines"]
+    assert list(engines) == ["rorqual fp32", "rorqual fp8"] and engines["rorqual fp32"]["ratio"] == 1
+    assert all(e["tokens_per_s"] > 0 and e["of_bound"] > 0 and len(e["runs"]) == 1 for e in engines.values())
+    with pytest.raises(SystemExit) as end:
+        main(["bench", "train", *few, "--precision", "int3"])
+    assert end.value.code
+
+
+def test_single_layers_in_bf16_and_fp8(tmp_path: Path) -> None:
+    file = tmp_path / "layers.json"
+    with pytest.raises(SystemExit) as end:
+        main(["bench", "train", "--layers", "test", "--batch", "1", "--seq-len", "8", "--json", str(file)])
+    assert not end.value.code
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["layer"], row["precision"]) for row in rows] == [
+        (layer, precision) for layer in ("dense", "moe") for precision in ("bf16", "fp8")
+    ]
+    assert all(row["microseconds"] > 0 and row["bf16 / this"] > 0 for row in rows)
+
+
+def bench(tmp_path: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
+    with pytest.raises(SystemExit) as end:
+        main(["bench", *arguments, "--json", str(tmp_path / "out.json")])
+    return int(end.value.code or 0), json.loads((tmp_path / "out.json").read_text())
+
+
+@pytest.mark.parametrize("kind", ["decode", "prefill"])
+def test_a_profile_sums_what_a_step_computes(kind: str, tmp_path: Path) -> None:
+    asked = ("--model", "test", "--device", "cpu", "--batch", "3", "--prompt", "40", "--steps", "2")
+    code, result = bench(tmp_path, "profile", "--kind", kind, *asked)
+    assert code == 0 and result["kind"] == f"profile {kind}"
+    rows = {row["kernel"]: row for row in result["rows"]}
+    layers = ModelConfig.load("test").num_hidden_layers
+    assert rows["aten::mm"]["calls / step"] >= 4 * layers, "a layer has at least four products"
+    assert sum(row["share"] for row in rows.values()) == pytest.approx(1)
+    assert sum(row["us / step"] for row in rows.values()) == pytest.approx(result["kernels_us"])
+    assert result["wall_us"] > 0
+
+
+def test_a_soak_accounts_for_everything(tmp_path: Path) -> None:
+    code, result = bench(
+        tmp_path,
+        "soak",
+        "--model",
+        "test",
+        "--minutes",
+        "0.15",
+        "--rate",
+        "30",
+        "--threads",
+        "1",
+        "--cache-tokens",
+        "600",
+    )
+    assert code == 0 and result["faults"] == [] and result["kind"] == "traffic soak"
+    assert sum(result["finish_reasons"].values()) == result["requests"] > 150
+    assert result["finish_reasons"]["abort"] > 0 and result["preemptions"] > 0 and result["cache_hit_tokens"] > 0
+    assert [row["leaked pages"] for row in result["rows"]] == [0] * 5
+
+
+def test_a_soak_finds_what_is_lost(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A page that does not come back, a request that ends twice, an error: each is told, and the command fails."""
+    remove, end = Scheduler.remove, EngineCore.step
+    seen: list[Output] = []
+
+    def leak(self: Scheduler, job: Job) -> None:
+        job.pages[:1] = [] if job.arrival == 3 else job.pages[:1]
+        remove(self, job)
+
+    def twice(self: EngineCore) -> list[Output]:
+        outputs = end(self)
+        if not seen and any(out.finish_reason for out in outputs):
+            seen.append(next(out for out in outputs if out.finish_reason))
+            outputs.append(replace(seen[0], error=RuntimeError("told to")))
+        return outputs
+
+    monkeypatch.setattr(Scheduler, "remove", leak)
+    monkeypatch.setattr(EngineCore, "step", twice)
+    code, result = bench(tmp_path, "soak", "--model", "test", "--minutes", "0.02", "--rate", "20", "--threads", "1")
+    assert code == 1
+    for word in ("ended 2 times", "told to", "pages leaked"):
+        assert any(word in fault for fault in result["faults"]), word

@@ -141,6 +141,9 @@ def test_thoughts_of_a_tool_loop_stay_until_the_next_user(small: Tokenizer, name
     assert "look it up" not in small.decode(template.encode(small, later, thinking))
 
 
+OVER = {"content": "", "reasoning_content": "hm", "thinking_done": True}
+
+
 @pytest.mark.parametrize(
     ("name", "prefix", "expected", "inside"),
     [
@@ -150,9 +153,24 @@ def test_thoughts_of_a_tool_loop_stay_until_the_next_user(small: Tokenizer, name
         ("v3.1", {"content": "", "reasoning_content": "hm"}, "<｜Assistant｜><think>hm", True),
         ("r1", {"content": "So"}, "<｜Assistant｜><think>\n</think>So", False),
         ("r1", {"content": "", "reasoning_content": "hm"}, "<｜Assistant｜><think>\nhm", True),
+        ("v3", {"content": "", "thinking_done": True}, "<｜Assistant｜>", False),
+        ("v3.1", {"content": "", "thinking_done": True}, "<｜Assistant｜></think>", False),
+        (
+            "v3.1",
+            OVER,
+            "<｜Assistant｜><think>hm</think>",
+            False,
+        ),
+        (
+            "r1",
+            OVER,
+            "<｜Assistant｜><think>\nhm</think>",
+            False,
+        ),
+        ("r1", {"content": "", "thinking_done": True}, "<｜Assistant｜><think>\n</think>", False),
     ],
 )
-def test_a_prefix_goes_on(small: Tokenizer, name: str, prefix: dict[str, str], expected: str, inside: bool) -> None:
+def test_a_prefix_goes_on(small: Tokenizer, name: str, prefix: dict[str, Any], expected: str, inside: bool) -> None:
     template = ChatTemplate(name)
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "prefix": True, **prefix}]
     text = small.decode(template.encode(small, chat), skip_special=False)

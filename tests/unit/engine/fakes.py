@@ -55,7 +55,7 @@ class MemoryRunner:
     ) -> None:
         self.memory = [[-1] * page_size for _ in range(num_pages)]
         self.page_size, self.before, self.draft_depth = page_size, before, draft_depth
-        self.page_bytes, self.read_bytes = 8 * page_size, 0.0
+        self.page_bytes, self.read_bytes, self.on_device = 8 * page_size, 0.0, False
         self.random = random.Random(0)
         self.faults: set[str] = set()
         self.wiped: list[int] = []
@@ -80,6 +80,13 @@ class MemoryRunner:
         for page in pages:
             self.memory[page] = [-1] * self.page_size
 
+    def shrink(self) -> int:
+        pages = len(self.memory) * 3 // 4
+        if pages < 2:
+            return 0
+        self.memory = [[-1] * self.page_size for _ in range(pages)]
+        return pages
+
     def read_page(self, page: int) -> bytes:
         return array("q", self.memory[page]).tobytes()
 
@@ -96,7 +103,7 @@ class MemoryRunner:
         for i in range(1 + len(s.drafts)):
             token = next_token(read[: s.start + s.count + i])
             if masks and not masks[i]:
-                draws.append(Draw(fault="no token is allowed"))
+                draws.append(Draw(fault="no token is allowed", asked=True))
                 continue
             while masks and token not in masks[i]:
                 token = (token + 1) % VOCAB
@@ -147,12 +154,14 @@ def make_core(
     capacity_bytes: int = 1 << 20,
     prefix_cache: bool = True,
     grammar_compiler: GrammarCompiler | None = None,
+    on_device: bool = False,
     clock: Callable[[], float] = time.monotonic,
     **options: int,
 ) -> tuple[EngineCore, MemoryRunner]:
     pool = PagePool(pages + 1, page_size, prefix_cache=prefix_cache)
     scheduler = Scheduler(pool, max_model_len=max_model_len, **options)
     runner = MemoryRunner(pages + 1, page_size, before, draft_depth)
+    runner.on_device = on_device
     info = EngineInfo("fake", scheduler.max_model_len, VOCAB, (EOS,), pages * page_size)
     disk = None
     if cache_dir:

@@ -1,5 +1,6 @@
-"""Any order of arrivals, aborts, steps, faults and restarts: every page is accounted for after every step, every request
-ends exactly once, and its tokens are the right ones, with speculation, priorities, preemption, both caches or without."""
+"""Any order of arrivals, aborts, steps, faults, lack of memory and restarts: every page is accounted for after every step,
+every request ends exactly once, and its tokens are the right ones, with speculation, priorities, preemption, both caches
+or without."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from rorqual.engine.api import FinishReason, Output, Request
-from rorqual.engine.core import EngineCore
+from rorqual.engine.core import EngineCore, OutOfMemory
 from rorqual.engine.scheduler import Slice
 from rorqual.errors import CapacityError, PromptTooLong, RequestError
 from tests.unit.engine.fakes import VOCAB, expected, make_core, request
@@ -63,7 +64,8 @@ class Engine(RuleBasedStateMachine):
         self.directory = Path(tempfile.mkdtemp())
         self.requests: dict[str, Request] = {}
         self.outputs: dict[str, list[Output]] = {}
-        self.fails = False
+        self.fails = self.exhausted = False
+        self.shrunk = 0
         self.may_fail: set[str] = set()
 
     @initialize(
@@ -109,10 +111,15 @@ class Engine(RuleBasedStateMachine):
 
         self.build = build
         self.core = build()
+        self.limit = self.core.info.max_model_len
 
     def before(self, plan: Sequence[Slice]) -> None:
         budget = max(self.core.scheduler.max_batched_tokens, len(plan)) + PAGE
         assert sum(len(s.tokens) for s in plan) <= budget
+        if self.exhausted:
+            self.exhausted = False
+            self.shrunk += 1
+            raise OutOfMemory("told to")
         if self.fails:
             self.fails = False
             self.may_fail |= {s.job.request.id for s in plan}
@@ -171,6 +178,11 @@ class Engine(RuleBasedStateMachine):
             self.may_fail |= self.runner.faults
 
     @rule()
+    def run_out_of_memory(self) -> None:
+        """The next step finds no memory: at worst, what no longer fits ends; where nothing can shrink, that step's do."""
+        self.exhausted = True
+
+    @rule()
     def restart(self) -> None:
         """Memory is lost, the disk is not."""
         self.drain()
@@ -195,8 +207,9 @@ class Engine(RuleBasedStateMachine):
             self.drain()
             self.core.close()
             for name, sent in self.requests.items():
-                check_answer(sent, self.outputs[name], self.core.info.max_model_len)
-                assert name in self.may_fail or not self.outputs[name][-1].error
+                check_answer(sent, self.outputs[name], self.limit)
+                error = self.outputs[name][-1].error
+                assert name in self.may_fail or not error or (self.shrunk and "memory" in str(error))
         shutil.rmtree(self.directory)
         logging.disable(logging.NOTSET)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import takewhile
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from rorqual.engine.api import FinishReason, Grammar, Output, Request
 from rorqual.engine.core import EngineCore
+from rorqual.engine.pages import Published
 from rorqual.engine.scheduler import Slice
 from rorqual.errors import CapacityError, PromptTooLong, RequestError, RorqualError
 from tests.unit.engine.fakes import VOCAB, Clock, expected, make_core, next_token, request
@@ -62,6 +64,7 @@ def test_any_traffic_gives_the_right_tokens_and_leaves_nothing(data: st.DataObje
             prompt = [7] * data.draw(st.integers(0, limit - 2)) + data.draw(st.lists(st.integers(2, 4), max_size=6))
             prompt = (prompt or [5])[: limit - 1]
             req = request(str(n), prompt, max_tokens=data.draw(st.integers(1, limit - len(prompt))))
+            req = replace(req, salt=data.draw(st.sampled_from(["", "ann", "bob"])))
             requests[req.id] = req
             core.add(req)
         elif action == "abort" and requests:
@@ -87,14 +90,23 @@ def test_any_traffic_gives_the_right_tokens_and_leaves_nothing(data: st.DataObje
 
 
 def check_sharing(core: EngineCore) -> None:
-    """A page in two running jobs stands at the same place of the same, fully computed prefix."""
-    size = core.scheduler.pool.page_size
-    owners: dict[int, list[int]] = {}
+    """A page in two running jobs stands at the same place of the same, fully computed prefix, under the same salt; and a
+    page that a job found or published is known by a key that begins at its own salt's root, whoever had the page before."""
+    pool = core.scheduler.pool
+    size = pool.page_size
+    owners: dict[int, tuple[str, list[int]]] = {}
     for job in core.scheduler.running:
+        parent = pool.root(job.request.salt)
         for i, page in enumerate(job.pages):
+            held = (job.request.salt, job.tokens[: (i + 1) * size])
             if page in owners:
-                assert owners[page] == job.tokens[: (i + 1) * size] and i < len(job.keys)
-            owners[page] = job.tokens[: (i + 1) * size]
+                assert owners[page] == held and i < len(job.keys)
+            owners[page] = held
+            if i < len(job.keys):
+                own = Published.of(parent, job.tokens[i * size : (i + 1) * size])
+                assert job.keys[i] == own.key and pool.entry(page) in (own, None)
+                parent = own.key
+    assert len({pool.root(salt) for salt in ("", "ann", "bob", "/ann", "ann/")}) == 5
     assert 0 not in owners
     assert all(not job.pages for job in core.scheduler.waiting)
 
@@ -288,6 +300,7 @@ class Evens:
 
     def __init__(self, length: int) -> None:
         self.left, self.fails = length, False
+        self.gives_up = self.forbids_all = False
 
     @property
     def stopped(self) -> bool:
@@ -296,6 +309,10 @@ class Evens:
     def masks(self, drafts: Sequence[int]) -> list[range]:
         if self.fails:
             raise ValueError("too complex")
+        if self.gives_up:
+            raise RequestError("the grammar has become too large")
+        if self.forbids_all:
+            return [range(0)] * (1 + len(drafts))
         standing = len(list(takewhile(lambda draft: draft % 2 == 0, drafts)))
         # As of a real one: behind a draft that is not allowed, nothing is.
         return [range(2 if i <= standing else VOCAB, VOCAB, 2) for i in range(1 + len(drafts))]
@@ -324,9 +341,11 @@ def evens(prompt: Sequence[int], count: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
+@pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("draft_depth", [0, 3])
-def test_grammars_rule_what_is_drawn_and_end_the_text(draft_depth: int) -> None:
-    core, _ = make_core(100, grammar_compiler=EvensCompiler(), draft_depth=draft_depth, speculation=draft_depth)
+def test_grammars_rule_what_is_drawn_and_end_the_text(draft_depth: int, on_device: bool) -> None:
+    more = {"draft_depth": draft_depth, "speculation": draft_depth, "on_device": on_device}
+    core, _ = make_core(100, grammar_compiler=EvensCompiler(), **more)  # type: ignore[arg-type]
     prompts = {"short": random_prompt(9), "cut": random_prompt(5)}
     core.add(request("short", prompts["short"], max_tokens=40, grammar=Grammar("regex", "12")))
     core.add(request("cut", prompts["cut"], max_tokens=20, grammar=Grammar("regex", "99")))
@@ -340,9 +359,10 @@ def test_grammars_rule_what_is_drawn_and_end_the_text(draft_depth: int) -> None:
     core.close()
 
 
-def test_a_grammar_that_fails_ends_its_request_alone() -> None:
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_grammar_that_fails_ends_its_request_alone(on_device: bool) -> None:
     compiler = EvensCompiler()
-    core, _ = make_core(100, grammar_compiler=compiler)
+    core, _ = make_core(100, grammar_compiler=compiler, on_device=on_device)
     for name in ("good", "bad"):
         core.add(request(name, random_prompt(9), max_tokens=9, grammar=Grammar("regex", "9")))
     core.step()
@@ -350,6 +370,22 @@ def test_a_grammar_that_fails_ends_its_request_alone() -> None:
     ends = {id: outputs[-1] for id, outputs in drain(core).items()}
     assert ends["good"].finish_reason is FinishReason.STOP
     assert ends["bad"].finish_reason is FinishReason.ERROR and "too complex" in str(ends["bad"].error)
+    assert_empty(core)
+    core.close()
+
+
+@pytest.mark.parametrize(("how", "said"), [("gives_up", "too large"), ("forbids_all", "no token is allowed")])
+def test_a_grammar_that_leaves_nothing_is_the_requests_own_fault(how: str, said: str) -> None:
+    """A 400 above, not a 500: nothing has failed, and another try would end the same."""
+    compiler = EvensCompiler()
+    core, _ = make_core(100, grammar_compiler=compiler)
+    for name in ("good", "bad"):
+        core.add(request(name, random_prompt(9), max_tokens=9, grammar=Grammar("regex", "9")))
+    core.step()
+    setattr(compiler.made[1], how, True)
+    ends = {id: outputs[-1] for id, outputs in drain(core).items()}
+    assert ends["good"].finish_reason is FinishReason.STOP and ends["bad"].finish_reason is FinishReason.ERROR
+    assert isinstance(ends["bad"].error, RequestError) and said in str(ends["bad"].error)
     assert_empty(core)
     core.close()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,14 +12,31 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from rorqual.errors import BackendUnavailable
-from rorqual.ops import experts
-from rorqual.ops.triton.experts import FEW, Streams, few_slots, many_slots, routed_experts
+from rorqual.ops import experts, fp8
+from rorqual.ops.formats import PLAIN, Weight, WeightFormat, experts_by_linear
+from rorqual.ops.packed import PackedIntegers
+from rorqual.ops.triton import experts as kernels
+from rorqual.ops.triton.experts import FEW, Streams
+from rorqual.ops.triton.fp8 import tile_experts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOUND = {torch.float32: experts.BOUND, torch.float16: 2e-3}
 # N, D, F, E, K: one token; blocks that divide nothing; exactly at the limit; more than a tile of one expert; K = E.
 FEW_SLOTS = [(1, 24, 256, 9, 3), (2, 270, 22, 4, 2), (8, 24, 16, 8, 2), (1, 5, 3, 2, 1)]
 MANY_SLOTS = [(9, 256, 128, 8, 2), (20, 300, 70, 4, 3), (70, 40, 130, 3, 1), (7, 64, 16, 3, 3), (50, 16, 8, 40, 2)]
+
+
+def plainly(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The kernel on plain weights."""
+
+    @functools.wraps(run)
+    def call(x: Tensor, up: Tensor, down: Tensor, *rest: Any) -> Tensor:
+        return run(x, Weight.plain(up.unflatten(1, (2, -1))), Weight.plain(down), *rest)
+
+    return call
+
+
+few_slots, many_slots, routed_experts = map(plainly, (kernels.few_slots, kernels.many_slots, kernels.routed_experts))
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -38,7 +57,7 @@ def close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", FEW_SLOTS + MANY_SLOTS)
 def test_triton_equals_the_loop(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     n, _, _, e, k = shape
-    assert (n * k <= FEW * e) == (shape in FEW_SLOTS)
+    assert (n * k <= FEW[PLAIN] * e) == (shape in FEW_SLOTS)
     x, up, down, gates, chosen = inputs(shape, dtype)
     want = experts.experts_loop(x.float(), up.float(), down.float(), gates, chosen)
     close(experts.experts_backends.get("triton")(x, up, down, gates, chosen), want, dtype)
@@ -57,7 +76,7 @@ def test_the_shared_expert_joins(count: int, shape: tuple[int, ...], dtype: torc
     residual = torch.randn_like(x)
     want = experts.experts_loop(x.float(), up.float(), down.float(), gates, chosen) + residual.float()
     want += linear(silu(linear(x.float(), one.float())) * linear(x.float(), two.float()), back.float())
-    close(routed_experts(x, up, down, gates, chosen, residual, (one, two, back)), want, dtype)
+    close(routed_experts(x, up, down, gates, chosen, residual, tuple(map(Weight.plain, (one, two, back)))), want, dtype)
 
 
 @pytest.mark.parametrize("run", [few_slots, many_slots])
@@ -102,7 +121,7 @@ def test_rows_and_experts_may_be_slices_of_larger_tensors() -> None:
 def test_blocks_change_speed_only() -> None:
     values = inputs((2, 70, 40, 8, 2), torch.float32)
     want = experts.experts_loop(*values)
-    for how in (Streams(8, 16, 64, 4, 1), Streams(4, 4, 512, 8, 4)):
+    for how in (Streams(8, 64, 16, 128), Streams(4, 512, 4, 256, 8)):
         close(few_slots(*values, None, None, how), want, torch.float32)
 
 
@@ -112,3 +131,38 @@ def test_a_gradient_is_refused() -> None:
         experts.experts_triton(x, up.requires_grad_(), down, gates, chosen)
     with torch.no_grad():
         experts.experts_triton(x, up, down, gates, chosen)
+
+
+FORMS = [fp8.Fp8Blocks(), PackedIntegers(4), PackedIntegers(8)]
+
+
+@pytest.mark.parametrize("dtype", list(BOUND), ids=str)
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
+@pytest.mark.parametrize("shape", [(1, 192, 160, 6, 2), (3, 320, 32, 6, 2), (20, 160, 64, 4, 3)])
+def test_stored_experts_equal_the_loop(shape: tuple[int, ...], form: WeightFormat, dtype: torch.dtype) -> None:
+    x, up, down, gates, chosen = inputs(shape, dtype)
+    stored = form.pack(up.unflatten(1, (2, -1))), form.pack(down)
+    residual = torch.randn_like(x)
+    # The definition multiplies by weights rounded to x's dtype, except FP8 blocks, which are scaled after multiplying.
+    want = experts_by_linear(x.float(), gates, chosen, *((form, parts) for parts in stored))
+    weights = tuple(form.weight(parts) for parts in stored)
+    assert kernels.streams_experts(x, *weights, None)
+    for run in (kernels.few_slots, kernels.many_slots):
+        close(run(x, *weights, gates, chosen, residual), want + residual.float(), dtype)
+    close(tile_experts(x, *weights, gates, chosen), want, dtype)
+    close(tile_experts(x, *weights, gates, chosen, fixed=True), want, dtype)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
+@pytest.mark.parametrize("n", [2, 20])
+def test_a_stored_shared_expert_joins(n: int, form: WeightFormat) -> None:
+    x, up, down, gates, chosen = inputs((n, 160, 64, 4, 2), torch.float32)
+    D, width = 160, 128
+    own = [form.pack(torch.randn(shape, device=DEVICE) / 12) for shape in ((width, D), (width, D), (D, width))]
+    gate, up_own, back = (form.dense(parts, torch.float32) for parts in own)
+    stored = form.pack(up.unflatten(1, (2, -1))), form.pack(down)
+    want = experts_by_linear(x, gates, chosen, *((form, parts) for parts in stored))
+    want += linear(silu(linear(x, gate)) * linear(x, up_own), back)
+    weights = tuple(form.weight(parts) for parts in stored)
+    got = kernels.routed_experts(x, *weights, gates, chosen, None, tuple(form.weight(parts) for parts in own))
+    close(got, want, torch.float32)

@@ -12,7 +12,7 @@ from rorqual.ops import fp8
 from rorqual.ops.experts import experts_loop
 from rorqual.ops.formats import WeightFormat, experts_by_linear
 from rorqual.ops.packed import PackedIntegers, pack_codes, unpack_codes
-from rorqual.ops.triton.fp8 import expand, fp8_experts, quantize_rows
+from rorqual.ops.triton.fp8 import expand, quantize_rows, tile_experts
 
 SHAPES = [(128, 128), (576, 7 * 128), (192, 320), (1, 1), (130, 127), (7, 300)]
 FORMATS: list[WeightFormat] = [fp8.Fp8Blocks(), fp8.Fp8Blocks(scale_fmt="ue8m0"), PackedIntegers(4), PackedIntegers(8)]
@@ -152,7 +152,8 @@ def test_grouped_experts_equal_the_loop(scheme: fp8.Scheme, N: int, K: int) -> N
     x, gates = torch.randn(N, D), torch.rand(N, K)
     chosen = torch.stack([torch.randperm(E - 1)[:K] for _ in range(N)])  # one expert stays idle
     want = experts_by_linear(x, gates, chosen, (loop, gate_up), (loop, down))
-    got = fp8_experts(x, gate_up, down, gates, chosen, dynamic=scheme == "dynamic")
+    form = fp8.Fp8Blocks(scheme)
+    got = tile_experts(x, form.weight(gate_up), form.weight(down), gates, chosen)
     assert not torch.isnan(got).any()
     # A value on the edge between two codes may round differently after another order of addition.
     bound = 1e-5 if scheme == "weight_only" else 1e-2

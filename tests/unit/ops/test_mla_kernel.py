@@ -45,6 +45,7 @@ def agree(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
         (16, 64, 16, LENGTHS),
         (20, 128, 32, LENGTHS),
         (40, 64, 16, [513, 0, 130]),
+        (70, 64, 16, [513, 0, 130]),  # heads as the left operand
         (16, 512, 64, [70, 0, 513]),
         (3, 48, 24, [65, 129]),  # masked up to the next power of two
     ],

@@ -107,9 +107,10 @@ def test_auto_is_resolved_by_kind_and_machine() -> None:
         True,
         "cuda",
         "bfloat16",
-        True,
+        False,
     )
-    assert fine.micro_batch == 8
+    assert fine.micro_batch == 8 and not fine.graph
+    assert resolve(config(), kind="pretrain", cuda=True, cores=16).graph is True
     assert (pre.precision, fine.precision) == ("fp32", "bf16")
 
 

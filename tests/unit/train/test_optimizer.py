@@ -38,6 +38,19 @@ def test_one_update_is_torchs(backend: str) -> None:
         assert (ours - theirs.data).abs().max() <= BOUND
 
 
+@pytest.mark.parametrize("backend", adamw_backends.names())
+def test_an_update_clips_and_copies_on_the_way(backend: str) -> None:
+    """A 16-bit gradient and a factor are their product in fp32; the copy is the new weight rounded."""
+    torch.manual_seed(0)
+    weight, grad, factor = torch.randn(50, 60), torch.randn(50, 60).half(), torch.tensor(0.37)
+    copy, other = torch.empty(50, 60).half(), weight.clone()
+    state, plain = torch.zeros(2, 50, 60), torch.zeros(2, 50, 60)
+    for step in (1, 2):
+        adamw_backends.get(backend)(weight, grad, *state, step, 0.1, (0.9, 0.95), 1e-8, 0.1, factor, copy)
+        adamw_backends.get("reference")(other, grad.float() * 0.37, *plain, step, 0.1, (0.9, 0.95), 1e-8, 0.1)
+    assert (weight - other).abs().max() <= BOUND and torch.equal(copy, weight.half())
+
+
 def test_narrow_moments_are_the_wide_ones_rounded_once() -> None:
     """bf16 m and v after a step equal the fp32 update of the bf16 ones before it, rounded to nearest."""
     g = torch.Generator().manual_seed(1)

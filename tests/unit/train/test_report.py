@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 
 from rorqual.config import load_toml
-from rorqual.errors import ConfigError
+from rorqual.errors import BackendUnavailable, ConfigError
 from rorqual.train import report
 from rorqual.train.config import RunConfig, Source
 from rorqual.train.pretrain import mixture, model_config, open_rows, pretrain, resolve
@@ -84,3 +86,25 @@ def test_mixtures_by_weight_size_and_epochs() -> None:
         mixture([a], [1], None)
     with pytest.raises(ConfigError, match="not both"):
         Source("x", 1.0, 1.0)
+
+
+def test_a_dashboard_gets_every_step(run_file, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """Against a stand-in with trackio's names; where it is not installed, one line says so before anything is trained."""
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(BackendUnavailable, match="pip install trackio"):
+        pretrain(load_toml(RunConfig, run_file(dashboard="trackio")))
+    seen: dict[str, list[object]] = {"init": [], "log": [], "finish": []}
+    stand_in = ModuleType("trackio")
+    stand_in.init = lambda **told: seen["init"].append(told)  # type: ignore[attr-defined]
+    stand_in.log = lambda values, step: seen["log"].append((step, values))  # type: ignore[attr-defined]
+    stand_in.finish = lambda: seen["finish"].append(None)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "trackio", stand_in)
+    pretrain(load_toml(RunConfig, run_file(dashboard="trackio")))
+    (told,) = seen["init"]
+    assert (
+        isinstance(told, dict) and told["name"] == "run" and told["resume"] == "allow" and told["config"]["batch"] == 4
+    )
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [step for step, _ in seen["log"]] == [line["step"] for line in lines]  # type: ignore[misc]
+    assert all(values["loss"] == line["loss"] for (_, values), line in zip(seen["log"], lines, strict=True))  # type: ignore[misc, index]
+    assert len(seen["finish"]) == 1

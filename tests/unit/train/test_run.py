@@ -61,6 +61,14 @@ def test_a_finished_run_called_again_changes_nothing(run_file, tmp_path: Path) -
 
 
 @pytest.mark.timeout(3600)
+def test_an_experiment_leaves_its_curves_alone(run_file, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    record = pretrain(load_toml(RunConfig, run_file(checkpoint_every=0)))
+    assert record.model is None and record.step == 8 and len(metrics(tmp_path / "run")) == 8
+    assert not (tmp_path / "run" / "model").exists() and not list((tmp_path / "run").glob("checkpoints/*"))
+    with pytest.raises(ConfigError, match="rewind needs checkpoints"):
+        load_toml(RunConfig, run_file("two", checkpoint_every=0), ["guard.policy='rewind'"])
+
+
 def test_killed_at_any_instant_and_resumed_equals_never_killed(
     run_file, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:  # type: ignore[no-untyped-def]

@@ -1,28 +1,35 @@
-/** Server-sent events, from bytes to the text of each event's `data`.
+/** One event: its `data`, and the last `id` seen until then ("" before the first). */
+export interface SseEvent {
+  id: string;
+  data: string;
+}
+
+/** Server-sent events, from bytes to the id and the text of each event.
  *
  *  Written out rather than left to `EventSource`, which can send neither a POST nor a header. The
  *  network cuts the stream anywhere: inside a UTF-8 sequence, between CR and LF, in the middle of
  *  `data:`. Whatever the cut, the events are the same; test/sse.test.ts tries every one.
  *
- *  `event`, `id` and `retry` are ignored: the chat completions stream does not use them. */
+ *  `event` and `retry` are ignored: the server does not use them. */
 export class SseDecoder {
   private readonly utf8 = new TextDecoder(); // drops a BOM, as the standard asks
   private rest = "";
   private data: string[] = [];
+  private id = "";
 
-  /** Takes the next bytes, returns the data of the events they complete. */
-  push(bytes: Uint8Array): string[] {
+  /** Takes the next bytes, returns the events they complete. */
+  push(bytes: Uint8Array): SseEvent[] {
     return this.lines(this.utf8.decode(bytes, { stream: true }), false);
   }
 
   /** The stream has ended: an event whose closing blank line never came still counts. */
-  end(): string[] {
+  end(): SseEvent[] {
     const events = this.lines(this.utf8.decode(), true);
     return this.data.length ? [...events, this.take()] : events;
   }
 
-  private lines(text: string, last: boolean): string[] {
-    const events: string[] = [];
+  private lines(text: string, last: boolean): SseEvent[] {
+    const events: SseEvent[] = [];
     this.rest += text;
     const eol = /[\r\n]/g;
     let from = 0;
@@ -44,17 +51,19 @@ export class SseDecoder {
     return events;
   }
 
-  private line(line: string, events: string[]): void {
+  private line(line: string, events: SseEvent[]): void {
     if (line === "") {
       if (this.data.length) events.push(this.take());
     } else if (line === "data" || line.startsWith("data:")) {
       const value = line.slice(5);
       this.data.push(value.startsWith(" ") ? value.slice(1) : value);
+    } else if (line.startsWith("id:")) {
+      this.id = line.slice(3).trimStart();
     } // else a comment (": keep-alive") or a field that is not used here
   }
 
-  private take(): string {
-    const event = this.data.join("\n");
+  private take(): SseEvent {
+    const event = { id: this.id, data: this.data.join("\n") };
     this.data = [];
     return event;
   }

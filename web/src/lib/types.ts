@@ -1,86 +1,159 @@
-/** What the page keeps: chats, their messages, a person's settings. */
+/** The server's words (the chats API, docs/chat.md), as far as the page uses them. */
+
+export type Status = "running" | "done" | "stopped" | "length" | "cut" | "error" | "waiting";
+
+export interface Settings {
+  model: string;
+  thinking: boolean;
+  search: boolean;
+  system: string;
+  temperature: number | null;
+  top_p: number | null;
+  max_tokens: number | null;
+}
+
+export interface FileInfo {
+  id: string;
+  name: string;
+  type: string;
+  bytes: number;
+  chars: number;
+  tokens: number;
+  truncated: boolean;
+  kind: "text" | "code" | "pdf";
+}
 
 export interface Usage {
   prompt_tokens: number;
+  cached_tokens: number;
   completion_tokens: number;
-  prompt_cache_hit_tokens?: number;
-  prompt_cache_miss_tokens?: number;
-  completion_tokens_details?: { reasoning_tokens?: number };
+  reasoning_tokens: number;
+  tokens_per_s: number | null;
 }
 
-/** The usage object if its two totals are there; servers and old storage may hold anything. */
-export function asUsage(raw: unknown): Usage | null {
-  const usage = raw as Partial<Usage> | null | undefined;
-  const whole = typeof usage?.prompt_tokens === "number" && typeof usage.completion_tokens === "number";
-  return whole ? (usage as Usage) : null;
+export interface Source {
+  n: number;
+  url: string;
+  title: string;
+  site: string;
+  date: string | null;
+  passage: string;
+  /** The page could not be read: the passage is the search provider's own summary. */
+  partial?: boolean;
+}
+
+export interface Search {
+  queries: string[];
+  sources: Source[];
+  failed: string | null;
+  done?: boolean;
+  problems?: { where: string; message: string }[];
+}
+
+export type Phase = "queries" | "fetching" | "reading" | "done";
+
+/** One cited sentence: `start` and `end` count JavaScript's string units in the answer. */
+export interface Check {
+  start: number;
+  end: number;
+  citations: number[];
+  found: boolean;
+  reason: string;
+  missing?: string[];
+}
+
+export interface Message {
+  id: string;
+  chat: string;
+  parent: string | null;
+  role: "user" | "assistant";
+  created: number;
+  content: string;
+  files: FileInfo[];
+  thinking: string | null;
+  thinking_s: number | null;
+  thinking_tokens: number | null;
+  status: Status;
+  error: { message: string; code?: string | null } | null;
+  model: string | null;
+  settings: Partial<Settings> | null;
+  usage: Usage | null;
+  search: Search | null;
+  checks: Check[] | null;
+  /** Set by the page alone: where the search stands, and when it first saw the thought (ms). */
+  phase?: Phase;
+  thinkingSince?: number;
+  /** Set by the page alone: the server has not taken this message (it can be sent again). */
+  unsent?: boolean;
+}
+
+export interface Summary {
+  id: string;
+  title: string;
+  pinned: boolean;
+  created: number;
+  updated: number;
+  model: string | null;
+  running?: boolean;
+  match?: { text: string; ranges: [number, number][]; message: string | null };
+}
+
+export interface ChatInfo {
+  id: string;
+  title: string;
+  pinned: boolean;
+  created: number;
+  updated: number;
+  settings: Settings;
+  head: string | null;
+  draft: string;
+}
+
+export interface FullChat extends ChatInfo {
+  messages: Message[];
 }
 
 export interface Model {
   id: string;
-  max_model_len?: number;
-  thinking?: boolean;
+  context_length: number;
+  thinking: boolean;
+  thinking_mode?: "none" | "switch" | "always";
+  max_output: number;
 }
+
+/** US dollars for a million tokens. */
+export interface Price {
+  name: string;
+  input_miss: number;
+  input_hit: number;
+  output: number;
+}
+
+export interface Setup {
+  models: Model[];
+  default_model: string | null;
+  search: { available: boolean; provider: string | null; local_index: boolean };
+  prices: Price[];
+  limits: { file_bytes: number; files_per_message: number; content_chars: number };
+  upload_types: string[];
+}
+
+export type ChatEvent =
+  | { type: "state" | "end"; message: Message }
+  | { type: "search"; search: Search; phase: Phase }
+  | { type: "thinking" | "text"; text: string }
+  | { type: "usage"; usage: Usage }
+  | { type: "checks"; checks: Check[] };
 
 export interface Fault {
   message: string;
   status?: number;
 }
 
-/** streaming: being written; done: a finish reason and [DONE] came; stopped: by the person;
- *  interrupted: the stream broke off after something had come; error: the server said no. */
-export type Status = "streaming" | "done" | "stopped" | "interrupted" | "error";
-
-export interface Question {
-  id: string;
-  role: "user";
-  content: string;
+/** Where the search of an answer stands; what a reload finds under way says only whether it is done. */
+export function phaseOf(message: Message): Phase {
+  if (!message.search || message.search.done || !isRunning(message)) return "done";
+  return message.phase ?? (message.search.done === undefined ? "done" : message.search.queries.length ? "fetching" : "queries");
 }
 
-export interface Answer {
-  id: string;
-  role: "assistant";
-  content: string;
-  reasoning: string;
-  status: Status;
-  model: string;
-  /** When the first reasoning arrived, and how long it took until the answer's first word, in ms. */
-  thinkingSince?: number;
-  thinkingMs?: number;
-  /** From the first token to the last, in ms. */
-  decodeMs?: number;
-  usage?: Usage;
-  finishReason?: string;
-  fault?: Fault;
-}
-
-export type Message = Question | Answer;
-
-export interface Chat {
-  id: string;
-  title: string;
-  updatedAt: number;
-  messages: Message[];
-}
-
-export type Theme = "light" | "dark" | null;
-
-/** `null` leaves the choice to the server (temperature, maxTokens) or to the system (theme). */
-export interface Settings {
-  temperature: number | null;
-  maxTokens: number | null;
-  system: string;
-  thinking: boolean;
-  model: string | null;
-  theme: Theme;
-  sidebar: boolean;
-}
-
-export const DEFAULTS: Settings = {
-  temperature: null,
-  maxTokens: null,
-  system: "",
-  thinking: false,
-  model: null,
-  theme: null,
-  sidebar: true,
-};
+export const isRunning = (m: Pick<Message, "status">): boolean => m.status === "running" || m.status === "waiting";

@@ -1,110 +1,225 @@
-import { type KeyboardEvent, type SubmitEvent, useEffect, useLayoutEffect, useRef, useState } from "react";
-import { useSelect, useSession } from "../hooks";
-import { currentModel } from "../lib/store";
-import { Icon } from "./icons";
+import { type ClipboardEvent, type KeyboardEvent, type RefObject, type SubmitEvent, memo, useEffect, useLayoutEffect, useRef, useState } from "react";
+import { useSelect, useSession, useSettings, useT } from "../hooks";
+import { NEW } from "../lib/session";
+import { NO_DRAFT } from "../lib/store";
+import { isRunning } from "../lib/types";
+import { attach, detach } from "../lib/uploads";
+import { Attachments } from "./Attachments";
+import { fitHeight, IconButton, sendsOnEnter } from "./bits";
+import { CostLine } from "./CostLine";
+import { Icon, type IconName } from "./icons";
+import { Notice } from "./Notice";
 
-export function Composer({ chatId, busy, onAsk }: { chatId: string | null; busy: boolean; onAsk: (text: string) => void }) {
+interface Props {
+  chat: string | null;
+  onAsk: (text: string) => void;
+}
+
+const KEEP_MS = 250;
+
+export const Composer = memo(function Composer({ chat, onAsk }: Props) {
+  const t = useT();
   const session = useSession();
-  const thinking = useSelect((s) => s.settings.thinking);
-  const thinks = useSelect((s) => currentModel(s)?.thinking === true);
-  const [text, setText] = useState("");
+  const place = chat ?? NEW;
+  const draft = useSelect((s) => s.drafts[place] ?? NO_DRAFT);
+  const running = useRunning(chat);
+  const [text, setText] = useState(draft.text);
   const area = useRef<HTMLTextAreaElement>(null);
+  useLayoutEffect(() => fitHeight(area.current, 240), [text]);
+  useFocus(area, place);
+  const kept = useKept(place, text, setText);
 
-  useLayoutEffect(() => fitHeight(area.current, 220), [text]);
-  useEffect(() => {
-    if (matchMedia("(hover: hover)").matches) area.current?.focus(); // no keyboard popping up on phones
-  }, [chatId]);
-
+  const ready = draft.files.every((f) => f.info) && (text.trim() !== "" || draft.files.length > 0);
   const submit = (event?: SubmitEvent) => {
     event?.preventDefault();
-    if (busy || !text.trim()) return;
+    if (running || !ready) return;
+    kept.current.text = "";
     setText("");
     onAsk(text.trim());
+  };
+  const keyDown = (event: KeyboardEvent) => {
+    if (sendsOnEnter(event)) {
+      event.preventDefault();
+      submit();
+    } else if (event.key === "ArrowUp" && !text && chat !== null) editLast(session, chat);
+  };
+  const paste = (event: ClipboardEvent) => {
+    const files = [...event.clipboardData.files];
+    if (!files.length) return;
+    event.preventDefault();
+    attach(session, place, files, t);
   };
 
   return (
     <div className="dock">
       <Notice />
       <form className="composer" onSubmit={submit}>
+        <Attachments files={draft.files} onRemove={(key) => detach(session, place, key)} />
         <textarea
           ref={area}
           value={text}
           rows={1}
-          placeholder="Message rorqual"
-          aria-label="Message"
+          placeholder={t("ask.placeholder")}
+          aria-label={t("ask.label")}
           enterKeyHint="send"
           data-testid="input"
           onChange={(event) => setText(event.target.value)}
-          onKeyDown={(event) => {
-            if (!sendsOnEnter(event)) return;
-            event.preventDefault();
-            submit();
-          }}
+          onKeyDown={keyDown}
+          onPaste={paste}
         />
         <div className="bar">
-          {thinks && (
-            <button
-              type="button"
-              className="toggle"
-              aria-pressed={thinking}
-              title="Let the model reason before it answers"
-              onClick={() => session.store.dispatch({ type: "settings", settings: { thinking: !thinking } })}
-              data-testid="deepthink"
-            >
-              <Icon name="think" size={16} />
-              DeepThink
-            </button>
-          )}
-          {busy && chatId !== null ? (
-            <button type="button" className="send stop" onClick={() => session.stop(chatId)} aria-label="Stop" title="Stop (Esc)" data-testid="stop">
+          <AttachButton place={place} />
+          <Switches chat={chat} />
+          <span className="grow" />
+          {running !== null && chat !== null ? (
+            <button type="button" className="send stop" onClick={() => void session.stop(chat, running)} aria-label={t("ask.stop")} title={`${t("ask.stop")} (Esc)`} data-testid="stop">
               <span />
             </button>
           ) : (
-            <button className="send" disabled={!text.trim()} aria-label="Send" title="Send (Enter)" data-testid="send">
+            <button className="send" disabled={!ready} aria-label={t("ask.send")} title={t("ask.send")} data-testid="send">
               <Icon name="up" />
             </button>
           )}
         </div>
       </form>
-      <p className="caution">A language model can be wrong. Check what matters.</p>
+      <CostLine chat={chat} />
     </div>
   );
+});
+
+/** The id of the answer that is being written at the end of what is shown. */
+export function useRunning(chat: string | null): string | null {
+  return useSelect((s) => {
+    const thread = chat === null ? undefined : s.threads[chat];
+    const last = thread?.messages.get(thread.path.at(-1) ?? "");
+    return last && isRunning(last) ? last.id : null;
+  });
 }
 
-/** What stands in the way of a chat, above the place where one would start it. */
-function Notice() {
+function useFocus(area: RefObject<HTMLTextAreaElement | null>, place: string): void {
+  useEffect(() => {
+    if (matchMedia("(hover: hover)").matches) area.current?.focus(); // no keyboard popping up on phones
+  }, [area, place]);
+}
+
+/** The text survives: typing only changes this component, and is kept in the draft a moment later. */
+function useKept(place: string, text: string, setText: (text: string) => void): RefObject<{ place: string; text: string }> {
   const session = useSession();
-  const fault = useSelect((s) => s.modelsFault);
-  const full = useSelect((s) => s.storageFull);
-  if (fault) {
-    return (
-      <div className="fault" role="alert" data-testid="notice">
-        <Icon name="warn" />
-        <div>
-          <p>{fault.message}</p>
-        </div>
-        <button className="button" onClick={() => void session.loadModels()}>
-          {fault.status === 401 ? "Enter key" : "Retry"}
-        </button>
-      </div>
-    );
-  }
-  if (!full) return null;
+  const now = useRef({ place, text });
+  const stored = useSelect((s) => s.drafts[place]?.text ?? "");
+  const keepNow = () => {
+    const draft = session.store.get().drafts[now.current.place] ?? NO_DRAFT;
+    if (now.current.text) session.keepDraft(now.current.place, { ...draft, text: now.current.text });
+  };
+  useEffect(() => {
+    if (now.current.place !== place || (now.current.text === "" && stored)) {
+      keepNow(); // what was typed last, where it was typed
+      now.current = { place, text: stored };
+      setText(stored); // another chat, or its draft has just come from the server
+    }
+  }, [place, stored]);
+  useEffect(() => {
+    if (now.current.text === text) return;
+    const keep = () => {
+      const draft = session.store.get().drafts[place] ?? NO_DRAFT;
+      session.keepDraft(place, { ...draft, text });
+    };
+    now.current = { place, text };
+    const timer = setTimeout(keep, KEEP_MS);
+    window.addEventListener("pagehide", keep);
+    return () => {
+      clearTimeout(timer);
+      window.removeEventListener("pagehide", keep);
+    };
+  }, [text]);
+  return now;
+}
+
+/** The last question that is shown, in its editor. */
+export function editLast(session: ReturnType<typeof useSession>, chat: string): void {
+  const thread = session.store.get().threads[chat];
+  const last = thread?.path.findLast((id) => thread.messages.get(id)?.role === "user");
+  if (last) session.editing(last);
+}
+
+function AttachButton({ place }: { place: string }) {
+  const t = useT();
+  const session = useSession();
+  const types = useSelect((s) => s.setup?.upload_types);
+  const input = useRef<HTMLInputElement>(null);
+  if (!types?.length) return null;
   return (
-    <div className="fault soft" role="status" data-testid="notice">
-      <Icon name="warn" />
-      <p>This browser's storage is full or switched off: new messages will not survive a reload. Deleting old chats helps.</p>
-    </div>
+    <>
+      <IconButton icon="clip" label={t("ask.attach")} onClick={() => input.current?.click()} testId="attach" />
+      <input
+        ref={input}
+        type="file"
+        multiple
+        hidden
+        accept={types.join(",")}
+        onChange={(event) => {
+          attach(session, place, [...(event.target.files ?? [])], t);
+          event.target.value = "";
+        }}
+        data-testid="file-input"
+      />
+    </>
   );
 }
 
-/** Enter without Shift, and not the Enter that accepts a word from an input method. */
-export function sendsOnEnter(event: KeyboardEvent): boolean {
-  return event.key === "Enter" && !event.shiftKey && !event.nativeEvent.isComposing;
+/** DeepThink and Search, for this conversation. */
+function Switches({ chat }: { chat: string | null }) {
+  const t = useT();
+  const session = useSession();
+  const settings = useSettings(chat);
+  const setup = useSelect((s) => s.setup);
+  if (!setup) return null;
+  const model = setup.models.find((m) => m.id === settings.model);
+  return (
+    <>
+      {model?.thinking_mode === "always" ? (
+        <Switch icon="think" word={t("ask.think")} hint={t("ask.think.always")} pressed disabled testId="deepthink" />
+      ) : (
+        model?.thinking && (
+          <Switch
+            icon="think"
+            word={t("ask.think")}
+            hint={t("ask.think.hint")}
+            pressed={settings.thinking}
+            onClick={() => session.settings(chat, { thinking: !settings.thinking })}
+            testId="deepthink"
+          />
+        )
+      )}
+      {setup.search.available && (
+        <Switch
+          icon="globe"
+          word={t("ask.search")}
+          hint={setup.search.provider ? `${t("ask.search.hint")} (${setup.search.provider})` : t("ask.search.hint")}
+          pressed={settings.search}
+          onClick={() => session.settings(chat, { search: !settings.search })}
+          testId="search-toggle"
+        />
+      )}
+    </>
+  );
 }
 
-export function fitHeight(area: HTMLTextAreaElement | null, max: number): void {
-  if (!area) return;
-  area.style.height = "auto";
-  area.style.height = `${Math.min(area.scrollHeight, max)}px`;
+interface SwitchProps {
+  icon: IconName;
+  word: string;
+  hint: string;
+  pressed: boolean;
+  disabled?: boolean;
+  onClick?: () => void;
+  testId: string;
+}
+
+function Switch({ icon, word, hint, pressed, disabled = false, onClick, testId }: SwitchProps) {
+  return (
+    <button type="button" className="toggle" aria-pressed={pressed} title={hint} disabled={disabled} onClick={onClick} data-testid={testId}>
+      <Icon name={icon} size={16} />
+      <span>{word}</span>
+    </button>
+  );
 }

@@ -1,35 +1,29 @@
-import { type SubmitEvent, useEffect, useRef, useState } from "react";
-import { useSelect, useSession } from "../hooks";
+import { type SubmitEvent, useState } from "react";
+import { useSelect, useSession, useT } from "../hooks";
+import { Modal } from "./Dialogs";
 
 /** Asks for the API key that the server wants. */
-export function KeyDialog({ chatId }: { chatId: string | null }) {
+export function KeyDialog({ chat }: { chat: string | null }) {
+  const t = useT();
   const session = useSession();
   const open = useSelect((s) => s.askKey);
   const refused = useSelect((s) => s.key !== null);
-  const dialog = useRef<HTMLDialogElement>(null);
   const [key, setKey] = useState("");
-
-  useEffect(() => {
-    if (open) dialog.current?.showModal();
-    else dialog.current?.close();
-  }, [open]);
-
-  const close = () => session.store.dispatch({ type: "set", values: { askKey: false } });
+  const close = () => session.store.set({ askKey: false });
   const submit = (event: SubmitEvent) => {
     event.preventDefault();
     if (!key.trim()) return;
     setKey("");
-    void session.useKey(key.trim(), chatId);
+    void session.useKey(key.trim(), chat);
   };
   return (
-    <dialog ref={dialog} className="key-dialog" aria-labelledby="key-title" onClose={close} data-testid="key-dialog">
+    <Modal open={open} onClose={close} title={t("key.title")} className="key-dialog" testId="key-dialog">
       <form onSubmit={submit}>
-        <h2 id="key-title">This server asks for an API key</h2>
         <p>
-          {refused ? "It did not accept the key given before. " : ""}
-          The key is kept in this browser and sent to this server only.
+          {refused ? `${t("key.refused")} ` : ""}
+          {t("key.text")}
         </p>
-        <label htmlFor="key">API key</label>
+        <label htmlFor="key">{t("key.label")}</label>
         <input
           id="key"
           type="password"
@@ -42,13 +36,13 @@ export function KeyDialog({ chatId }: { chatId: string | null }) {
         />
         <div>
           <button type="button" className="button" onClick={close}>
-            Cancel
+            {t("key.cancel")}
           </button>
           <button className="button primary" disabled={!key.trim()} data-testid="key-save">
-            Save
+            {t("key.save")}
           </button>
         </div>
       </form>
-    </dialog>
+    </Modal>
   );
 }

@@ -1,46 +1,46 @@
 import { memo, type SubmitEvent, useLayoutEffect, useRef, useState } from "react";
-import { useSession } from "../hooks";
-import type { Question } from "../lib/types";
-import { fitHeight, sendsOnEnter } from "./Composer";
-import { Icon } from "./icons";
+import { useSelect, useSession, useT } from "../hooks";
+import type { Message } from "../lib/types";
+import { FileChip } from "./Attachments";
+import { Copy, fitHeight, IconButton, sendsOnEnter } from "./bits";
+import { Siblings } from "./Siblings";
 
-interface Props {
-  chatId: string;
-  question: Question;
-  editable: boolean;
-}
-
-export const QuestionView = memo(function QuestionView({ chatId, question, editable }: Props) {
-  const [editing, setEditing] = useState(false);
-  if (editing) return <Editor chatId={chatId} question={question} onClose={() => setEditing(false)} />;
+export const QuestionView = memo(function QuestionView({ chat, message }: { chat: string; message: Message }) {
+  const t = useT();
+  const session = useSession();
+  const editing = useSelect((s) => s.editing === message.id);
+  if (editing) return <Editor chat={chat} message={message} />;
   return (
-    <article className="question" aria-label="Question" data-testid="question">
-      {editable && (
-        <button
-          className="icon-button small edit"
-          onClick={() => setEditing(true)}
-          aria-label="Edit question"
-          title="Edit"
-          data-testid="edit"
-        >
-          <Icon name="edit" size={16} />
-        </button>
+    <article className="question" aria-label={t("you.label")} data-testid="question">
+      {message.files.length > 0 && (
+        <ul className="chips" aria-label={t("ask.attach")}>
+          {message.files.map((file) => (
+            <FileChip key={file.id} name={file.name} info={file} />
+          ))}
+        </ul>
       )}
-      <div className="bubble">{question.content}</div>
+      <div className="bubble">{message.content}</div>
+      <footer>
+        <Copy text={() => message.content} label={t("you.copy")} />
+        {!message.unsent && <IconButton icon="edit" size={16} label={t("you.edit")} onClick={() => session.editing(message.id)} testId="edit" />}
+        <Siblings chat={chat} message={message} />
+      </footer>
     </article>
   );
 });
 
-function Editor({ chatId, question, onClose }: { chatId: string; question: Question; onClose: () => void }) {
+function Editor({ chat, message }: { chat: string; message: Message }) {
+  const t = useT();
   const session = useSession();
-  const [text, setText] = useState(question.content);
+  const [text, setText] = useState(message.content);
   const area = useRef<HTMLTextAreaElement>(null);
   useLayoutEffect(() => fitHeight(area.current, 320), [text]);
+  const close = () => session.editing(null);
   const submit = (event?: SubmitEvent) => {
     event?.preventDefault();
     if (!text.trim()) return;
-    session.edit(chatId, question.id, text.trim());
-    onClose();
+    close();
+    session.edit(chat, message, text.trim());
   };
   return (
     <form className="editor" onSubmit={submit}>
@@ -49,24 +49,26 @@ function Editor({ chatId, question, onClose }: { chatId: string; question: Quest
         value={text}
         rows={1}
         autoFocus
-        aria-label="Edit question"
+        aria-label={t("you.edit")}
         data-testid="edit-input"
         onFocus={(event) => event.target.setSelectionRange(text.length, text.length)}
         onChange={(event) => setText(event.target.value)}
         onKeyDown={(event) => {
-          if (sendsOnEnter(event)) submit();
-          if (event.key === "Escape") {
+          if (sendsOnEnter(event)) {
             event.preventDefault();
-            onClose();
+            submit();
+          } else if (event.key === "Escape") {
+            event.preventDefault();
+            close();
           }
         }}
       />
       <div>
-        <button type="button" className="button" onClick={onClose}>
-          Cancel
+        <button type="button" className="button" onClick={close}>
+          {t("key.cancel")}
         </button>
         <button className="button primary" disabled={!text.trim()} data-testid="edit-send">
-          Send
+          {t("ask.send")}
         </button>
       </div>
     </form>

@@ -1,25 +1,31 @@
 import { useEffect } from "react";
 import { useSelect, useSession } from "../hooks";
 
-const SHOWN_MS = 7000;
+const SHOWN_MS = 8000;
 
-/** After a deletion, for a while: the way back. */
+/** Something to know for a moment; after a deletion, the way back. */
 export function Toast() {
   const session = useSession();
-  const deleted = useSelect((s) => s.deleted);
+  const toast = useSelect((s) => s.toast);
   useEffect(() => {
-    if (!deleted) return;
-    const timer = setTimeout(() => session.store.dispatch({ type: "set", values: { deleted: null } }), SHOWN_MS);
+    if (!toast) return;
+    const timer = setTimeout(() => session.store.set({ toast: null }), SHOWN_MS);
     return () => clearTimeout(timer);
-  }, [deleted, session]);
+  }, [toast, session]);
+  const act = () => {
+    session.store.set({ toast: null });
+    toast?.action?.run();
+  };
   return (
-    <div role="status">
-      {deleted && (
+    <div role="status" className="toasts">
+      {toast && (
         <div className="toast" data-testid="toast">
-          Chat deleted
-          <button className="link" onClick={() => session.restore(deleted)} data-testid="undo">
-            Undo
-          </button>
+          <span>{toast.text}</span>
+          {toast.action && (
+            <button type="button" className="link" onClick={act} data-testid="undo">
+              {toast.action.label}
+            </button>
+          )}
         </div>
       )}
     </div>

@@ -1,22 +1,18 @@
+import { useT } from "../hooks";
 import { Mark } from "./Mark";
 
-const EXAMPLES = [
-  "Tell me a short story about a whale who could not sleep.",
-  "List five animals that live in the sea.",
-  "Write a friendly two-line note to a neighbour.",
-];
-
 export function Welcome({ onAsk }: { onAsk: (text: string) => void }) {
+  const t = useT();
   return (
     <div className="welcome" data-testid="welcome">
-      <Mark size={72} />
+      <Mark size={64} />
       <h1>rorqual</h1>
-      <p>Takes in a whole sea, keeps what feeds it. Ask away.</p>
+      <p>{t("app.tagline")}</p>
       <ul>
-        {EXAMPLES.map((example) => (
-          <li key={example}>
-            <button onClick={() => onAsk(example)} data-testid="example">
-              {example}
+        {(["example.1", "example.2", "example.3"] as const).map((key) => (
+          <li key={key}>
+            <button type="button" onClick={() => onAsk(t(key))} data-testid="example">
+              {t(key)}
             </button>
           </li>
         ))}

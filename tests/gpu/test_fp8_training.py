@@ -1,0 +1,55 @@
+"""FP8 training on a GPU against its emulation, at sizes the interpreter has no time for (the small ones, in
+tests/unit/ops/test_fp8_kernels.py, run on a GPU too)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rorqual.ops.fp8_experts import fp8_grouped_experts
+from rorqual.ops.fp8_train import Recipe, fp8_train_experts, fp8_train_linear
+
+CUDA = torch.device("cuda")
+HARDWARE = 1e-3
+"""The FP8 units keep about 14 bits within 128 products."""
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@pytest.mark.parametrize("backend", ["triton", "scaled_mm"])
+@pytest.mark.parametrize("recipe", [{}, {"keep": "e5m6"}, {"input_fmt": "ue8m0", "grad_fmt": "ue8m0"}])
+@pytest.mark.parametrize("shape", [(2048, 1024, 3072), (512, 640, 576), (1000, 2816, 1024), (4096, 7168, 320)])
+def test_a_layer_is_its_emulation(shape: tuple[int, int, int], recipe: dict[str, str], backend: str) -> None:
+    M, K, N = shape
+    x, w, dy = (torch.randn(*s, device=CUDA) for s in ((M, K), (N, K), (M, N)))
+    seen = []
+    for name in (backend, "expanded"):
+        leaves = [t.clone().requires_grad_() for t in (x, w)]
+        y = fp8_train_linear(*leaves, Recipe(backend=name, **recipe))  # type: ignore[arg-type]
+        y.backward(dy)
+        seen.append([y.detach(), *(t.grad for t in leaves)])
+    for ours, exact in zip(*seen, strict=True):
+        assert ours.dtype == exact.dtype and relative(ours, exact) <= HARDWARE
+
+
+def test_grouped_experts_are_the_loop() -> None:
+    N, D, F, E, K = 2000, 1024, 512, 16, 4
+    chosen = torch.rand(N, E, device=CUDA).topk(K).indices
+    gates = torch.rand(N, K, device=CUDA)
+    inputs = [
+        torch.randn(N, D, device=CUDA),
+        torch.randn(E, 2 * F, D, device=CUDA) / 32,
+        torch.randn(E, D, F, device=CUDA) / 23,
+    ]
+    dout, seen = torch.randn(N, D, device=CUDA), []
+    for grouped in (True, False):
+        leaves = [t.clone().requires_grad_() for t in (*inputs, gates)]
+        run = fp8_grouped_experts if grouped else lambda *a: fp8_train_experts(*a, Recipe(backend="expanded"))
+        out = run(*leaves, chosen)
+        out.backward(dout)
+        seen.append([out.detach(), *(t.grad for t in leaves)])
+    for ours, exact in zip(*seen, strict=True):
+        # A product's last bits move some codes of what is quantised next by a step.
+        assert relative(ours, exact) <= 2e-2
