@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rorqual.config import ModelConfig
@@ -83,6 +84,8 @@ def card(back: Path, model: Path) -> str:
     written = json.loads((back / "written" / "generate.json").read_text())
     total, active = count.totals(cfg)
     exam = judged["exam"]
+    gain, width = exam["on_minus_off"]
+    better = ", better with DeepThink on" if gain > width else ""
     kinds = "\n".join(f"| {k} | {v['teacher']} | {v['off']} | {v['on']} |" for k, v in exam["by_kind"].items())
     samples = "\n\n".join(
         f"**{x['prompt']}**\n\nteacher:\n\n{quoted(x['teacher'])}\n\n{model.name}:\n\n{quoted(x['answer'])}"
@@ -102,7 +105,7 @@ one multi-token-prediction module. Weights are int4 (groups of 32), embedding in
 it, `rorqual distill` healed it; the recipe is `runs/bundled`.
 
 **It can** hold simple English conversations, answer easy questions, rewrite and summarise short texts, cite numbered search results,
-and do small sums, word and logic exercises, better with DeepThink on. **It cannot** be trusted with facts: its teacher is small and
+and do small sums, word and logic exercises{better}. **It cannot** be trusted with facts: its teacher is small and
 invents freely, and so does it. Do not use it for anything that matters.
 
 ## Measured
@@ -123,7 +126,7 @@ Loops and stops: {judged["held_out"]["prompts"]} held-out prompts, default sampl
 ## Training
 
 One H200. The teacher wrote {written["tokens"]:,} tokens in {written["seconds"]:.0f} s ({written["conversations"]:,} conversations, {written["texts"]:,} texts kept).
-Healing: {heal[-1]["step"]:,} steps, {heal[-1]["tokens"]:,} tokens in {heal[-1]["elapsed_s"]:.0f} s, KL {heal[0]["lm_loss"]:.3f} to {sum(x["lm_loss"] for x in heal[-20:]) / 20:.3f} nats (exercises' cross-entropy included), int4 seen
+Healing: {heal[-1]["step"]:,} steps, {heal[-1]["tokens"]:,} tokens in {heal[-1]["elapsed_s"]:.0f} s, KL {heal[0]["lm_loss"]:.3f} to {fmean(x["lm_loss"] for x in heal[-20:]):.3f} nats (exercises' cross-entropy included), int4 seen
 in its last part. The MTP module alone: {mtp[-1]["step"]:,} steps in {mtp[-1]["elapsed_s"]:.0f} s.
 
 ## Data and licences

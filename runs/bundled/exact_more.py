@@ -4,6 +4,7 @@ in small steps, and checked in another way before the answer; `runs/nano/exact_*
 
 from __future__ import annotations
 
+import itertools
 import random
 
 from exact_base import Exchange, grow, kind, listed
@@ -219,7 +220,7 @@ def ordering(rng: random.Random, again: bool) -> Exchange:
     more, most, least = rng.choice(
         [("taller", "tallest", "shortest"), ("older", "oldest", "youngest"), ("faster", "fastest", "slowest")]
     )
-    facts = [f"{a} is {more} than {b}." for a, b in zip(names, names[1:], strict=False)]
+    facts = [f"{a} is {more} than {b}." for a, b in itertools.pairwise(names)]
     rng.shuffle(facts)
     top = rng.random() < 0.5
     ask, who = (most, names[0]) if top else (least, names[-1])

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything of the recipe that needs a network or Debian packages, into data/bundled. A quarter of an hour on two cores.
+# Everything of the recipe that needs a network or Debian packages, into data/bundled.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python} out=data/bundled

@@ -7,10 +7,11 @@ python=${PYTHON:-python3} data=${DATA:-data/bundled} out=${OUT_DIR:-out/bundled}
 export PYTHONPATH=.:$data/site OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 rorqual() { "$python" -m rorqual "$@"; }
 train() { # with the attention that the rehearsal found fastest
-  if [ -f out/attention ]; then "$python" runs/bundled/attention.py with "$(cat out/attention)" "$@"; else rorqual "$@"; fi
+  if [ -f "$kept/attention" ]; then "$python" runs/bundled/attention.py with "$(cat "$kept/attention")" "$@"; else rorqual "$@"; fi
 }
 say() { printf '== %4d s  %s\n' "$SECONDS" "$*"; }
 mkdir -p "$out"
+kept=$(dirname "$out") # what a rehearsal leaves for the runs after it
 source=$out/smollm2.gguf
 
 prepare() { # NAME INPUT [options]
@@ -83,7 +84,7 @@ case $step in
     say "converted, text and lessons prepared"
     prepare written "$out/written/text" --val-fraction 0.01 & other=$!
     prepare chat "$out/written/chat" --val-fraction 0.01; wait $other
-    speed=${RATE:-150000}; [ ! -f out/rate ] || speed=$(cat out/rate)
+    speed=${RATE:-150000}; [ ! -f "$kept/rate" ] || speed=$(cat "$kept/rate")
     left=$((total - SECONDS - ${RESERVE:-65}))
     steps=$((left * speed / 65536))
     say "healing: $steps steps in $left s at $speed tokens/s"
@@ -115,15 +116,15 @@ case $step in
     # The stand-in hardly ever ends a turn, so the lessons serve as its conversations.
     (time prepare text "$out/some" --val-fraction 0.05); prepare written "$out/some" --val-fraction 0.05
     prepare chat "$out/lessons.jsonl" --val-fraction 0.05; prepare lessons "$out/lessons.jsonl" --val-fraction 0.05
-    "$python" runs/bundled/attention.py choose > out/attention || rm out/attention
-    say "prepared; attention: $(cat out/attention)"
+    "$python" runs/bundled/attention.py choose > "$kept/attention" || rm "$kept/attention"
+    say "prepared; attention: $(cat "$kept/attention" 2> /dev/null || echo default)"
     "$0" heal --set steps=24 --set optim.warmup_steps=4 --set eval_every=20 --set eval_rows=32 --set checkpoint_seconds=9999 \
       --set quantise.fraction=0.5 --set report=false 2>&1 | tail -n 30
-    rate "$out/heal/metrics.jsonl" > out/rate; say "healed at $(cat out/rate) tokens/s in the quantised half"
+    rate "$out/heal/metrics.jsonl" > "$kept/rate"; say "healed at $(cat "$kept/rate") tokens/s in the quantised half"
     show heal
     "$0" mtp --set steps=6 --set eval_rows=32 --set report=false 2>&1 | tail -n 8; say "MTP"; show mtp
     "$0" ship mtp | tail -n 1; "$0" pack "$out/back" --part trunk; ls -l "$out/back"; say "shipped"
     "$0" evaluate --rows 2 --dtype bfloat16; say "evaluated"
-    rm -rf out/rehearsal; mv "$out" out/rehearsal ;;
+    rm -rf "$kept/rehearsal"; mv "$out" "$kept/rehearsal" ;;
   *) echo "unknown step $step; see runs/bundled/README.md" >&2; exit 2 ;;
 esac
