@@ -113,6 +113,18 @@ def test_experts_are_the_same_neurons_in_another_order() -> None:
     assert sorted(map(tuple, downs.tolist())) == sorted(map(tuple, mlp.down_proj.weight.T.tolist()))
 
 
+def test_the_neurons_that_are_dropped_are_the_weakest() -> None:
+    mlp = make_llama().layers[1].mlp
+    x = torch.randn(600, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        inner = F.silu(mlp.gate_proj(x)) * mlp.up_proj(x)
+        energy = (inner.square() * mlp.down_proj.weight.square().sum(0)).mean(0)
+        made = convert_experts(mlp, x, ExpertShape(shared=4, routed=6, width=8, top_k=2), seed=0)
+    kept = energy.argsort(descending=True)[:80]
+    gates = torch.cat((made.shared_gate, *(e[:8] for e in made.gate_up)))
+    assert sorted(map(tuple, gates.tolist())) == sorted(map(tuple, mlp.gate_proj.weight[kept].tolist()))
+
+
 def test_groups_find_neurons_that_fire_together_and_the_router_finds_the_groups() -> None:
     """Neurons in four planted blocks, one block active on a token: k-means and router must recover the blocks."""
     draw = torch.Generator().manual_seed(1)
@@ -186,6 +198,8 @@ def test_the_command_line(llama_dir: Callable[..., Path], tmp_path: Path) -> Non
     ("changes", "match"),
     [
         ({"width": 7}, "neurons"),
+        ({"drop": 7, "width": 8}, "89 neurons"),
+        ({"drop": 96}, "cannot be dropped"),
         ({"routed": 6, "top_k": 9}, "top_k"),
         ({"fold": 3}, "fold"),
         ({"rank": 31, "_head_dim": 4}, "rank"),
