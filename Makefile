@@ -22,7 +22,7 @@ test: check page
 	$(BIN)/python scripts/clients.py --quick
 	./scripts/page.sh test
 	./scripts/browser.sh
-	$(PYTEST) tests/web $(ARGS)
+	$(PYTEST) -n 2 tests/web $(ARGS)
 
 check: setup-dev
 	$(BIN)/ruff check .

@@ -138,7 +138,7 @@ FORMS = [fp8.Fp8Blocks(), PackedIntegers(4), PackedIntegers(8)]
 
 @pytest.mark.parametrize("dtype", list(BOUND), ids=str)
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
-@pytest.mark.parametrize("shape", [(1, 192, 160, 6, 2), (3, 320, 32, 6, 2), (20, 160, 64, 4, 3)])
+@pytest.mark.parametrize("shape", [(1, 192, 160, 6, 2), (3, 320, 32, 6, 2), (9, 160, 32, 3, 2)])
 def test_stored_experts_equal_the_loop(shape: tuple[int, ...], form: WeightFormat, dtype: torch.dtype) -> None:
     x, up, down, gates, chosen = inputs(shape, dtype)
     stored = form.pack(up.unflatten(1, (2, -1))), form.pack(down)

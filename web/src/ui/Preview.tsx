@@ -1,4 +1,4 @@
-import { useEffect, useMemo, useRef, useState } from "react";
+import { useEffect, useLayoutEffect, useMemo, useRef, useState } from "react";
 import { useDark, useT } from "../hooks";
 import { draw } from "../lib/diagrams";
 import { Copy, IconButton, saveFile } from "./bits";
@@ -76,7 +76,8 @@ const escaped = (text: string) => text.replace(/[&<]/g, (c) => (c === "&" ? "&am
 
 function Frame({ html, title }: { html: string; title: string }) {
   const frame = useRef<HTMLIFrameElement>(null);
-  useEffect(() => {
+  // Before the browser paints: the frame speaks once, and may do so before an ordinary effect runs.
+  useLayoutEffect(() => {
     const hear = ({ source, data }: MessageEvent) => {
       if (source !== frame.current?.contentWindow || source === null || data?.ready !== true) return;
       window.removeEventListener("message", hear);
