@@ -28,9 +28,7 @@ def close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", list(BOUND), ids=str)
-@pytest.mark.parametrize(
-    ("N", "D", "outs"), [(1, 64, (40,)), (3, 520, (33, 7)), (2, 1024, (200, 16)), (4, 30, (1, 5))]
-)
+@pytest.mark.parametrize(("N", "D", "outs"), [(1, 64, (40,)), (3, 520, (33, 7)), (2, 1024, (200, 16)), (4, 30, (1, 5))])
 def test_projections_of_few_rows(N: int, D: int, outs: tuple[int, ...], dtype: torch.dtype) -> None:
     x = torch.randn(N, 2 * D, device=DEVICE).to(dtype)[:, :D]
     weights = [torch.randn(out, D + 3, device=DEVICE).to(dtype)[:, :D] for out in outs]
