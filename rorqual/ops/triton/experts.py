@@ -8,12 +8,12 @@ program takes some weight rows and streams them along the reduction into lanes o
 the end. The slots are the fastest axis of the grid, so that two slots of one expert read its rows at about the same
 time, the second from the cache. The second launch goes through a token's slots in order and writes the result.
 
-More: rows are sorted by expert and multiplied in tiles of 16 by the kernel of `ops.triton.fp8`, then added in slot
+More: rows are sorted by expert and multiplied in tiles of 16 or 32 by the kernel of `ops.triton.fp8`, then added in slot
 order. Sorting is one launch as well: each expert counts the slots before its own.
 
-Nothing waits for the device and launch shapes depend on shapes only: a step can be captured in a CUDA graph. Which
-blocks are used depends on D, F and K, never on N, and every reduction is one fixed loop: a row's result does not depend
-on the rows beside it, as long as both batches take the same of the two ways.
+Nothing waits for the device and launch shapes depend on shapes only: a step can be captured in a CUDA graph. Every
+reduction is one fixed loop, whose order depends on D, F and K, never on N: a row's result does not depend on the rows
+beside it, as long as both batches take the same of the two ways.
 
 Left out: gradients, and experts sharded over ranks.
 """
