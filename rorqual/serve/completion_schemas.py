@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from rorqual.errors import RequestError
-from rorqual.serve.schemas import Body, Message, Sampled, Thinking, Tool
+from rorqual.serve.schemas import Listed, Message, Sampled, Thinking, Tool
 
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 Prompts = str | Ids | Annotated[list[str | Ids], Field(min_length=1, max_length=128)]
@@ -54,9 +54,11 @@ def _is_ids(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in value)
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(Listed):
     """prompt, or messages with what shapes their prompt. model None: the first that is served."""
 
+    accepted: ClassVar[frozenset[str]] = frozenset()
+    refused: ClassVar[Mapping[str, tuple[object, ...]]] = {}
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Message] | None, Field(min_length=1)] = None
@@ -72,6 +74,8 @@ class TokenizeRequest(Body):
         return self
 
 
-class DetokenizeRequest(Body):
+class DetokenizeRequest(Listed):
+    accepted: ClassVar[frozenset[str]] = frozenset()
+    refused: ClassVar[Mapping[str, tuple[object, ...]]] = {}
     model: str | None = None
     tokens: list[int]

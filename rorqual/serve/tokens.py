@@ -12,6 +12,7 @@ from rorqual.serve.served import ServedModel
 
 async def tokenize(body: TokenizeRequest, platform: Platform) -> dict[str, Any]:
     """Raises RequestError where the messages cannot be rendered, NotFound for the model."""
+    body.refuse_unsupported()
     served = _served(body.model, platform)
     if body.messages is not None:
         name = body.model or next(iter(platform.models))
@@ -27,6 +28,7 @@ async def tokenize(body: TokenizeRequest, platform: Platform) -> dict[str, Any]:
 
 
 def detokenize(body: DetokenizeRequest, platform: Platform) -> dict[str, Any]:
+    body.refuse_unsupported()
     return {"prompt": _served(body.model, platform).tokenizer.decode(body.tokens, skip_special=False)}
 
 

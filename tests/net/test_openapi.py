@@ -88,7 +88,7 @@ def make_plausible(body: Json) -> None:
     if not body.get("stream"):
         body.pop("stream_options", None)
     for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
-        if body.get(name):
+        if isinstance(body.get(name), int):
             body[name] = 1 + body[name] % 50
 
 

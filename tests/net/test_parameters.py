@@ -127,3 +127,10 @@ def test_refused_fields_are_refused_unless_off(server: Harness, name: str) -> No
     for off in REFUSED[name]:
         response = post(server, **{name: off})
         assert response.status_code == 200 and "x-rorqual-ignored" not in response.headers
+
+
+@pytest.mark.parametrize(("path", "body"), [("tokenize", {"prompt": "a"}), ("detokenize", {"tokens": [5]})])
+def test_tokenising_refuses_what_it_does_not_know(server: Harness, path: str, body: dict[str, Any]) -> None:
+    assert httpx.post(f"{server.url}/{path}", json=body).status_code == 200
+    refused = httpx.post(f"{server.url}/{path}", json={**body, "colour": "blue"})
+    assert refused.status_code == 400 and "colour" in refused.json()["error"]["message"]
