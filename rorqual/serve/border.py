@@ -20,7 +20,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -48,6 +48,9 @@ async def answer_error(request: Request, error: Exception) -> Response:
     api_error = to_api_error(error)
     if api_error.status >= 500:
         log_fault(log, request.scope.get("request_id", "a request"), error)
+    if api_error.status == 405 and (methods := request.app.state.methods_of(request.url.path)):
+        # The framework names those of the first route that has the path, not of all.
+        api_error = replace(api_error, headers={"Allow": ", ".join(methods)})
     return error_response(api_error, request.scope)
 
 

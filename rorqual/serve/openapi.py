@@ -7,6 +7,7 @@ forbids, and holds the answers against it.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from fastapi import FastAPI
@@ -47,6 +48,22 @@ def publish(app: FastAPI, prefixes: tuple[str, ...]) -> None:
         return app.openapi_schema
 
     app.openapi = document  # type: ignore[method-assign]
+    app.state.methods_of = lambda path: _methods(document()["paths"], prefixes, path)
+
+
+def _methods(paths: dict[str, Any], prefixes: tuple[str, ...], path: str) -> list[str]:
+    """The methods of a route as published, by a request's path; none where no route is."""
+    for prefix in sorted(prefixes, key=len, reverse=True):
+        if path.startswith(f"{prefix}/"):
+            path = path.removeprefix(prefix)
+            break
+    if path in paths:
+        return sorted(method.upper() for method in paths[path])
+    for template, item in paths.items():
+        pattern = "/".join("[^/]+" if part.startswith("{") else re.escape(part) for part in template.split("/"))
+        if re.fullmatch(pattern, path):
+            return sorted(method.upper() for method in item)
+    return []
 
 
 def _document(app: FastAPI, prefixes: tuple[str, ...]) -> dict[str, Any]:

@@ -173,3 +173,9 @@ def test_answers_and_events_fit(server: Harness, document: Json, path: str, fiel
     for text in data:
         if text != "[DONE]":
             jsonschema.validate(json.loads(text), event)
+
+
+def test_a_wrong_method_is_told_all_that_would_do(server: Harness) -> None:
+    for path, methods in (("/v1/chat/completions", "POST"), ("/anthropic/v1/models", "GET"), ("/models/tiny", "GET")):
+        answer = httpx.request("PATCH", server.url + path)
+        assert answer.status_code == 405 and answer.headers["allow"] == methods, path
