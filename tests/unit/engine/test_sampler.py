@@ -194,7 +194,10 @@ def test_truncation_keeps_exactly_the_defined_set(vocab: int, monkeypatch: pytes
             continue  # nothing is cut and nothing sorted
         lowest, highest = (at(u, logits[None], params, monkeypatch)[0].token_id for u in (0.0, 1.0 - 2**-53))
         assert lowest == order[0]
-        assert abs(order.tolist().index(highest or 0) - (int(kept.sum()) - 1)) <= 1  # fp32 against fp64 at the border
+        place, last = order.tolist().index(highest), int(kept.sum()) - 1
+        # The sampler's fp32 moves the nucleus' border by about 1e-6 of mass; elsewhere only the sums' rounding counts.
+        rounding = 1e-5 if params.top_p < 1.0 else vocab * 2**-53
+        assert probs[order][min(place, last) + 1 : max(place, last)].sum() < rounding
 
 
 def test_the_crossing_token_belongs_to_the_nucleus() -> None:
