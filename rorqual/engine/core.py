@@ -35,7 +35,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any, Literal, NamedTuple, Protocol
 
 from rorqual.engine.api import EngineInfo, FinishReason, Grammar, Output, Request, TokenLogprob, check_request
@@ -286,14 +285,14 @@ class EngineCore:
         asked = [(x.matcher, s.drafts) if x.matcher and s.samples else None for x, s in zip(lives, plan, strict=True)]
         if not any(asked):
             return self.runner.run(plan, None)
-        future = self._worker.submit(_masks, asked) if self._worker else None
-        found = cache(future.result if future else lambda: _masks(asked))
+        faults: dict[int, Draw] = {}
+        future = self._worker.submit(_masks, asked, faults) if self._worker else None
         try:
-            results = self.runner.run(plan, lambda: found()[0])
+            results = self.runner.run(plan, future.result if future else lambda: _masks(asked, faults))
         finally:
             if future:
                 wait([future])  # nothing may touch the matchers meanwhile
-        for i, fault in found()[1].items():
+        for i, fault in faults.items():
             results[i] = [fault]
         return results
 
@@ -504,10 +503,9 @@ class _Fault(Exception):
         self.asked = asked
 
 
-def _masks(asked: Sequence[tuple[Matcher, tuple[int, ...]] | None]) -> tuple[list[Sequence[Any]], dict[int, Draw]]:
-    """Per slice its grammar's masks, and by slice what went wrong."""
+def _masks(asked: Sequence[tuple[Matcher, tuple[int, ...]] | None], faults: dict[int, Draw]) -> list[Sequence[Any]]:
+    """Per slice its grammar's masks; in `faults`, by slice, what went wrong."""
     rows: list[Sequence[Any]] = []
-    faults: dict[int, Draw] = {}
     for i, ask in enumerate(asked):
         rows.append(())
         if ask:
@@ -515,4 +513,4 @@ def _masks(asked: Sequence[tuple[Matcher, tuple[int, ...]] | None]) -> tuple[lis
                 rows[i] = ask[0].masks(ask[1])
             except Exception as error:
                 faults[i] = Draw(fault=f"its grammar failed: {error}", asked=isinstance(error, RequestError))
-    return rows, faults
+    return rows

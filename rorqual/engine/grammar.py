@@ -96,7 +96,9 @@ class Matcher:
     def __init__(self, parser: LLMatcher, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
         self._parser, self._eos = parser, eos_token_ids
         self._ended = False
-        self._rows = np.zeros((1, -(-vocab_size // 32)), np.uint32)
+        self._words = -(-vocab_size // 32)
+        self._rows: list[NDArray[np.uint32]] = []
+        self._addresses: list[int] = []  # asking numpy each time would cost as much as a quick mask
 
     @property
     def stopped(self) -> bool:
@@ -107,49 +109,48 @@ class Matcher:
         """What may come next, and what after drafts[:1], drafts[:2], ... up to all of them: len(drafts) + 1 bitsets of
         the vocabulary (token t: bit t % 32 of word t // 32). Behind a draft that is not allowed they are empty.
 
-        They share a buffer that the next call overwrites. The matcher does not move. Raises RequestError once the
+        The next call overwrites them. The matcher does not move. Raises RequestError once the
         parser has given up.
         """
-        count = len(drafts) + 1
-        if count > len(self._rows):
-            self._rows = np.zeros((count, self._rows.shape[1]), np.uint32)
-        rows, ended, taken = self._rows[:count], self._ended, 0
-        for i, row in enumerate(rows):
-            self._fill(row, ended)
-            if i == 0:
-                self._check()
-            if i == len(drafts):
-                break
-            draft = drafts[i]
-            if not row[draft >> 5] >> (draft & 31) & 1:
-                rows[i + 1 :] = 0
+        while len(self._rows) <= len(drafts):
+            self._rows.append(np.zeros(self._words, np.uint32))
+            self._addresses.append(self._rows[-1].ctypes.data)
+        rows, ended, taken = self._rows[: len(drafts) + 1], self._ended, 0
+        self._fill(0, ended)
+        self._check()
+        for i, draft in enumerate(drafts, 1):
+            if not rows[i - 1][draft >> 5] >> (draft & 31) & 1:
+                for behind in rows[i:]:
+                    behind[:] = 0
                 break
             if draft in self._eos:
                 ended = True
             else:
                 taken += self._parser.consume_token(draft)
+            self._fill(i, ended)
         if taken:
             self._parser.rollback(taken)
-        return list(rows)
+        return rows
 
     def accept(self, token: int) -> None:
         """The text goes on with a token that the mask allowed. Raises RequestError if the parser gives up: the grammar
         has become too complex, or the token was not allowed."""
         if token in self._eos:
             self._ended = True
-        else:
-            self._parser.consume_token(token)
+        elif not self._parser.consume_token(token):
             self._check()
 
-    def _fill(self, row: NDArray[np.uint32], ended: bool) -> None:
-        row[:] = 0
+    def _fill(self, i: int, ended: bool) -> None:
         if ended:  # nothing but another end follows an end
+            row = self._rows[i]
+            row[:] = 0
             for token in self._eos:
                 row[token >> 5] |= np.uint32(1 << (token & 31))
-        elif not self._parser.is_error():
-            self._parser.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
-            if self._parser.is_error():  # it has filled in the end of sequence
-                row[:] = 0
+            return
+        if not self._parser.is_error():
+            self._parser.unsafe_compute_mask_ptr(self._addresses[i], 4 * self._words)
+        if self._parser.is_error():  # now, too: it has filled in the end of sequence then
+            self._rows[i][:] = 0
 
     def _check(self) -> None:
         if self._parser.is_error():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import math
+import struct
 import time
 from collections.abc import Iterator, Sequence
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rorqual.config import ModelConfig
+from rorqual.engine.sampler import Wish
 from rorqual.errors import BackendUnavailable
 from rorqual.model.block import Block
 from rorqual.model.layers import MLP, Embedding, Linear
@@ -45,6 +47,7 @@ from rorqual.ops.rope import cos_sin
 
 log = logging.getLogger(__name__)
 PAGE = 64
+_WISH = struct.Struct("@P3dfi")  # build.Wish
 INTEGERS: dict[str, int] = {"int8": 8, "int4": 4}
 
 
@@ -77,6 +80,22 @@ class StepTokens:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+def draw(lib: ctypes.CDLL, engine: int | None, logits_NV: Tensor, wishes: Sequence[Wish]) -> list[int]:
+    """`sampler.Kernel` on the threads of an engine (`rq_open`)."""
+    N, V = logits_NV.shape
+    assert logits_NV.dtype == torch.float32 and logits_NV.stride(1) == 1 and len(wishes) == N
+    told = b"".join(
+        _WISH.pack(
+            0 if mask is None else mask.__array_interface__["data"][0],
+            p.top_p, p.min_p, u, p.temperature and max(p.temperature, 1e-30), min(p.top_k, V),
+        )
+        for mask, p, u in wishes
+    )  # fmt: skip
+    tokens = np.empty(N, np.int32)
+    lib.rq_draw(engine, logits_NV.data_ptr(), logits_NV.stride(0), V, N, told, tokens.__array_interface__["data"][0])
+    return tokens.tolist()
 
 
 class NativeModel:
@@ -230,6 +249,10 @@ class NativeModel:
         y = _room(h.shape[0], width)
         self.lib.rq_linear(self.engine, self.head, 0, h.data_ptr(), h.stride(0), h.shape[0], y.data_ptr(), width)
         return y[:, : self.cfg.vocab_size]
+
+    def draw(self, logits_NV: Tensor, wishes: Sequence[Wish]) -> list[int]:
+        """`sampler.Kernel`."""
+        return draw(self.lib, self.engine, logits_NV, wishes)
 
     # ---- packing -----------------------------------------------------------------------------------------------------
 

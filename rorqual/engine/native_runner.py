@@ -77,7 +77,7 @@ class NativeRunner:
             for j in range(len(s.drafts) + 1):
                 mask = allowed[i][j] if allowed and allowed[i] else None
                 rows.append(Row(params, seed, [*before, *s.drafts[:j]] if j else before, prompt, mask, self.eos))
-        drawn = iter(sample(logits, rows))
+        drawn = iter(sample(logits, rows, self.model.draw))
         for i in drawing:
             draws[i] = [next(drawn) for _ in range(len(plan[i].drafts) + 1)]
         return draws

@@ -31,7 +31,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -45,7 +45,11 @@ Floats = NDArray[np.float64]
 Ids = NDArray[np.int64]
 
 CANDIDATES = 256
+NO_NUMBERS = "its logits are not finite numbers"
+NOT_FINITE_AFTER = f"{NO_NUMBERS} after penalties"
 NOTHING_LEFT = "grammar, bias, bad words and min_tokens forbid every token: no token is allowed"
+NOT_FINITE, NOTHING_ALLOWED = -1, -2
+"""What a kernel says in place of a token."""
 _MASK = (1 << 64) - 1
 
 
@@ -78,13 +82,33 @@ def _mix(z: int) -> int:
     return z ^ (z >> 31)
 
 
-def sample(logits_BV: Tensor, rows: Sequence[Row]) -> list[Draw]:
+class Wish(NamedTuple):
+    """What a kernel has to know of a row whose logits are ready but for the mask. u: its uniform number."""
+
+    mask: NDArray[np.uint32] | None
+    params: SamplingParams
+    u: float
+
+
+class Kernel(Protocol):
+    def __call__(self, logits_BV: Tensor, wishes: Sequence[Wish], /) -> list[int]:
+        """Steps 1 (masks only) and 3 of the module's order on fp32 logits: a token for each row, or NOT_FINITE, or
+        NOTHING_ALLOWED where each logit is -inf."""
+        ...
+
+
+def sample(logits_BV: Tensor, rows: Sequence[Row], kernel: Kernel | None = None) -> list[Draw]:
     """One draw per row; `logits_BV` is not changed. -inf logits are tokens that cannot be drawn. A row with NaN, +inf
-    or no finite logit, or one that may draw nothing, comes back with a fault and no token."""
+    or no finite logit, or one that may draw nothing, comes back with a fault and no token.
+
+    kernel: draws in place of what follows here, by the same rule; sums may be rounded otherwise.
+    """
     raw_BV = logits_BV.detach().float()
+    if kernel:
+        return _sample_by(kernel, raw_BV, rows)
     best, tokens = _best_tokens(raw_BV)
-    faults = [None if math.isfinite(value) else "its logits are not finite numbers" for value in best]
-    adjusted = [i for i, row in enumerate(rows) if faults[i] is None and _adjusts(row)]
+    faults = [None if math.isfinite(value) else NO_NUMBERS for value in best]
+    adjusted = [i for i, row in enumerate(rows) if faults[i] is None and (row.mask is not None or _adjusts(row))]
     ready_BV = raw_BV
     if adjusted:
         ready_BV = raw_BV.clone()
@@ -94,7 +118,7 @@ def sample(logits_BV: Tensor, rows: Sequence[Row]) -> list[Draw]:
             if best[i] == -math.inf:
                 faults[i] = NOTHING_LEFT
             elif not math.isfinite(best[i]):
-                faults[i] = "its logits are not finite numbers after penalties"
+                faults[i] = NOT_FINITE_AFTER
     warm = [i for i, row in enumerate(rows) if faults[i] is None and row.params.temperature > 0]
     plain = [i for i in warm if not _truncates(rows[i].params)]
     cut = [i for i in warm if _truncates(rows[i].params)]
@@ -105,6 +129,25 @@ def sample(logits_BV: Tensor, rows: Sequence[Row]) -> list[Draw]:
             probs_BV = probabilities(_pick(ready_BV, chosen), params, [best[i] for i in chosen])
             for i, token in zip(chosen, draw(probs_BV, params, u), strict=True):
                 tokens[i] = token
+    return _told(raw_BV, rows, tokens, faults)
+
+
+def _sample_by(kernel: Kernel, raw_BV: Tensor, rows: Sequence[Row]) -> list[Draw]:
+    adjusted = [i for i, row in enumerate(rows) if _adjusts(row)]
+    ready_BV = raw_BV
+    if adjusted:
+        ready_BV = raw_BV.clone()
+        _adjust(ready_BV, [row._replace(mask=None) for row in rows], adjusted)
+    tokens = kernel(ready_BV, [Wish(r.mask, r.params, uniform(r.seed, len(r.tokens))) for r in rows])
+    faults: list[str | None] = [None] * len(rows)
+    for i, token in enumerate(tokens):
+        if token < 0:
+            sound = math.isfinite(_best_tokens(raw_BV[i : i + 1])[0][0])
+            faults[i] = (NOTHING_LEFT if token == NOTHING_ALLOWED else NOT_FINITE_AFTER) if sound else NO_NUMBERS
+    return _told(raw_BV, rows, tokens, faults)
+
+
+def _told(raw_BV: Tensor, rows: Sequence[Row], tokens: Sequence[int], faults: Sequence[str | None]) -> list[Draw]:
     logprobs = _logprobs(raw_BV, rows, tokens)
     return [
         Draw(token, logprobs.get(i)) if fault is None else Draw(fault=fault, asked=fault == NOTHING_LEFT)
@@ -140,19 +183,19 @@ def _pick(x_BV: Tensor, rows: Sequence[int]) -> Tensor:
 
 def is_greedy(row: Row) -> bool:
     """Whether the draw is the raw logits' argmax and nothing else is asked for."""
-    return row.params.temperature == 0 and row.params.logprobs is None and not _adjusts(row)
+    return row.params.temperature == 0 and is_simple(row)
 
 
 def is_simple(row: Row) -> bool:
     """Whether the draw asks for nothing but temperature and truncation (`drawing`); it goes on so for this request."""
-    return row.params.logprobs is None and not _adjusts(row)
+    return row.params.logprobs is None and row.mask is None and not _adjusts(row)
 
 
 def _adjusts(row: Row) -> bool:
+    """Whether more than its mask changes the logits."""
     p = row.params
     return (
-        row.mask is not None
-        or p.repetition_penalty != 1.0
+        p.repetition_penalty != 1.0
         or p.presence_penalty != 0.0
         or p.frequency_penalty != 0.0
         or bool(p.logit_bias)
@@ -201,18 +244,27 @@ def _adjust(logits_BV: Tensor, rows: Sequence[Row], which: Sequence[int]) -> Non
         logits_BV[at] -= penalty
 
 
+_BARS = np.where(
+    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0.0, -np.inf
+).astype(np.float32)
+"""By byte of a mask: what to add to its eight logits."""
+
+
 def _bar(logits_BV: Tensor, masks: Sequence[tuple[int, NDArray[np.uint32]]]) -> None:
     """-inf wherever a row's mask has no bit."""
-    words = ~masks[0][1][None] if len(masks) == 1 else ~np.stack([mask for _, mask in masks])
-    bits = np.unpackbits(words.view(np.uint8), axis=1, count=logits_BV.shape[1], bitorder="little")
-    barred_NV = bits.view(np.bool_)
-    if logits_BV.device.type == "cpu":  # half of what torch takes
+    rows = [i for i, _ in masks]
+    words = masks[0][1][None] if len(masks) == 1 else np.stack([mask for _, mask in masks])
+    if logits_BV.device.type == "cpu":  # eight logits a look-up: a fourth of what unpacking the bits takes, or less
+        bars_NV = _BARS.take(words.view(np.uint8), axis=0).reshape(len(rows), -1)[:, : logits_BV.shape[1]]
         logits = logits_BV.numpy()
-        for (i, _), barred_V in zip(masks, barred_NV, strict=True):
-            np.putmask(logits[i], barred_V, -np.inf)
+        if len(rows) == len(logits):
+            logits += bars_NV
+        else:
+            logits[rows] += bars_NV
     else:
-        rows_N = torch.tensor([i for i, _ in masks], device=logits_BV.device)
-        barred = torch.from_numpy(barred_NV).to(logits_BV.device)
+        bits = np.unpackbits((~words).view(np.uint8), axis=1, count=logits_BV.shape[1], bitorder="little")
+        barred = torch.from_numpy(bits.view(np.bool_)).to(logits_BV.device)
+        rows_N = torch.tensor(rows, device=logits_BV.device)
         logits_BV[rows_N] = logits_BV[rows_N].masked_fill(barred, -math.inf)
 
 

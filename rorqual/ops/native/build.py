@@ -57,6 +57,13 @@ class Model(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Wish(ctypes.Structure):
+    _fields_ = [
+        ("mask", pointer), ("top_p", ctypes.c_double), ("min_p", ctypes.c_double), ("u", ctypes.c_double),
+        ("temperature", ctypes.c_float), ("top_k", c_int),
+    ]  # fmt: skip
+
+
 class Tokens(ctypes.Structure):
     _fields_ = [
         ("id", pointer), ("position", pointer), ("row", pointer), ("slot", pointer), ("pages", pointer),
@@ -132,10 +139,11 @@ def library() -> ctypes.CDLL:
     ]  # fmt: skip
     lib.rq_read.argtypes = [pointer, pointer, c_long]
     lib.rq_read.restype = ctypes.c_float
-    sizes = lib.rq_sizes
-    told = (ctypes.c_int32 * 4)()
-    sizes(told)
-    assert list(told) == [ctypes.sizeof(s) for s in (Matrix, Layer, Model, Tokens)], "structures differ"
+    lib.rq_draw.argtypes = [pointer, pointer, c_long, c_int, c_int, pointer, pointer]
+    structures = (Matrix, Layer, Model, Tokens, Wish)
+    told = (ctypes.c_int32 * len(structures))()
+    lib.rq_sizes(told)
+    assert list(told) == [ctypes.sizeof(s) for s in structures], "structures differ"
     return lib
 
 

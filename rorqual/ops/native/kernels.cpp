@@ -19,6 +19,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -1269,13 +1270,141 @@ template <class F> void everyone(Engine &e, F f) {
   e.pool.all([](void *a, int id) { (*(F *)a)(id); }, &f);
 }
 
+// ---- drawing a token --------------------------------------------------------------------------------------------------
+
+struct Wish {
+  const uint32_t *mask;  // a set bit allows its token; or null
+  double top_p, min_p, u;
+  float temperature;
+  int32_t top_k;
+};
+constexpr int NOT_FINITE = -1, NOTHING_ALLOWED = -2, MASS_BLOCK = 256;
+
+// Of masses in a given order the first at which their sum exceeds u times the total. Rounding of the product up to the total
+// would lead past the end.
+inline double target_of(double u, double total) { return std::min(u * total, std::nextafter(total, 0.0)); }
+
+// The same rule as engine/sampler.py, whose sums are added in another order.
+int32_t draw(const float *logits, int V, const Wish &w) {
+  thread_local std::vector<float> room;
+  int padded = up(V, MASS_BLOCK);
+  room.resize(padded);
+  float *x = room.data();
+  memcpy(x, logits, 4 * (int64_t)V);
+  std::fill(x + V, x + padded, -INFINITY);
+  vi lanes, bad = {};
+  for (int i = 0; i < W; i++) lanes[i] = i;
+  vf top = splat(-INFINITY), infinite = splat(INFINITY);
+  for (int at = 0; at < padded; at += W) {
+    vf v = load(x + at);
+    bad |= ~(v < infinite);
+    if (w.mask && at < V) {  // no word starts behind the last token
+      vi bits = (vi{} + (int32_t)w.mask[at / 32]) >> (lanes + at % 32) & 1;
+      v = (vf)(((vi)v & -bits) | ((vi)-infinite & (bits - 1)));
+      store(x + at, v);
+    }
+    vi more = v > top;
+    top = (vf)(((vi)v & more) | ((vi)top & ~more));
+  }
+  float best = top[0];
+  int32_t any = bad[0];
+  for (int i = 1; i < W; i++) best = std::max(best, top[i]), any |= bad[i];
+  if (any) return NOT_FINITE;
+  if (best == -INFINITY) return NOTHING_ALLOWED;
+  if (w.temperature == 0) return (int32_t)(std::find(x, x + V, best) - x);
+
+  vf from = splat(best), scale = splat(w.temperature);
+  double total = 0;
+  thread_local std::vector<double> blocks;
+  blocks.clear();
+  for (int at = 0; at < padded; at += MASS_BLOCK) {
+    double sum[PANEL] = {};
+    for (int i = at; i < at + MASS_BLOCK; i += W) store(x + i, exp_((load(x + i) - from) / scale));
+    for (int i = at; i < at + MASS_BLOCK; i += PANEL)
+      for (int j = 0; j < PANEL; j++) sum[j] += x[i + j];
+    for (int n = PANEL / 2; n; n /= 2)
+      for (int j = 0; j < n; j++) sum[j] += sum[j + n];
+    blocks.push_back(sum[0]);
+    total += sum[0];
+  }
+
+  if (w.top_k <= 0 && w.top_p >= 1 && w.min_p <= 0) {
+    double target = target_of(w.u, total), mass = 0;
+    size_t block = 0;
+    while (block + 1 < blocks.size() && mass + blocks[block] <= target) mass += blocks[block++];
+    int32_t last = 0;
+    for (int i = (int)block * MASS_BLOCK, end = std::min(V, i + MASS_BLOCK); i < end; i++) {
+      if (x[i] > 0) last = i;
+      mass += x[i];
+      if (mass > target) break;
+    }
+    return last;
+  }
+
+  // Which tokens may belong to those that stay: a histogram over eight steps an octave says down to which step their number
+  // and mass reach, so that only these are sorted.
+  constexpr int SHIFT = 20, STEPS = (0x3f800000 >> SHIFT) + 1;
+  thread_local std::vector<int32_t> number;
+  thread_local std::vector<double> mass_of;
+  number.assign(STEPS, 0), mass_of.assign(STEPS, 0.0);
+  auto step = [&](int i) {
+    uint32_t bits;
+    memcpy(&bits, x + i, 4);
+    return (int)std::min<uint32_t>(bits >> SHIFT, STEPS - 1);
+  };
+  for (int i = 0; i < V; i++) {
+    int b = step(i);
+    number[b]++, mass_of[b] += x[i];
+  }
+  int64_t most = w.top_k > 0 ? w.top_k : V, count = 0;
+  double mass = 0;
+  int lowest = STEPS;
+  while (lowest > 1 && count < most && (w.top_k > 0 || w.top_p >= 1 || mass < w.top_p * total)) {
+    lowest--;
+    count += number[lowest], mass += mass_of[lowest];
+    uint32_t edge = (uint32_t)lowest << SHIFT;
+    float least;
+    memcpy(&least, &edge, 4);
+    if (w.top_k <= 0 && least < w.min_p) break;  // with top_k the nucleus is a part of all k tokens' mass
+  }
+  thread_local std::vector<uint64_t> ranked;  // falling probability, rising id, as one number that falls
+  ranked.clear();
+  for (int i = 0; i < V; i++)
+    if (x[i] > 0 && step(i) >= lowest) {
+      uint32_t bits;
+      memcpy(&bits, x + i, 4);
+      ranked.push_back((uint64_t)bits << 32 | (uint32_t)~i);
+    }
+  std::sort(ranked.begin(), ranked.end(), std::greater<uint64_t>());
+  auto id = [&](size_t i) { return (int32_t)~(uint32_t)ranked[i]; };
+  size_t kept = std::min<size_t>(ranked.size(), most);
+  if (w.top_k > 0) {
+    total = 0;
+    for (size_t i = 0; i < kept; i++) total += x[id(i)];
+  }
+  double before = 0;
+  for (size_t i = 0; i < kept; i++) {
+    float p = x[id(i)];
+    if ((w.top_p < 1 && before >= w.top_p * total) || p < w.min_p * x[id(0)]) kept = i;
+    else before += p;
+  }
+  double target = target_of(w.u, before), passed = 0;
+  for (size_t i = 0; i + 1 < kept; i++) {
+    passed += x[id(i)];
+    if (passed > target) return id(i);
+  }
+  return id(kept - 1);
+}
+
 }  // namespace
 
 // ---- entry points ----------------------------------------------------------------------------------------------------
 
 extern "C" {
 
-void rq_sizes(int32_t *out) { out[0] = sizeof(Matrix), out[1] = sizeof(Layer), out[2] = sizeof(Model), out[3] = sizeof(Tokens); }
+void rq_sizes(int32_t *out) {
+  out[0] = sizeof(Matrix), out[1] = sizeof(Layer), out[2] = sizeof(Model), out[3] = sizeof(Tokens), out[4] = sizeof(Wish);
+}
 Engine *rq_open(int threads) { return new Engine(threads); }
 void rq_close(Engine *e) { delete e; }
 void rq_expand_from(int rows) { expand_from = rows; }
@@ -1309,6 +1438,17 @@ void rq_linear(Engine *e, const Matrix *w, int which, const float *x, int64_t ld
     Rows r = Step::rows(x, ldx, e->xq, w->in);
     e->pool.tasks(chunks_of(*w), [&](int c) { chunk(*w, which, c, r, n, y, ldy); });
   });
+}
+
+// One token for each of n rows of logits [n, ld], or a negative number that says why there is none.
+void rq_draw(Engine *e, const float *logits, int64_t ld, int V, int n, const Wish *wishes, int32_t *tokens) {
+  auto one = [&](int i) { tokens[i] = draw(logits + i * ld, V, wishes[i]); };
+  if (n == 1) {  // not worth waking anybody
+    Rounding ours;
+    one(0);
+  } else {
+    everyone(*e, [&](int) { e->pool.tasks(n, one); });
+  }
 }
 
 // All layers. x [n, D] embeddings (looked up here where `lookup`), overwritten; latents [layers, pages, 64, XP]; h [n, D] after the final norm;

@@ -6,7 +6,8 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,26 @@ from torch import Tensor
 from rorqual.engine import sampler
 from rorqual.engine.api import EngineInfo, Request, SamplingParams, check_request
 from rorqual.engine.core import Draw
+from rorqual.engine.native import draw
 from rorqual.engine.sampler import Row, sample, uniform
-from rorqual.errors import RequestError
+from rorqual.errors import BackendUnavailable, RequestError
+from rorqual.ops.native import build
+
+
+@pytest.fixture(params=["torch", "kernel"], autouse=True)
+def _both(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Everything here holds for torch's operations and for the CPU kernel."""
+    if request.param == "torch":
+        yield
+        return
+    try:
+        lib = build.library()
+    except BackendUnavailable as error:
+        pytest.skip(str(error))
+    engine = lib.rq_open(random.choice([1, 2]))
+    monkeypatch.setitem(globals(), "sample", partial(sampler.sample, kernel=partial(draw, lib, engine)))
+    yield
+    lib.rq_close(engine)
 
 
 def bitset(allowed: Sequence[int], vocab: int) -> NDArray[np.uint32]:
@@ -176,7 +195,7 @@ def test_penalties_by_hand() -> None:
 @pytest.mark.parametrize("vocab", [50, 3000, 9000])
 def test_truncation_keeps_exactly_the_defined_set(vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the nucleus is larger than the candidates that are sorted first."""
-    for _ in range(6):
+    for _ in range(30):
         logits = torch.randn(vocab) * random.choice([0.05, 1.0, 4.0])
         params = SamplingParams(
             temperature=random.choice([0.5, 1.0, 3.0]),
@@ -198,6 +217,27 @@ def test_truncation_keeps_exactly_the_defined_set(vocab: int, monkeypatch: pytes
         # The sampler's fp32 moves the nucleus' border by about 1e-6 of mass; elsewhere only the sums' rounding counts.
         rounding = 1e-5 if params.top_p < 1.0 else vocab * 2**-53
         assert probs[order][min(place, last) + 1 : max(place, last)].sum() < rounding
+
+
+@pytest.mark.parametrize("vocab", [5, 100, 6144, 50_001])
+def test_the_kernel_draws_what_torch_draws(vocab: int) -> None:
+    """But for a draw that falls into the rounding between two tokens."""
+    rows, logits = [], torch.randn(400, vocab) * torch.rand(400, 1) * 8
+    logits[torch.rand(400, vocab) < 0.1] = -math.inf
+    logits[::7] = logits[::7].round()  # equals
+    for i in range(len(logits)):
+        params = SamplingParams(
+            temperature=random.choice([0.0, 0.3, 1.0, 2.0]),
+            top_k=random.choice([0, 0, 1, 20, 1000]),
+            top_p=random.choice([1.0, 0.2, 0.95]),
+            min_p=random.choice([0.0, 0.0, 0.05]),
+        )
+        bits = torch.rand(-(-vocab // 32) * 32) < random.choice([2 / vocab, 0.5, 1.0])  # the first may leave nothing
+        mask = np.packbits(bits.numpy(), bitorder="little").view(np.uint32)
+        rows.append(row(params, i, mask=random.choice([None, mask])))
+    ours, theirs = sample(logits, rows), sampler.sample(logits, rows)
+    assert sum(a != b for a, b in zip(ours, theirs, strict=True)) <= 4
+    assert [d.fault for d in ours] == [d.fault for d in theirs]
 
 
 def test_the_crossing_token_belongs_to_the_nucleus() -> None:
