@@ -147,9 +147,8 @@ class Matcher:
             for token in self._eos:
                 row[token >> 5] |= np.uint32(1 << (token & 31))
             return
-        if not self._parser.is_error():
-            self._parser.unsafe_compute_mask_ptr(self._addresses[i], 4 * self._words)
-        if self._parser.is_error():  # now, too: it has filled in the end of sequence then
+        self._parser.unsafe_compute_mask_ptr(self._addresses[i], 4 * self._words)
+        if self._parser.is_error():  # it has filled in the end of sequence
             self._rows[i][:] = 0
 
     def _check(self) -> None:
