@@ -236,7 +236,7 @@ def test_the_kernel_draws_what_torch_draws(vocab: int) -> None:
         mask = np.packbits(bits.numpy(), bitorder="little").view(np.uint32)
         rows.append(row(params, i, mask=random.choice([None, mask])))
     ours, theirs = sample(logits, rows), sampler.sample(logits, rows)
-    assert sum(a != b for a, b in zip(ours, theirs, strict=True)) <= 4
+    assert sum(a != b for a, b in zip(ours, theirs, strict=True)) <= 8
     assert [d.fault for d in ours] == [d.fault for d in theirs]
 
 
