@@ -60,10 +60,11 @@ class Work(NamedTuple):
 
 
 class Weights:
-    """One checkpoint for every engine: a directory, or a preset's random weights by seed, in bf16. A preset is written to
-    disk when somebody reads it from there (`path`)."""
+    """One checkpoint for every engine: a directory, or a preset's random weights by seed, in bf16, drawn on `device`.
+    A preset is written to disk when somebody reads it from there (`path`)."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, device: str = "cpu") -> None:
+        self.device = device
         self.folder: tempfile.TemporaryDirectory[str] | None = None
         self.preset = None if Path(model).is_dir() else model
         self.cfg = ModelConfig.load(model)
@@ -76,7 +77,7 @@ class Weights:
         self.folder = self.folder or tempfile.TemporaryDirectory()
         path = Path(self.folder.name) / "model"
         torch.manual_seed(0)
-        save_model(Transformer(self.cfg, dtype=torch.bfloat16), path)
+        save_model(Transformer(self.cfg, dtype=torch.bfloat16, device=self.device), path)
         return path
 
     def gguf(self, kind: str) -> Path:
