@@ -105,8 +105,7 @@ def _generate(
     if dtype not in b.BYTES:
         raise typer.BadParameter(f"{dtype!r} is not one of {', '.join(b.BYTES)}", param_hint="--dtype")
     work, weights = b.Work(*shape), b.Weights(model, device)
-    if weights.preset and work.prompt + work.new > weights.cfg.max_position_embeddings:
-        weights.cfg = weights.cfg.replace(max_position_embeddings=work.prompt + work.new)  # random weights take any
+    weights.make_room(work.prompt + work.new)
     count = threads or physical_cores()
     engines: dict[str, Callable[[], float | None]] = {"rorqual": b.Generation(weights, device, work, dtype, count).run}
     if deterministic:
@@ -159,6 +158,7 @@ def serve(
 
     dtype, on_gpu = dtype or ("float32" if device == "cpu" else "bfloat16"), device.startswith("cuda")
     weights, traffic = b.Weights(model, device), serving.Traffic(requests)
+    weights.make_room(traffic.prompt[1] + traffic.new[1])
     core = b.engine(weights, device, max_num_seqs, dtype, threads)
     engines: dict[str, serving.Serve] = {"rorqual": partial(serving.serve, core, traffic)}
     if llama and device == "cpu" and dtype in b.LlamaGeneration.KINDS and b.llama_python():
@@ -219,7 +219,7 @@ def mtp(
     from rorqual.cli import serving
     from rorqual.data.tokenizer import Tokenizer
 
-    weights = b.Weights(model)
+    weights = b.Weights(model, device)
     tokenizer = Tokenizer.load(weights.path)
     paragraphs = [p for p in text.read_text(encoding="utf-8").split("\n\n") if len(p) > 100]
     starts = [(tokenizer.bos_id, *tokenizer.encode(p)[:24]) for p in paragraphs[:prompts]]

@@ -70,6 +70,11 @@ class Weights:
         self.cfg = ModelConfig.load(model)
         self._given = Path(model)
 
+    def make_room(self, positions: int) -> None:
+        """Random weights take contexts of any length: let them be so long."""
+        if self.preset is not None and positions > self.cfg.max_position_embeddings:
+            self.cfg = self.cfg.replace(max_position_embeddings=positions)
+
     @cached_property
     def path(self) -> Path:
         if self.preset is None:
