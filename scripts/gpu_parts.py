@@ -118,9 +118,9 @@ ADDED = {
 }  # fmt: skip
 
 
-def miniature(part: Part) -> str:
-    """The same command line with everything small, for a CPU: the models' shapes are those of `test`, FP8 weights are int8,
-    int4 as it is. A GPU's tests skip themselves there."""
+def miniature(part: Part) -> list[str]:
+    """The words of the same command line with everything small, for a CPU: the models' shapes are those of `test`, FP8
+    weights are int8, int4 as it is. A GPU's tests skip themselves there."""
     words = shlex.split(part.command)
     for i, word in enumerate(words[:-1]):
         if word in SMALL:
@@ -129,4 +129,4 @@ def miniature(part: Part) -> str:
             words[i + 1] = "test"
         if word == "--dtype" and words[i + 1] == "fp8":
             words[i + 1] = "int8"
-    return f"{shlex.join(words)} {ADDED.get(part.name, '')}".replace("'{", "{").replace("}'", "}")
+    return [*words, *shlex.split(ADDED.get(part.name, ""))]

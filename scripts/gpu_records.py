@@ -143,9 +143,8 @@ class Run:
     def one(self, part: Part) -> None:
         try:
             self.results[part.name] = self.outcome(part)
-        except Exception as error:
-            self.results[part.name] = f"FAILED: {error}"
-            raise
+        except Exception as error:  # the others go on
+            self.results[part.name] = f"FAILED: {type(error).__name__}: {error}"
         finally:
             self.ended[part.name].set()
         self.say(part, self.results[part.name])
@@ -198,8 +197,8 @@ CUT = 124
 
 def command(part: Part, out: Path, rehearse: bool) -> list[str]:
     """Its words, the first of them this Python; {out} and {json} filled in."""
-    text = miniature(part) if rehearse else part.command
-    words = [w.format(out=out, json=out / part.record) for w in shlex.split(text)]
+    words = miniature(part) if rehearse else shlex.split(part.command)
+    words = [w.format(out=out, json=out / part.record) for w in words]
     if words[0] == "rorqual":
         return [sys.executable, "-m", *words, *(["--json", str(out / part.record)] if part.record else [])]
     return [sys.executable, *words[1:]]
