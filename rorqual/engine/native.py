@@ -29,9 +29,9 @@ from rorqual.model.quantised import QuantizedEmbedding, QuantizedExperts, Quanti
 from rorqual.model.transformer import Transformer
 from rorqual.ops.fp8 import Fp8Blocks
 from rorqual.ops.native import build
+from rorqual.ops.native.build import PANEL
 from rorqual.ops.native.pack import (
     KINDS,
-    PANEL,
     Kind,
     Packed,
     Plain,

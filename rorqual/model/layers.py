@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rorqual.ops import training
 from rorqual.ops.formats import Weight
 from rorqual.ops.fused import fuses, trains
+from rorqual.ops.native import training as native
 from rorqual.ops.rms_norm import rms_norm
 
 
@@ -137,4 +138,8 @@ class MLP(nn.Module):
             from rorqual.ops.triton.fused import swiglu
 
             return self.down_proj(swiglu(gate, up))
-        return self.down_proj(training.swiglu(gate, up) if trains(x) else F.silu(gate) * up)
+        if trains(x):
+            return self.down_proj(training.swiglu(gate, up))
+        if torch.is_grad_enabled() and native.takes(gate, up):
+            return self.down_proj(native.swiglu(gate, up))
+        return self.down_proj(F.silu(gate) * up)

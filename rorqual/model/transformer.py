@@ -18,6 +18,7 @@ from rorqual.model.block import Block
 from rorqual.model.layers import Embedding, Linear, RMSNorm
 from rorqual.model.mtp import MTP
 from rorqual.model.quantised import Choose, use_formats
+from rorqual.ops.native.training import native_missing
 from rorqual.ops.rope import cos_sin, inverse_frequencies
 from rorqual.ops.triton.available import triton_missing
 
@@ -51,7 +52,10 @@ class Transformer(nn.Module):
         self.cfg, self.compute_dtype = cfg, compute_dtype
         device = torch.device(device)
         if experts == "auto":
-            experts = "loop" if device.type != "cuda" else "grouped" if triton_missing() else "fused"
+            if device.type == "cuda":
+                experts = "grouped" if triton_missing() else "fused"
+            else:
+                experts = "loop" if native_missing() else "native"
         with torch.device("meta"):
             self.embed_tokens = Embedding(cfg.vocab_size, cfg.hidden_size)
             self.layers = nn.ModuleList(Block(cfg, i, experts, attention) for i in range(cfg.num_hidden_layers))

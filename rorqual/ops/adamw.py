@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rorqual.ops.native import training as native
 from rorqual.ops.triton.available import triton_missing
 from rorqual.registry import Backends
 
@@ -41,6 +42,23 @@ def adamw_reference(
     m.copy_(m32)
     v.copy_(v32)
     if copy is not None:
+        copy.copy_(weight)
+
+
+@adamw_backends.register("native", native.native_missing)
+@torch.no_grad()
+def adamw_native(
+    weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: int, lr: float, betas: tuple[float, float], eps: float,
+    decay: float, factor: Tensor | None = None, copy: Tensor | None = None,
+) -> None:  # fmt: skip
+    """The same in one pass on a CPU; the reference for dtypes and layouts that the kernel does not take."""
+    fits = m.dtype == v.dtype and m.dtype in (torch.float32, torch.bfloat16)
+    if not (fits and native.takes(weight) and all(t.is_contiguous() for t in (weight, m, v))):
+        adamw_reference(weight, grad, m, v, step, lr, betas, eps, decay, factor, copy)
+        return
+    along = copy if copy is not None and copy.dtype == torch.bfloat16 and copy.is_contiguous() else None
+    native.adamw_(weight, grad.float().contiguous(), m, v, step, lr, betas, eps, decay, factor, along)
+    if copy is not None and along is None:
         copy.copy_(weight)
 
 

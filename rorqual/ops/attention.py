@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rorqual.errors import BackendUnavailable
+from rorqual.ops.native import training as native
 from rorqual.ops.triton.available import triton_missing
 from rorqual.registry import Backends
 
@@ -40,8 +42,11 @@ def attend_reference(
 
 @attend_backends.register("sdpa")
 def attend_sdpa(q_BHTX: Tensor, k_BHSX: Tensor, v_BHSU: Tensor, scale: float, visible_BTS: Tensor | None) -> Tensor:
-    """PyTorch's fused attention; it chooses cuDNN, flash, memory-efficient or plain by shape and device. Trained on a CPU,
-    values are padded to the keys' width: its flash attention takes no other, and skips what is not causal."""
+    """PyTorch's fused attention; it chooses cuDNN, flash, memory-efficient or plain by shape and device. Trained on a CPU
+    it is `native` where that can be; else values are padded to the keys' width: torch's flash attention takes no other
+    there, and skips what is not causal."""
+    if q_BHTX.device.type == "cpu" and torch.is_grad_enabled() and native.attends(q_BHTX, k_BHSX, v_BHSU):
+        return attend_native(q_BHTX, k_BHSX, v_BHSU, scale, visible_BTS)
     mask = None if visible_BTS is None else visible_BTS[:, None]
     X, U = q_BHTX.shape[-1], v_BHSU.shape[-1]
     if q_BHTX.device.type == "cpu" and U < X and torch.is_grad_enabled():
@@ -50,6 +55,17 @@ def attend_sdpa(q_BHTX: Tensor, k_BHSX: Tensor, v_BHSU: Tensor, scale: float, vi
             ..., :U
         ]
     return F.scaled_dot_product_attention(q_BHTX, k_BHSX, v_BHSU, mask, is_causal=mask is None, scale=scale)
+
+
+@attend_backends.register("native", native.native_missing)
+def attend_native(q_BHTX: Tensor, k_BHSX: Tensor, v_BHSU: Tensor, scale: float, visible_BTS: Tensor | None) -> Tensor:
+    """The CPU kernels', with gradients. Raises BackendUnavailable for what they do not take (`native.attends`)."""
+    if not native.attends(q_BHTX, k_BHSX, v_BHSU):
+        raise BackendUnavailable(
+            "attention backend 'native' takes fp32 on a CPU, as many keys as queries, heads of a multiple of 16 numbers",
+            remedy="use 'sdpa', which chooses by itself",
+        )
+    return native.Attend.apply(q_BHTX, k_BHSX, v_BHSU, scale, visible_BTS)  # type: ignore[no-untyped-call]
 
 
 def attend_latent(q_BTHX: Tensor, latents_BSX: Tensor, latent_dim: int, scale: float, visible_BTS: Tensor) -> Tensor:

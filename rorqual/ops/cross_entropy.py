@@ -4,8 +4,8 @@ Logits of T tokens over V words in fp32, their softmax and its gradient are the 
 16,384 tokens and 129,280 words 8.5 GB each. `chunked` makes them a few rows at a time and takes the gradients of hidden
 states and head at once, in the forward; the backward only scales them. That costs no more products than the plain form, and
 the memory of one chunk. `triton` does the same with larger chunks of 16-bit logits, which one kernel turns into their own
-gradients where they lie (`ops.triton.cross_entropy`). Left out: caching the softmax statistics for a second pass, which
-would save nothing here.
+gradients where they lie (`ops.triton.cross_entropy`), and so does `native` in fp32 on a CPU. Left out: caching the softmax
+statistics for a second pass, which would save nothing here.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rorqual.ops.native import training as native
 from rorqual.ops.training import product32
 from rorqual.ops.triton.available import triton_missing
 from rorqual.registry import Backends
@@ -114,6 +115,37 @@ class _Fused(torch.autograd.Function):
     backward = _Chunked.backward
 
 
+class _Native(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
+        V = head_VD.shape[0]
+        dh = torch.empty_like(h_ND) if ctx.needs_input_grad[0] else None
+        dhead = torch.zeros_like(head_VD) if ctx.needs_input_grad[1] else None
+        losses = h_ND.new_empty(len(h_ND))
+        rows = max(1, CHUNK_BYTES // (4 * V))
+        for start in range(0, len(h_ND), rows):
+            part = slice(start, start + rows)
+            logits = F.linear(h_ND[part], head_VD)
+            losses[part] = native.loss_and_slope_(logits, targets_N[part], weights_N[part])
+            if dh is not None:
+                torch.mm(logits, head_VD, out=dh[part])
+            if dhead is not None:
+                dhead.addmm_(logits.T, h_ND[part])
+        ctx.save_for_backward(dh, dhead)
+        ctx.head_dtype = head_VD.dtype
+        return losses.sum()
+
+    backward = _Chunked.backward
+
+
+@cross_entropy_backends.register("native", native.native_missing)
+def cross_entropy_native(h_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
+    """The same in fp32 on a CPU, a chunk of logits made into its own gradient where it lies; else `chunked`."""
+    if not native.takes(h_ND, head_VD):
+        return cross_entropy_chunked(h_ND, head_VD, targets_N, weights_N)
+    return _Native.apply(h_ND.contiguous(), head_VD, targets_N, weights_N)  # type: ignore[no-untyped-call]
+
+
 @cross_entropy_backends.register("triton", triton_missing)
 def cross_entropy_triton(h_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
     """The same, logits in h's dtype and at most FUSED_BYTES of them."""
@@ -125,5 +157,8 @@ def cross_entropy(h_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: T
     """Weighted sum of next-token losses in nats, an fp32 scalar. h [N, D] of any float dtype, head [V, D] (fp32 master or
     narrower), targets int64, weights fp32. Raises BackendUnavailable for a named backend that cannot run here."""
     if backend == "auto":
-        backend = "triton" if h_ND.is_cuda and triton_missing() is None else "chunked"
+        if native.takes(h_ND, head_VD):
+            backend = "native"
+        else:
+            backend = "triton" if h_ND.is_cuda and triton_missing() is None else "chunked"
     return cross_entropy_backends.get(backend)(h_ND, head_VD, targets_N, weights_N)

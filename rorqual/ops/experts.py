@@ -1,10 +1,11 @@
 """The routed experts of one layer as one grouped op: out[n] = sum_k gate[n,k] * SwiGLU_{expert[n,k]}(x[n]).
 
-`loop` is the definition: expert by expert, only those that were chosen. `grouped` sorts the (token, slot) pairs by
-expert and runs two grouped matrix products, with no loop and no wait for the device, so that a step can be compiled
-or captured. `fused` is the same for training, with a backward of its own that keeps and moves less. `triton` is for
-decoding: few tokens, where all that counts is how fast the chosen experts' weights are read. All add a token's experts
-in fp32 in slot order, never by atomics, so a row does not depend on the other rows of its batch.
+`loop` is the definition: expert by expert, only those that were chosen. `native` is the same for training on a CPU, with
+kernels for what stands between its products. `grouped` sorts the (token, slot) pairs by expert and runs two grouped matrix
+products, with no loop and no wait for the device, so that a step can be compiled or captured. `fused` is the same for
+training, with a backward of its own that keeps and moves less. `triton` is for decoding: few tokens, where all that counts is
+how fast the chosen experts' weights are read. All add a token's experts in fp32 in slot order, never by atomics, so a row
+does not depend on the other rows of its batch.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from rorqual.errors import BackendUnavailable
 from rorqual.ops import training
 from rorqual.ops.fused import fuses
+from rorqual.ops.native import training as native
 from rorqual.ops.triton.available import triton_missing
 from rorqual.registry import Backends
 
@@ -59,6 +61,14 @@ def experts_loop(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, gates_NK:
         return F.linear(F.silu(gate) * up, down[expert].to(rows.dtype))
 
     return by_expert(x_ND, gates_NK, chosen_NK, down_EDF.shape[0], run)
+
+
+@experts_backends.register("native", native.native_missing)
+def experts_native(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, gates_NK: Tensor, chosen_NK: Tensor) -> Tensor:
+    """The loop for training in fp32 on a CPU, with a backward of its own and kernels between the products; else the loop."""
+    if torch.is_grad_enabled() and native.takes(x_ND, gate_up_E2FD, down_EDF, gates_NK):
+        return native.experts(x_ND, gate_up_E2FD, down_EDF, gates_NK, chosen_NK)
+    return experts_loop(x_ND, gate_up_E2FD, down_EDF, gates_NK, chosen_NK)
 
 
 @experts_backends.register("grouped")

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rorqual.ops import training
 from rorqual.ops.fused import fuses, trains
+from rorqual.ops.native import training as native
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -16,7 +17,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         from rorqual.ops.triton.fused import rms_norm as fused
 
         return fused(x, weight, eps)
-    return training.rms_norm(x, weight, eps) if trains(x) else reference(x, weight, eps)
+    if trains(x):
+        return training.rms_norm(x, weight, eps)
+    if torch.is_grad_enabled() and native.takes(x, weight):
+        return native.rms_norm(x, weight, eps)
+    return reference(x, weight, eps)
 
 
 def reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:

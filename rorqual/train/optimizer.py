@@ -1,7 +1,7 @@
 """The optimiser of a run: AdamW, with moments in fp32 or bf16, or Muon for the matrices and AdamW for the rest.
 
-AdamW with fp32 moments is torch's fused one on a CPU; on a GPU, and with bf16 moments, it is `ops.adamw`, whose kernel
-also clips and writes the 16-bit copy of a weight (`train.working`). Either goes on from the other's state. Muon
+AdamW with fp32 moments is torch's fused one on a CPU; on a GPU, and with bf16 moments, it is `ops.adamw`, whose kernels
+also clip and write the 16-bit copy of a weight (`train.working`). Either goes on from the other's state. Muon
 (`ops.muon`) sees each expert's gate, up and down as a matrix of its own, because orthogonalising two as one is another
 update; its step is scaled to AdamW's size (arXiv 2502.16982), so that one learning rate serves both. Embedding, head, and
 norms are AdamW's in either case.
@@ -20,6 +20,7 @@ from rorqual.model.moe import RoutedExperts
 from rorqual.model.transformer import Transformer
 from rorqual.ops.adamw import adamw_backends
 from rorqual.ops.muon import Muon
+from rorqual.ops.native.training import native_missing
 from rorqual.ops.triton.available import triton_missing
 from rorqual.train.config import OptimConfig
 from rorqual.train.working import WorkingCopies
@@ -65,6 +66,12 @@ class OurAdamW:
                 a.copy_(b)
 
 
+def _backend(device: torch.device) -> str:
+    if device.type == "cuda":
+        return "triton" if triton_missing() is None else "reference"
+    return "native" if device.type == "cpu" and native_missing() is None else "reference"
+
+
 class Optimizer:
     """One object for all of them, over the parameters that require gradients. Its state is a dict of plain tensors and
     numbers by optimiser."""
@@ -84,10 +91,9 @@ class Optimizer:
             (matrices, cfg.weight_decay),
             ([p for p in trained if p.ndim < 2], 0.0),
         ]
-        kernel = model.device.type == "cuda" and triton_missing() is None
+        backend = _backend(model.device)
         dtype = torch.bfloat16 if cfg.moments == "bfloat16" else torch.float32
-        backend = "triton" if kernel else "reference"
-        ours = kernel or cfg.moments == "bfloat16"
+        ours = backend == "triton" or cfg.moments == "bfloat16"
         self._narrow = OurAdamW(groups, cfg, dtype, copies, backend) if ours else None
         self._plain: torch.optim.Optimizer | None = None
         if self._narrow is None:

@@ -1,4 +1,4 @@
-"""Compiling `kernels.cpp` for the machine at hand, once, and calling it.
+"""Compiling `kernels.cpp` and `training.cpp` for the machine at hand, once, and calling it.
 
 The library is built with the system's C++ compiler at installation (`python -m rorqual.ops.native`, part of `make
 setup`) or when it is first needed, for the very instruction set of this processor, and kept in the user's cache under a
@@ -26,7 +26,9 @@ from pathlib import Path
 from rorqual.errors import BackendUnavailable
 
 log = logging.getLogger(__name__)
-SOURCE = Path(__file__).parent / "kernels.cpp"
+HERE = Path(__file__).parent
+SOURCES = (HERE / "kernels.cpp", HERE / "training.cpp")
+PANEL = 16
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-ffp-contract=off", "-shared", "-fPIC", "-pthread")
 
 c_int, c_long, pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
@@ -71,6 +73,26 @@ class Tokens(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Heads(ctypes.Structure):
+    _fields_ = [("x", pointer), ("batch", c_long), ("head", c_long), ("token", c_long)]
+
+
+class Attention(ctypes.Structure):
+    HEADS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
+    _fields_ = [
+        *((name, Heads) for name in HEADS), ("lse", pointer), ("visible", pointer),
+        *((name, c_int) for name in ("B", "H", "T", "X", "U")), ("scale", ctypes.c_float),
+    ]  # fmt: skip
+
+
+class Update(ctypes.Structure):
+    NUMBERS = ("factor", "rate", "keep", "beta1", "beta2", "eps", "correction")
+    _fields_ = [
+        *((name, pointer) for name in ("weight", "grad", "m", "v", "copy")), ("narrow", c_int),
+        *((name, ctypes.c_float) for name in NUMBERS),
+    ]  # fmt: skip
+
+
 def compiler() -> list[str] | None:
     """$CXX, or the first C++ compiler that is installed."""
     named = os.environ.get("CXX")
@@ -89,7 +111,8 @@ def library_file() -> Path:
             remedy="install g++ or clang++ (or set CXX), then start again",
         )
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False).stdout
-    told = "\0".join((SOURCE.read_text(encoding="utf-8"), *FLAGS, *command, version, _processor()))
+    texts = [file.read_text(encoding="utf-8") for file in (HERE / "common.h", *SOURCES)]
+    told = "\0".join((*texts, *FLAGS, *command, version, _processor()))
     root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(root) / "rorqual" / f"kernels-{hashlib.blake2b(told.encode(), digest_size=12).hexdigest()}.so"
 
@@ -108,7 +131,8 @@ def build() -> Path:
         handle, temporary = tempfile.mkstemp(suffix=".so")
         file = Path(temporary)
     os.close(handle)
-    done = subprocess.run([*command, *FLAGS, str(SOURCE), "-o", temporary], capture_output=True, text=True, check=False)
+    sources = [str(file) for file in SOURCES]
+    done = subprocess.run([*command, *FLAGS, *sources, "-o", temporary], capture_output=True, text=True, check=False)
     if done.returncode:
         Path(temporary).unlink()
         raise BackendUnavailable(
@@ -139,11 +163,24 @@ def library() -> ctypes.CDLL:
     ]  # fmt: skip
     lib.rq_read.argtypes = [pointer, pointer, c_long]
     lib.rq_read.restype = ctypes.c_float
+    lib.rq_pool_open.restype = pointer
+    lib.rq_pool_open.argtypes = [c_int]
+    lib.rq_pool_close.argtypes = [pointer]
+    lib.rq_attend.argtypes = [pointer, ctypes.POINTER(Attention), c_int]
+    lib.rq_swiglu.argtypes = [pointer] * 3 + [c_long, c_int, c_long, pointer]
+    lib.rq_swiglu_backward.argtypes = [*[pointer] * 3, c_long, c_int, c_long, *[pointer] * 4, c_long, pointer]
+    lib.rq_gather.argtypes = [*[pointer] * 4, c_int, c_int, c_long, pointer]
+    lib.rq_norm.argtypes = [*[pointer] * 3, ctypes.c_float, c_int, c_long, *[pointer] * 2]
+    lib.rq_norm_backward.argtypes = [*[pointer] * 6, c_int, c_long, *[pointer] * 2]
+    lib.rq_loss.argtypes = [pointer, pointer, c_long, c_int, c_int, pointer, pointer, pointer]
+    lib.rq_adamw.argtypes = [pointer, ctypes.POINTER(Update), c_long]
     lib.rq_draw.argtypes = [pointer, pointer, c_long, c_int, c_int, pointer, pointer]
     structures = (Matrix, Layer, Model, Tokens, Wish)
     told = (ctypes.c_int32 * len(structures))()
     lib.rq_sizes(told)
     assert list(told) == [ctypes.sizeof(s) for s in structures], "structures differ"
+    lib.rq_training_sizes(told)
+    assert told[:2] == [ctypes.sizeof(Attention), ctypes.sizeof(Update)], "structures differ"
     return lib
 
 

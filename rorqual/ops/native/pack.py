@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rorqual.ops.fp8 import BLOCK
-from rorqual.ops.native.build import Matrix
+from rorqual.ops.native.build import PANEL, Matrix
 from rorqual.ops.packed import GROUP
 
-PANEL = 16
 Kind = Literal["float32", "bfloat16", "fp8", "int8", "int4"]
 Plain = Literal["float32", "bfloat16"]
 KINDS: tuple[Kind, ...] = ("float32", "bfloat16", "fp8", "int8", "int4")

@@ -20,7 +20,7 @@ def gradients(function, *inputs):  # type: ignore[no-untyped-def]
     leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
     out = function(*leaves)
     torch.manual_seed(1)
-    out.backward(torch.randn_like(out))
+    out.backward(torch.randn(out.shape))  # not randn_like: it would follow the memory layout
     return [out, *(x.grad for x in leaves if x.grad is not None)]
 
 
@@ -58,9 +58,16 @@ def test_the_loop_is_the_sum_it_claims_to_be() -> None:
 
 @pytest.mark.parametrize("backend", [n for n in attention.attend_backends.names() if n != "reference"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_attention_backends_equal_the_reference(backend: str, masked: bool) -> None:
-    q, k, v = torch.randn(2, 3, 17, 12), torch.randn(2, 3, 17, 12), torch.randn(2, 3, 17, 7)
-    documents = torch.randint(0, 3, (2, 17)).sort().values
+@pytest.mark.parametrize(("T", "X", "U"), [(17, 12, 7), (1, 16, 16), (17, 32, 16), (250, 48, 64)])
+def test_attention_backends_equal_the_reference(backend: str, masked: bool, T: int, X: int, U: int) -> None:
+    if backend == "native" and X % 16:
+        with pytest.raises(BackendUnavailable, match="multiple of 16"):
+            attention.attend_native(
+                torch.randn(2, 3, T, X), torch.randn(2, 3, T, X), torch.randn(2, 3, T, U), 1.0, None
+            )
+        return
+    q, k, v = torch.randn(2, 3, T, X), torch.randn(2, 3, T, X), torch.randn(2, 3, T, U)
+    documents = torch.randint(0, 3, (2, T)).sort().values
     visible = (documents[:, :, None] == documents[:, None]).tril() if masked else None
     run = [
         gradients(lambda q, k, v, b=b: attention.attend_backends.get(b)(q, k, v, 0.3, visible), q, k, v)
@@ -76,7 +83,7 @@ def test_the_crossover_counts_operations() -> None:
 
 
 def test_unknown_backends_name_the_known_ones() -> None:
-    with pytest.raises(BackendUnavailable, match="loop, grouped"):
+    with pytest.raises(BackendUnavailable, match="loop, native, grouped"):
         experts.experts_backends.get("magic")
 
 
