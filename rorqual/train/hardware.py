@@ -26,7 +26,7 @@ def peak_flops(device: torch.device) -> tuple[float, str]:
     return _measured(device), f"fp32 matrix product measured on this {device.type}"
 
 
-TRIES, TRY_S = 12, 0.4
+TRIES, TRY_S = 12, 0.2
 
 
 def _measured(device: torch.device) -> float:
