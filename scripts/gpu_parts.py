@@ -77,8 +77,8 @@ RECORDS = [  # in the order of what is least known
         after="parity-data",
     ),
     Part(
-        "soak", "engine", 240,
-        "rorqual bench soak --model bench-gpu --device cuda --minutes 30 --rate 2 --step-ms 80 --cache-tokens 6144",
+        "soak", "engine", 260,
+        "rorqual bench soak --model bench-gpu --device cuda --minutes 30 --rate 2 --step-ms 80 --cache-tokens 4096",
         "gpu-soak.json", "beside",
     ),
     Part(
