@@ -15,6 +15,7 @@ An arm that is finished is not run again; one that was cut off begins anew, sinc
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import json
 import sysconfig
@@ -63,6 +64,9 @@ def main() -> None:
         if not finished(out / arm):
             settings = [f"data.tokenizer='{out}/tokenizer'", *data, *options.set, *ARMS[arm], f"out='{out / arm}'"]
             pretrain(load_toml(RunConfig, HERE / "run.toml", settings), say=print)
+            gc.collect()  # the arm's memory, before the next takes as much
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
     if all(finished(out / arm) for arm in ARMS):
         report(out, options.json)
 
