@@ -158,6 +158,7 @@ struct Pool {
   bool quit = false;
   void (*run)(void *, int) = nullptr;
   void *argument = nullptr;
+  std::mutex busy;  // one job at a time, whoever calls
 
   explicit Pool(int n) : threads(n) {
     for (int id = 1; id < n; id++) workers.emplace_back([this, id] { serve(id); });
@@ -228,6 +229,7 @@ struct Pool {
 };
 
 template <class F> void everyone(Pool &pool, F f) {
+  std::lock_guard<std::mutex> lock(pool.busy);
   Rounding ours;
   pool.all([](void *a, int id) { (*(F *)a)(id); }, &f);
 }

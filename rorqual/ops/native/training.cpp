@@ -86,7 +86,7 @@ struct Attention {
 
 inline float *at(const Heads &h, int b, int head, int t) { return h.x + b * h.batch + head * h.head + t * h.token; }
 
-constexpr int SEEN = 1 << 16;  // most scores of a block of queries that exist at once: 256 KB
+constexpr int SEEN = 1 << 18;  // most scores of a block of queries that exist at once: 256 KB
 
 struct Scratch {
   std::vector<float> kt, vt, k, v, q, dout, scores, slopes, delta;

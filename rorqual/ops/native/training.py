@@ -41,8 +41,8 @@ def takes(*tensors: Tensor) -> bool:
 
 
 class Attend(torch.autograd.Function):
-    """`ops.attention.attend_reference` in fp32, with its gradients, for as many queries as keys and widths that are multiples
-    of 16. Scores exist a block of queries at a time; keys that a block does not see cost nothing."""
+    """`ops.attention.attend_reference` in fp32, with its gradients, for as many queries as keys and widths that are
+    multiples of 16. Scores exist a block of queries at a time; keys that a block does not see cost nothing."""
 
     @staticmethod
     def forward(
