@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ import typer
 
 from rorqual.cli.bench_api import grammar, http
 from rorqual.cli.bench_engine import profile, soak
-from rorqual.cli.bench_options import Deterministic, Device, Dtype, JsonFile, Llama, Model, Peer, Rounds, Threads
+from rorqual.cli.bench_options import AlsoDeterministic, Device, Dtype, JsonFile, Llama, Model, Peer, Rounds, Threads
 from rorqual.cli.bench_report import environment, finish, interleaved, print_rows, report
 from rorqual.cli.bench_train import train
 
@@ -38,7 +39,7 @@ def decode(
     prompt: Annotated[int, typer.Option(help="Prompt tokens of each.")] = 512,
     new: Annotated[int, typer.Option(help="Tokens to generate for each.")] = 64,
     dtype: Dtype = "",
-    deterministic: Deterministic = False,
+    deterministic: AlsoDeterministic = False,
     threads: Threads = 0,
     rounds: Rounds = 5,
     peer: Peer = True,
@@ -63,7 +64,7 @@ def prefill(
     batch: Annotated[int, typer.Option(help="Prompts.")] = 1,
     prompt: Annotated[int, typer.Option(help="Tokens of each.")] = 512,
     dtype: Dtype = "",
-    deterministic: Deterministic = False,
+    deterministic: AlsoDeterministic = False,
     threads: Threads = 0,
     rounds: Rounds = 5,
     peer: Peer = True,
@@ -103,12 +104,12 @@ def _generate(
     dtype = dtype or ("float32" if on_cpu else "bfloat16")
     if dtype not in b.BYTES:
         raise typer.BadParameter(f"{dtype!r} is not one of {', '.join(b.BYTES)}", param_hint="--dtype")
-    work, weights = b.Work(*shape), b.Weights(model)
-    if weights.preset and work.prompt + work.new > weights.cfg.max_position_embeddings:
-        weights.cfg = weights.cfg.replace(max_position_embeddings=work.prompt + work.new)  # random weights take any
+    work, weights = b.Work(*shape), b.Weights(model, device)
+    weights.make_room(work.prompt + work.new)
     count = threads or physical_cores()
-    ours = b.Generation(weights, device, work, dtype, count, deterministic)
-    engines: dict[str, Callable[[], float | None]] = {"rorqual": ours.run}
+    engines: dict[str, Callable[[], float | None]] = {"rorqual": b.Generation(weights, device, work, dtype, count).run}
+    if deterministic:
+        engines["rorqual deterministic"] = b.Generation(weights, device, work, dtype, count, True).run
     if llama and on_cpu and dtype in b.LlamaGeneration.KINDS and b.llama_python():
         other = b.LlamaGeneration(weights, work, dtype, count)
         engines[f"llama.cpp {other.kind}"] = other.run
@@ -117,14 +118,13 @@ def _generate(
     tokens = work.batch * (work.prompt if kind == "prefill" else work.new)
     if on_cpu:
         torch.set_num_threads(count)
-    bound, source = b.generation_bound(weights.cfg, kind, device, work, dtype)
+    bound = partial(b.generation_bound, weights.cfg, kind, device, work, dtype)
+    before = bound()
     rates = {name: [tokens / s for s in seconds] for name, seconds in interleaved(engines, rounds, device).items()}
     facts = {"model": model, **work._asdict(), "dtype": dtype}
     if on_cpu:
         facts["threads"] = count
-    if deterministic:
-        facts["deterministic"] = True
-    report(kind, facts, rates, bound, source, device, json_file)
+    report(kind, facts, rates, *max(before, bound()), device, json_file)
 
 
 @app.command()
@@ -136,11 +136,17 @@ def serve(
     threads: Threads = 0,
     max_num_seqs: Annotated[int, typer.Option(help="Most requests computed at once.", min=1)] = 32,
     rounds: Annotated[int, typer.Option(help="Rounds; medians are reported.", min=1)] = 3,
+    seconds: Annotated[
+        float, typer.Option(help="All rounds end within so many; whole ones count. 0: no bound.", min=0)
+    ] = 0,
     llama: Llama = True,
     json_file: JsonFile = None,
 ) -> None:
     """Continuous batching: mixed requests (prompts of 16 to 1,024 tokens, answers of 16 to 256), against the time of the
     same forwards back to back (what lies above 1 is the engine's own), and against llama.cpp batching continuously too.
+
+    On a GPU, where kernels are chosen and steps captured for every new shape, each round's requests come twice: the
+    first time is told beside the second, which counts.
 
     Example:
 
@@ -150,22 +156,21 @@ def serve(
     from rorqual.cli import serving
     from rorqual.engine.load import physical_cores
 
-    dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
-    weights, traffic = b.Weights(model), serving.Traffic(requests)
+    dtype, on_gpu = dtype or ("float32" if device == "cpu" else "bfloat16"), device.startswith("cuda")
+    weights, traffic = b.Weights(model, device), serving.Traffic(requests)
+    weights.make_room(traffic.prompt[1] + traffic.new[1])
     core = b.engine(weights, device, max_num_seqs, dtype, threads)
-    engines: dict[str, Callable[[int], serving.Served]] = {"rorqual": lambda seed: serving.serve(core, traffic, seed)}
+    engines: dict[str, serving.Serve] = {"rorqual": partial(serving.serve, core, traffic)}
     if llama and device == "cpu" and dtype in b.LlamaGeneration.KINDS and b.llama_python():
         room = b.Work(max_num_seqs, traffic.prompt[1], traffic.new[1])
         peer = b.LlamaGeneration(weights, room, dtype, threads or physical_cores())
-        engines[f"llama.cpp {peer.kind}"] = lambda seed: peer.serve(traffic.lengths(seed), seed)
-    # On a GPU every shape of a step is captured when it first comes.
-    serving.serve(core, traffic if device.startswith("cuda") else serving.Traffic(4), 0)
-    served: dict[str, list[serving.Served]] = {name: [] for name in engines}
-    for seed in range(1, rounds + 1):
-        for name, run in engines.items():
-            served[name].append(run(seed))
-    facts = {"model": model, "requests": requests, "max_num_seqs": max_num_seqs, "dtype": dtype, "rounds": rounds}
-    rows = [serving.summary(name, runs, served["rorqual"]) for name, runs in served.items()]
+        engines[f"llama.cpp {peer.kind}"] = lambda seed, until: peer.serve(traffic.lengths(seed), seed)
+    serving.serve(core, serving.Traffic(4), 0)
+    rows, done = serving.rounds(engines, rounds, seconds, on_gpu, typer.echo)
+    if not rows:
+        typer.echo(f"not one round ended within {seconds:g} s: raise --seconds or lower --requests", err=True)
+        raise typer.Exit(1)
+    facts = {"model": model, "requests": requests, "max_num_seqs": max_num_seqs, "dtype": dtype, "rounds": done}
     finish("serve", facts, rows, device, json_file)
 
 
@@ -214,7 +219,7 @@ def mtp(
     from rorqual.cli import serving
     from rorqual.data.tokenizer import Tokenizer
 
-    weights = b.Weights(model)
+    weights = b.Weights(model, device)
     tokenizer = Tokenizer.load(weights.path)
     paragraphs = [p for p in text.read_text(encoding="utf-8").split("\n\n") if len(p) > 100]
     starts = [(tokenizer.bos_id, *tokenizer.encode(p)[:24]) for p in paragraphs[:prompts]]

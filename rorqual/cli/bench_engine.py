@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Annotated
 
 import typer
@@ -38,10 +39,9 @@ def profile(
     if kind not in ("decode", "prefill"):
         raise typer.BadParameter(f"{kind!r} is neither decode nor prefill", param_hint="--kind")
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
-    weights = b.Weights(model)
+    weights = b.Weights(model, device)
     room = prompt + (1 + speculation) * profiling.decoded(steps) if kind == "decode" else prompt + 2
-    if weights.preset and room > weights.cfg.max_position_embeddings:
-        weights.cfg = weights.cfg.replace(max_position_embeddings=room)  # random weights take any
+    weights.make_room(room)
     core = b.engine(
         weights, device, batch, dtype, threads, speculation, max_model_len=room,
         deterministic=deterministic or "auto", kernels="torch" if device == "cpu" else "auto",
@@ -75,7 +75,8 @@ def soak(
     json_file: JsonFile = None,
 ) -> None:
     """Random traffic for a long simulated time: Poisson arrivals, prompts and answers of mixed lengths, shared prefixes,
-    greedy and sampled, some aborted, some under a grammar (where the model has a tokenizer), in a cache too small for all.
+    greedy and sampled, some aborted, some under a grammar (where the model has a tokenizer and
+    llguidance is installed), in a cache too small for all.
 
     The clock is simulated: a step takes --step-ms of it however long it takes here. After each fifth the engine is left
     to finish, and its pages and memory are counted. Exits with 1 unless every request ended exactly once and without an
@@ -89,15 +90,17 @@ def soak(
     from rorqual.cli import soaking
 
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
-    weights = b.Weights(model)
+    weights = b.Weights(model, device)
     traffic = soaking.Traffic.of(weights.cfg, minutes, rate, step_ms / 1000, seed)
     core = b.engine(
         weights, device, max_num_seqs, dtype, threads, "auto" if speculation < 0 else speculation, prefix_cache=True,
         cache_tokens=cache_tokens or 2 * traffic.longest, max_model_len=traffic.longest,
     )  # fmt: skip
-    grammars = weights.preset is None and (weights.path / "tokenizer.json").exists()
+    with_tokenizer = weights.preset is None and (weights.path / "tokenizer.json").exists()
+    grammars = with_tokenizer and find_spec("llguidance") is not None
     record, fifths = soaking.soak(core, traffic, grammars, device)
     facts = {"model": model, "dtype": dtype, "minutes": minutes, "rate": rate, "step_ms": step_ms, "seed": seed}
+    facts |= {"grammars": grammars}
     finish("traffic soak", facts | record, fifths, device, json_file)
     if record["faults"]:
         raise typer.Exit(1)

@@ -17,6 +17,9 @@ Dtype = Annotated[
     str, typer.Option(help="Our weights: float32, bfloat16, int8 or int4; default float32 on CPU, bfloat16 on GPU.")
 ]
 Deterministic = Annotated[bool, typer.Option("--deterministic", help="On a GPU too, the same bits in every batch.")]
+AlsoDeterministic = Annotated[
+    bool, typer.Option("--deterministic", help="Measure `--deterministic` too: the ratio is what it costs.")
+]
 Threads = Annotated[
     int,
     typer.Option(help="CPU threads of every engine; 0: all physical cores, in serve and mtp what is fastest.", min=0),

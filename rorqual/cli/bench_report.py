@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import time
@@ -129,19 +130,26 @@ def _processor() -> str:
     return names[0] if names else "unknown"
 
 
+COMMIT = "RORQUAL_COMMIT"
+"""Names the commit of a copy that is no checkout: on a machine that the files alone were sent to."""
+
+
 def commit() -> str:
-    """Short hash of the checkout, with + where it has changes; "unknown" outside one."""
-    root = Path(__file__).resolve().parent
+    """$RORQUAL_COMMIT if it is set; else the short hash of this checkout, with + where it has changes; "unknown" for a copy
+    of the files, also where that lies within another checkout."""
+    if named := os.environ.get(COMMIT):
+        return named
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        head = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=True
-        )
-        dirty = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, check=True
-        )
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return "unknown"
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
 
 
 def print_rows(title: str, rows: list[dict[str, Any]]) -> None:

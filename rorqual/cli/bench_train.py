@@ -77,17 +77,18 @@ def _steps(cfg, device, shape, kinds, how, rounds, peer, facts, json_file) -> No
         makers[name] = lambda kind=kind: t.Training(cfg, device, batch, micro, seq_len, kind, *how)  # type: ignore[misc]
     if peer:
         makers |= t.peers(cfg, device, batch, seq_len)
-    peak, source = peak_flops(device)
+    before = peak_flops(device)
     flops = training_flops_per_token(cfg, seq_len)
     engines, more = {}, {}
     for name, make in makers.items():
         if (built := t.with_memory(make, device)) is not None:
-            engines[name], more[name] = built[0].step, {"peak GiB": built[1] / 2**30}
+            engines[name], more[name] = built[0].step, {} if built[1] is None else {"peak GiB": built[1] / 2**30}
         else:
             typer.echo(f"{name}: out of memory, left out")
     seconds = interleaved(engines, rounds, device.type)
     rates = {name: [batch * seq_len / s for s in each] for name, each in seconds.items()}
     facts |= {"graph": how[1], "moments": how[2], "flops_per_token": flops}
+    peak, source = max(before, peak_flops(device))
     report("train", facts, rates, peak / flops, source, device.type, json_file, more)
 
 

@@ -60,14 +60,20 @@ class Work(NamedTuple):
 
 
 class Weights:
-    """One checkpoint for every engine: a directory, or a preset's random weights by seed, in bf16. A preset is written to
-    disk when somebody reads it from there (`path`)."""
+    """One checkpoint for every engine: a directory, or a preset's random weights by seed, in bf16, drawn on `device`.
+    A preset is written to disk when somebody reads it from there (`path`)."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, device: str = "cpu") -> None:
+        self.device = device
         self.folder: tempfile.TemporaryDirectory[str] | None = None
         self.preset = None if Path(model).is_dir() else model
         self.cfg = ModelConfig.load(model)
         self._given = Path(model)
+
+    def make_room(self, positions: int) -> None:
+        """Random weights take contexts of any length: let them be so long."""
+        if self.preset is not None and positions > self.cfg.max_position_embeddings:
+            self.cfg = self.cfg.replace(max_position_embeddings=positions)
 
     @cached_property
     def path(self) -> Path:
@@ -76,7 +82,7 @@ class Weights:
         self.folder = self.folder or tempfile.TemporaryDirectory()
         path = Path(self.folder.name) / "model"
         torch.manual_seed(0)
-        save_model(Transformer(self.cfg, dtype=torch.bfloat16), path)
+        save_model(Transformer(self.cfg, dtype=torch.bfloat16, device=self.device), path)
         return path
 
     def gguf(self, kind: str) -> Path:

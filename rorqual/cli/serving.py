@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -45,8 +45,15 @@ class Served(NamedTuple):
     gap_s: list[float]
 
 
-def serve(core: EngineCore, traffic: Traffic, seed: int) -> Served:
-    """All requests at once through the engine, then every forward it made once more without the engine."""
+class Serve(Protocol):
+    def __call__(self, seed: int, until: float) -> Served | None:
+        """The traffic of a seed; None where it would have gone on after `until` (of the performance counter)."""
+        ...
+
+
+def serve(core: EngineCore, traffic: Traffic, seed: int, until: float = math.inf) -> Served | None:
+    """All requests at once through the engine, then every forward it made once more without the engine. None where that is
+    not done by `until`; the engine is left empty."""
     rng = np.random.default_rng(seed)
     requests = [
         Request(str(i), tuple(rng.integers(2, core.info.vocab_size, prompt).tolist()),
@@ -69,9 +76,54 @@ def serve(core: EngineCore, traffic: Traffic, seed: int) -> Served:
                 tokens += len(out.token_ids)
                 (gap_s if out.request_id in last else first_s).append(now - last.get(out.request_id, start))
                 last[out.request_id] = now
+        if now > until:
+            record.stop()
+            _drop(core, requests)
+            return None
     seconds = time.perf_counter() - start
     total = sum(len(r.prompt) for r in requests)
     return Served(seconds, record.replay(), tokens, total, steps, first_s, gap_s)
+
+
+def _drop(core: EngineCore, requests: list[Request]) -> None:
+    for request in requests:
+        core.abort(request.id)
+    while core.busy:
+        core.step()
+
+
+def rounds(
+    engines: Mapping[str, Serve], most: int, seconds: float, twice: bool, say: Callable[[str], None]
+) -> tuple[list[dict[str, Any]], int]:
+    """A row for each engine over whole rounds, and how many those are: `most`, or what `seconds` (0: no bound) allow. twice:
+    the same requests once before they count."""
+    until = time.perf_counter() + seconds if seconds else math.inf
+    served: dict[str, list[Served]] = {name: [] for name in engines}
+    news: list[float] = []
+    for seed in range(1, most + 1):
+        done: dict[str, Served] = {}
+        for name, run in engines.items():
+            new = run(seed, until) if twice else None
+            again = run(seed, until) if new or not twice else None
+            if again is None:
+                say(f"round {seed}, {name}: cut short, the time is up")
+                break
+            rate, done[name] = again.tokens / again.seconds, again
+            if new:
+                news.append(new.tokens / new.seconds)
+            first = f"; {news[-1]:,.0f} when its shapes were new" if new else ""
+            say(f"round {seed}, {name}: {rate:,.0f} tokens/s in {again.seconds:.1f} s{first}")
+        if len(done) < len(engines):
+            break
+        for name, one in done.items():
+            served[name].append(one)
+    count = len(served[next(iter(engines))])
+    if not count:
+        return [], 0
+    rows = [summary(name, runs, served["rorqual"]) for name, runs in served.items()]
+    if news:
+        rows[0]["tokens/s when new"] = statistics.median(news[:count])
+    return rows, count
 
 
 def summary(name: str, runs: list[Served], ours: list[Served]) -> dict[str, Any]:
@@ -118,11 +170,16 @@ class _Record:
 
         setattr(self.model, name, watched)
 
+    def stop(self) -> None:
+        if self.model is not None:
+            for name in ("forward", "logits"):
+                delattr(self.model, name)
+
     def replay(self) -> float | None:
+        """Seconds of all of it back to back; records no more."""
+        self.stop()
         if self.model is None:
             return None
-        for name in ("forward", "logits"):
-            delattr(self.model, name)
         with torch.inference_mode():
             start = time.perf_counter()
             for call in self.calls:

@@ -6,6 +6,7 @@ quantised anew in every forward as in a run.
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -38,6 +39,10 @@ def table(cfg: ModelConfig, device: str, batch: int, seq_len: int, rounds: int =
 
 
 def _measure(cfg: ModelConfig, precision: str, device: str, batch: int, seq_len: int, rounds: int) -> dict[str, Any]:
+    on_gpu = device.startswith("cuda")
+    gc.collect()  # the layer before has as much memory again
+    if on_gpu:
+        torch.cuda.empty_cache()
     torch.manual_seed(0)
     model = Transformer(cfg, dtype=torch.bfloat16, device=device)
     if precision == "fp8":
@@ -53,7 +58,6 @@ def _measure(cfg: ModelConfig, precision: str, device: str, batch: int, seq_len:
         for p in layer.parameters():
             p.grad = None
 
-    on_gpu = device.startswith("cuda")
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     seconds = _seconds(step, on_gpu, rounds)

@@ -40,9 +40,9 @@ class Steps(Protocol):
         """One training step; may return before the device is done."""
 
 
-def with_memory(make: Callable[[], Steps], device: torch.device) -> tuple[Steps, int] | None:
-    """What `make` makes after two steps, and the most memory that took beyond what was in use before (0 on a CPU, where it
-    is not counted). None where it does not fit."""
+def with_memory(make: Callable[[], Steps], device: torch.device) -> tuple[Steps, int | None] | None:
+    """What `make` makes after two steps, and the most memory that took beyond what was in use before (None on a CPU, where
+    one engine's cannot be told from another's). None where it does not fit."""
     on_gpu = device.type == "cuda"
     before = torch.cuda.memory_allocated() if on_gpu else 0
     if on_gpu:
@@ -56,7 +56,7 @@ def with_memory(make: Callable[[], Steps], device: torch.device) -> tuple[Steps,
         if not out_of_memory(error):
             raise
         return None
-    return made, torch.cuda.max_memory_allocated() - before if on_gpu else 0
+    return made, torch.cuda.max_memory_allocated() - before if on_gpu else None
 
 
 class Training:

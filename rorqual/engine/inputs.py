@@ -55,9 +55,19 @@ def as_rows(spans: Sequence[Span], latents: Tensor, page_size: int) -> tuple[Ten
     return tokens_N[:, None], Batch(positions_N[:, None], cache=cache)
 
 
-def as_chunk(spans: Sequence[Span], latents: Tensor, page_size: int) -> tuple[Tensor, Batch, Tensor]:
-    """tokens [B, T], padded at the end, their batch, and each row's last place [B]."""
+def bucket(length: int) -> int:
+    """A length of few significant bits, at most an eighth above (8 at least): eight an octave."""
+    step = max(8, 1 << max(0, length.bit_length() - 4))
+    return -(-length // step) * step
+
+
+def as_chunk(
+    spans: Sequence[Span], latents: Tensor, page_size: int, buckets: bool = False
+) -> tuple[Tensor, Batch, Tensor]:
+    """tokens [B, T], padded at the end, their batch, and each row's last place [B]. buckets: T is a `bucket`, for a device
+    that makes a new attention plan for every length (cuDNN: tens of milliseconds)."""
     T, device = max(len(s.tokens) for s in spans), latents.device
+    T = bucket(T) if buckets else T
     starts = torch.tensor([s.start for s in spans])[:, None]
     counts = torch.tensor([len(s.tokens) for s in spans])[:, None]
     offsets = torch.arange(T)[None]

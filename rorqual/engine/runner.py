@@ -74,7 +74,7 @@ class ModelRunner:
         self.model, self.page_size, self.eos, self.fixed = model, page_size, eos, fixed
         self.draft_depth = DEPTH if drafts and len(model.mtp) else 0
         self.page_bytes = page_bytes(model, page_size, drafts)
-        self.on_device = model.device.type == "cuda"
+        self.on_device = self.buckets = model.device.type == "cuda"
         self.graphs: DecodeGraphs | None = None
         self._kept: list[_Kept] = []
         self._depth = 0  # of the drafts that were asked for after the last step
@@ -150,7 +150,9 @@ class ModelRunner:
                 ends |= zip(group, (h[s.count - 1 :] for s, h in parts), strict=True)
                 self._keep(slices, h_ND)
             else:
-                tokens_BT, batch, last_B = as_chunk([_span(s) for s in slices], self.latents, self.page_size)
+                tokens_BT, batch, last_B = as_chunk(
+                    [_span(s) for s in slices], self.latents, self.page_size, self.buckets
+                )
                 h_BTD = self.model.hidden(tokens_BT, batch)[0]
                 ends |= zip(group, h_BTD[torch.arange(len(slices), device=h_BTD.device), last_B][:, None], strict=True)
                 self._keep(slices, h_BTD)
@@ -251,7 +253,7 @@ class ModelRunner:
         chosen = {id(s) for s in mine}
         if kept.h.ndim == 3:
             rows = [k for k, s in enumerate(kept.slices) if id(s) in chosen]
-            tokens_BT, batch, last_B = as_chunk(spans, self.latents, self.page_size)
+            tokens_BT, batch, last_B = as_chunk(spans, self.latents, self.page_size, self.buckets)
             h_BTD = kept.h[rows, : tokens_BT.shape[1]]
             out_BTD = self.model.predict_further(h_BTD, [tokens_BT], batch)[0][0]
             return out_BTD[torch.arange(len(mine), device=out_BTD.device), last_B]

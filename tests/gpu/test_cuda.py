@@ -19,6 +19,8 @@ from rorqual.train.pretrain import build_model
 from rorqual.train.trainer import Trainer
 from tests.parity import build
 
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
 CUDA = torch.device("cuda")
 
 

@@ -9,6 +9,8 @@ import torch
 from rorqual.ops.fp8_experts import fp8_grouped_experts
 from rorqual.ops.fp8_train import Recipe, fp8_train_experts, fp8_train_linear
 
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
 CUDA = torch.device("cuda")
 HARDWARE = 1e-3
 """The FP8 units keep about 14 bits within 128 products."""

@@ -17,6 +17,8 @@ from rorqual.train.config import DataConfig, OptimConfig, RunConfig, Source
 from rorqual.train.pretrain import build_model
 from rorqual.train.trainer import Trainer
 
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
 CUDA = torch.device("cuda")
 
 

@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from rorqual.checkpoint import save_model
+from rorqual.cli import serving
 from rorqual.cli.main import main
 from rorqual.config import ModelConfig
 from rorqual.engine.api import Output
 from rorqual.engine.core import EngineCore
 from rorqual.engine.scheduler import Job, Scheduler
 from rorqual.model.transformer import Transformer
+from rorqual.train import hardware
 
 
 @pytest.mark.parametrize("from_disk", [False, True], ids=["preset", "directory"])
@@ -77,6 +79,72 @@ def bench(tmp_path: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
     with pytest.raises(SystemExit) as end:
         main(["bench", *arguments, "--json", str(tmp_path / "out.json")])
     return int(end.value.code or 0), json.loads((tmp_path / "out.json").read_text())
+
+
+def test_memory_is_told_only_where_it_is_counted(tmp_path: Path) -> None:
+    few = ("--model", "test", "--batch", "1", "--seq-len", "8", "--rounds", "1", "--no-peer")
+    code, result = bench(tmp_path, "train", *few)
+    assert code == 0 and "peak GiB" not in result["engines"]["rorqual"]
+
+
+def test_what_deterministic_costs_is_measured_in_the_same_run(tmp_path: Path) -> None:
+    few = (
+        "--model",
+        "test",
+        "--prompt",
+        "8",
+        "--new",
+        "3",
+        "--rounds",
+        "2",
+        "--threads",
+        "1",
+        "--no-peer",
+        "--no-llama",
+    )
+    code, result = bench(tmp_path, "decode", *few, "--deterministic")
+    assert code == 0 and list(result["engines"]) == ["rorqual", "rorqual deterministic"]
+    assert all(len(engine["runs"]) == 2 for engine in result["engines"].values())
+
+
+def test_serving_counts_whole_rounds(tmp_path: Path) -> None:
+    few = ("serve", "--model", "test", "--requests", "3", "--rounds", "2", "--threads", "1", "--no-llama")
+    code, result = bench(tmp_path, *few)
+    (row,) = result["rows"]
+    assert code == 0 and result["rounds"] == 2 and row["tokens/s"] > 0 and "tokens/s when new" not in row
+
+
+def test_serving_within_a_time_that_is_too_short_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["bench", "serve", "--model", "test", "--requests", "20", "--threads", "1", "--no-llama"]
+    with pytest.raises(SystemExit) as end:
+        main([*few, "--seconds", "0.000001", "--json", str(tmp_path / "out.json")])
+    assert end.value.code == 1 and not (tmp_path / "out.json").exists()
+    assert "raise --seconds" in capsys.readouterr().err
+
+
+def test_requests_that_come_a_second_time_are_those_that_count() -> None:
+    clock = iter([4.0, 1.0, 4.0, 2.0, 4.0])  # seconds of each pass; the third round has no second one
+
+    def serve(seed: int, until: float) -> serving.Served | None:
+        seconds = next(clock, None)
+        return seconds and serving.Served(seconds, None, 100, 10, 5, [0.1, 0.2], [0.01, 0.02])  # type: ignore[return-value]
+
+    said: list[str] = []
+    (row,), count = serving.rounds({"rorqual": serve}, 3, 60, True, said.append)
+    assert count == 2 and row["tokens/s"] == 75 and row["tokens/s when new"] == 25
+    assert "25 when its shapes were new" in said[0] and "cut short" in said[2]
+
+
+def test_a_slow_moment_does_not_lower_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, spent = [0.0], iter([0.5] * 9)
+
+    def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        now[0] += next(spent, 0.01)
+        return a
+
+    monkeypatch.setattr(hardware.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(hardware.torch, "mm", product)
+    assert hardware.peak_flops(torch.device("cpu"))[0] == pytest.approx(2 * 1024**3 / 0.01)
 
 
 @pytest.mark.parametrize("kind", ["decode", "prefill"])

@@ -18,7 +18,7 @@ from rorqual.engine.api import Output, Request, SamplingParams
 from rorqual.engine.core import EngineCore, OutOfMemory
 from rorqual.engine.drawing import REDO, draw, fields
 from rorqual.engine.graphs import DecodeGraphs
-from rorqual.engine.inputs import Span, pieces
+from rorqual.engine.inputs import Span, as_chunk, bucket, pieces
 from rorqual.engine.load import build_core
 from rorqual.engine.memory import measured_room
 from rorqual.engine.runner import ModelRunner
@@ -74,7 +74,7 @@ def engine(model: Transformer, captured: bool = False, **settings: Any) -> Engin
     if captured:
         assert isinstance(core.runner, ModelRunner)
         core.runner.graphs = DecodeGraphs(model, core.runner.latents, 64)
-        core.scheduler.lookahead = True
+        core.scheduler.lookahead = core.runner.buckets = True
     return core
 
 
@@ -99,6 +99,17 @@ def run(core: EngineCore, requests: list[Request]) -> dict[str, list[int]]:
 @pytest.fixture(scope="module")
 def plain(model: Transformer, requests: list[Request]) -> dict[str, list[int]]:
     return run(engine(model), requests)
+
+
+def test_prompts_come_in_few_lengths() -> None:
+    """Little padding, eight lengths an octave; a length that is one stays."""
+    lengths = [*range(1, 3000), 16383, 16384]
+    assert all(n <= bucket(n) <= max(n + 7, n * 9 / 8) and bucket(bucket(n)) == bucket(n) for n in lengths)
+    assert len({bucket(n) for n in range(1025, 2049)}) == 8 and bucket(16384) == 16384
+    spans = [Span([5] * n, 0, [1, 2]) for n in (100, 90)]
+    tokens, batch, last = as_chunk(spans, torch.zeros(1, 3, 64, 4), 64, buckets=True)
+    assert tokens.shape == (2, 104) and last.tolist() == [99, 89] and batch.cache is not None
+    assert (batch.cache.slots_BT[:, 100:] < 64).all(), "padding is written to the scrap page"
 
 
 @pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
