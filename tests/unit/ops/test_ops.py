@@ -13,6 +13,7 @@ from rorqual.ops import attention, balance, experts
 from rorqual.ops.attention import absorbed_is_cheaper
 from rorqual.ops.rope import cos_sin, inverse_frequencies, rotate
 from rorqual.ops.router import route
+from tests.unit.ops.ties import untied
 
 
 def gradients(function, *inputs):  # type: ignore[no-untyped-def]
