@@ -97,7 +97,7 @@ def _generate(
     import torch
 
     from rorqual.cli import benchmarks as b
-    from rorqual.engine.load import physical_cores
+    from rorqual.ops.cores import physical_cores
 
     on_cpu = device == "cpu"
     dtype = dtype or ("float32" if on_cpu else "bfloat16")
@@ -148,7 +148,7 @@ def serve(
     """
     from rorqual.cli import benchmarks as b
     from rorqual.cli import serving
-    from rorqual.engine.load import physical_cores
+    from rorqual.ops.cores import physical_cores
 
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
     weights, traffic = b.Weights(model), serving.Traffic(requests)

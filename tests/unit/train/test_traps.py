@@ -16,6 +16,7 @@ import torch
 from rorqual.checkpoint import load_model, save_model
 from rorqual.config import ModelConfig
 from rorqual.data.packing import Rows
+from rorqual.errors import ConfigError
 from rorqual.model.moe import Gate
 from rorqual.model.transformer import Transformer
 from rorqual.ops import balance
@@ -67,6 +68,16 @@ def test_a_frozen_gate_keeps_its_bias() -> None:
     t.step(0, lambda start, count: rows())
     moved = {n for n, v in t.model.state_dict().items() if not torch.equal(v, before[n])}
     assert moved == {n for n in before if not n.startswith("layers.")}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_pattern_that_freezes_nothing_is_named_and_a_tied_head_is_the_embedding(tied: bool) -> None:
+    cfg = TEST.replace(tie_word_embeddings=tied)
+    with pytest.raises(ConfigError, match=r"freeze: 'model\.layers\.\*' is the name of no parameter"):
+        trainer(cfg, freeze=("norm.*", "model.layers.*"))
+    model = trainer(cfg, freeze=("lm_head.*",)).model
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {"embed_tokens.weight" if tied else "lm_head.weight"}
 
 
 def test_alpha_does_not_come_from_a_model_config_that_lacks_it() -> None:
