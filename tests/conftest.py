@@ -7,6 +7,15 @@ from pathlib import Path
 
 import pytest
 
+try:
+    from hypothesis import HealthCheck, settings
+except ImportError:  # the tests of a GPU do without
+    pass
+else:
+    # How long an example takes, or drawing it, says how busy the machine is, and nothing of what is tested.
+    settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+    settings.load_profile("untimed")
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the subprocesses that tests start
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU, line by line

@@ -98,7 +98,7 @@ def _generate(
     import torch
 
     from rorqual.cli import benchmarks as b
-    from rorqual.engine.load import physical_cores
+    from rorqual.ops.cores import physical_cores
 
     on_cpu = device == "cpu"
     dtype = dtype or ("float32" if on_cpu else "bfloat16")
@@ -154,7 +154,7 @@ def serve(
     """
     from rorqual.cli import benchmarks as b
     from rorqual.cli import serving
-    from rorqual.engine.load import physical_cores
+    from rorqual.ops.cores import physical_cores
 
     dtype, on_gpu = dtype or ("float32" if device == "cpu" else "bfloat16"), device.startswith("cuda")
     weights, traffic = b.Weights(model, device), serving.Traffic(requests)

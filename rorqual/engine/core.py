@@ -11,9 +11,7 @@ and its distribution is the model's. The latents of drafts that fell are overwri
 Grammars: the runner asks for masks when it needs them. Where it waits for a device, they are computed meanwhile in a
 thread; on a CPU at once, because waking a thread takes longer than most masks do, and takes it from the forward.
 
-Disk: before a step is planned, pages that the next prompts lack in memory are looked up on disk and published, so that
-the scheduler finds them like any others; after it, newly published pages are offered to the disk's own thread. What
-one step reads is bounded by the token budget; a prompt that has more to read stays at the head of the queue.
+Disk: before a step is planned, pages are read from it, and after it offered to it (`engine.tier`).
 
 Every request that `add` accepted ends with exactly one output that has a finish reason, whatever happens:
  - a token that stops it, its grammar's end, its length, or `abort`;
@@ -39,10 +37,10 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from rorqual.engine.api import EngineInfo, FinishReason, Grammar, Output, Request, TokenLogprob, check_request
 from rorqual.engine.disk import DiskCache
-from rorqual.engine.pages import Published
 from rorqual.engine.scheduler import Job, Scheduler, Slice
 from rorqual.engine.speculation import Controller
 from rorqual.engine.stats import EngineStats, Phase, StepStats, Tally
+from rorqual.engine.tier import DiskTier
 from rorqual.errors import CapacityError, ConfigError, RequestError, RorqualError
 
 log = logging.getLogger(__name__)
@@ -153,7 +151,8 @@ class EngineCore:
     ) -> None:
         assert info.max_model_len <= scheduler.max_model_len, "the cache must hold one request of full length"
         self.runner, self.scheduler, self.info = runner, scheduler, info
-        self.grammar_compiler, self.disk, self.clock = grammar_compiler, disk, clock
+        self.grammar_compiler, self.clock = grammar_compiler, clock
+        self._tier = DiskTier(disk, runner, scheduler, self._restored)
         if speculation != "auto" and speculation > runner.draft_depth:
             most = f"at most {runner.draft_depth}" if runner.draft_depth else "no"
             raise ConfigError(f"this model and its backend can draft {most} tokens", remedy="leave speculation out")
@@ -188,6 +187,11 @@ class EngineCore:
             pages_published=pool.published,
         )
 
+    @property
+    def disk(self) -> DiskCache | None:
+        """None where there is none, and after it has failed."""
+        return self._tier.disk
+
     def add(self, request: Request) -> None:
         """Raises RequestError (PromptTooLong, CapacityError) when the request cannot run; nothing is kept then."""
         check_request(request, self.info)
@@ -207,13 +211,12 @@ class EngineCore:
         """End the threads; pages on their way to the disk still get there. Nothing may be called afterwards."""
         if self._worker:
             self._worker.shutdown()
-        if self.disk:
-            self.disk.close()
+        self._tier.close()
 
     def step(self) -> list[Output]:
         """Compute one batch. Returns what is new, at most one output per request."""
         news, self._news = self._news, []
-        self._load()
+        self._tier.load()
         plan = self.scheduler.schedule()
         if not plan:
             assert self.scheduler.idle or self.scheduler.waiting[0].loading, "jobs are waiting and none can run"
@@ -254,7 +257,7 @@ class EngineCore:
             news += self._fail([live], str(why))
         step.new_tokens = sum(len(o.token_ids) for o in news)
         fits = self._draft(done, step)
-        self._store(published)
+        self._tier.store(published)
         return news if fits else news + self._shrink([])
 
     def _shrink(self, lives: Sequence[_Live]) -> list[Output]:
@@ -383,80 +386,12 @@ class EngineCore:
         drafts = sum(len(s.drafts) for s in plan)
         return StepStats(len(plan), tokens["prefill"], tokens["decode"], drafts, run_s=end - begin)
 
-    def _load(self) -> None:
-        """Publish what the disk has of the next prompts beyond what is in memory, at most a step's budget of pages."""
-        if self.disk is None:
-            return
-        pool = self.scheduler.pool
-        budget = max(1, self.scheduler.max_batched_tokens // pool.page_size)
-        claimed = len(self.scheduler.running)
-        for job in self.scheduler.next_up:
-            if job.loading is False:
-                continue
-            pages, keys = pool.match(job.tokens, job.request.salt)
-            try:
-                need = pool.pages_for(len(job.tokens)) - len(pages)
-                claimed += need
-                if claimed > pool.available:  # it is not admitted now, and what is loaded would be lost again
-                    return
-                before = len(pages)
-                job.loading = self._load_pages(job, pages, keys, budget)
-                budget -= len(pages) - before
-                if job.loading:
-                    return
-            except Exception:
-                log.exception("a page from disk could not be used")
-                self._leave_disk()
-                return
-            finally:
-                pool.release(pages)
-
-    def _load_pages(self, job: Job, pages: list[int], keys: list[bytes], budget: int) -> bool:
-        """Continue `pages` from disk. Returns whether there may be more than the budget allowed."""
-        assert self.disk
-        pool, size = self.scheduler.pool, self.scheduler.pool.page_size
-        parent = keys[-1] if keys else pool.root(job.request.salt)
-        for start in range(len(pages) * size, len(job.tokens) - size, size):
-            if budget == 0:
-                return True
-            tokens = job.tokens[start : start + size]
-            entry = Published.of(parent, tokens)
-            data = self.disk.get(entry)
-            taken = pool.take(1) if data is not None else None
-            if data is None or taken is None:
-                return False
-            pages += taken
-            try:
-                self.runner.write_page(taken[0], data)
-            except Exception:
-                self.runner.wipe(taken)
-                raise
-            parent = pool.publish(taken[0], parent, tokens)
-            budget -= 1
-            self._stats.disk_hit_tokens += size
-            if job.cached_tokens is None:
-                self._live[job.request.id].tally.disk_tokens += size
-        return False
-
-    def _store(self, pages: Sequence[int]) -> None:
-        """Offer newly published pages to the disk. Nothing has taken them since: only `schedule` takes pages."""
-        for page in pages:
-            entry = self.scheduler.pool.entry(page)
-            if self.disk and entry:
-                try:
-                    if self.disk.wants(entry.key):
-                        self.disk.put(entry, self.runner.read_page(page))
-                except Exception:
-                    log.exception("a page could not be read for the disk")
-                    self._leave_disk()
-
-    def _leave_disk(self) -> None:
-        assert self.disk
-        log.error("the engine goes on without its cache on disk")
-        self.disk.close()
-        self.disk = None
-        for job in self.scheduler.waiting:
-            job.loading = False
+    def _restored(self, job: Job) -> None:
+        """A page of the job's prompt was read from disk."""
+        size = self.scheduler.pool.page_size
+        self._stats.disk_hit_tokens += size
+        if job.cached_tokens is None:
+            self._live[job.request.id].tally.disk_tokens += size
 
     def _matcher(self, grammar: Grammar | None) -> Matcher | None:
         if grammar is None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable
 from hashlib import blake2b
@@ -29,6 +28,7 @@ from rorqual.engine.settings import Auto, EngineSettings
 from rorqual.errors import BackendUnavailable, CheckpointError, ConfigError
 from rorqual.model.quantised import expand_absorbed
 from rorqual.model.transformer import Transformer
+from rorqual.ops.cores import physical_cores
 
 if TYPE_CHECKING:
     from rorqual.ops.native.pack import Kind
@@ -340,16 +340,3 @@ def set_threads(threads: int | Auto, step: Callable[[], object], apply: Callable
     apply(best)
     told = ", ".join(f"{count}: {1000 * seconds:.1f} ms" for count, seconds in times.items())
     log.info("%d threads, by the time of a decoding step (%s)", best, told)
-
-
-def physical_cores() -> int:
-    """Cores this process may run on, siblings of one core counted once: a second hardware thread adds no arithmetic."""
-    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    siblings = set()
-    for cpu in allowed:
-        file = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        try:
-            siblings.add(file.read_text(encoding="ascii").strip())
-        except OSError:
-            siblings.add(str(cpu))
-    return max(1, len(siblings))

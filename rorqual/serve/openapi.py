@@ -16,6 +16,8 @@ from pydantic import BaseModel
 
 from rorqual.serve import answer_schemas as told
 
+DONE = "[DONE]"
+"""What OpenAI's streams end with instead of an event."""
 STREAMED = "Server-sent events where `stream` is true; "
 ERRORS = {
     "4XX": "What is wrong with the request, its key, or its limits",
@@ -27,7 +29,13 @@ def answers(model: type[BaseModel], events: type[BaseModel] | None = None, last:
     """For a route's `responses`: its whole answer, and the data of its events."""
     content: dict[str, Any] = {}
     if events is not None:
-        data = {"type": "string", "contentMediaType": "application/json", "contentSchema": _reference(events)}
+        data: dict[str, Any] = {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": _reference(events),
+        }
+        if DONE in last:
+            data = {"anyOf": [{"const": DONE}, data]}
         content["text/event-stream"] = {"itemSchema": {"type": "object", "properties": {"data": data}}}
     found: dict[str, Any] = {
         "model": model,

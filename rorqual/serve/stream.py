@@ -70,7 +70,9 @@ class Attended:
     ) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._reader.cancel()
+        # A second one would interrupt what the first makes it do: a connection to an upstream would never be closed.
+        if not self._reader.cancelling():
+            self._reader.cancel()
         self._watcher.cancel()
         await asyncio.gather(self._reader, self._watcher, return_exceptions=True)
         await self._events.aclose()  # a reader cancelled before its first step never entered the generator

@@ -166,7 +166,7 @@ class RunConfig:
     layers ("block"); the SwiGLU of experts is computed again in any case.
     checkpoint_every: steps; 0 for an experiment whose curves alone are wanted: no checkpoint and no model is written, also
     not where it is stopped.
-    freeze: patterns of parameters that stay as they are ("layers.*", "embed_tokens.*").
+    freeze: patterns of parameters that stay as they are ("layers.*", "embed_tokens.*"); one that names none is an error.
     report: write report.html when the run ends or stops; dashboard: also log to trackio's local page."""
 
     out: str

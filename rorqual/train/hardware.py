@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import time
 
 import torch
 
+from rorqual.ops.cores import physical_cores
+
 # Dense bf16 tensor-core rates of the vendors' datasheets, FLOP/s.
 PEAK_BF16 = {"H200": 989.4e12, "H100 PCIe": 756e12, "H100": 989.4e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
-
-
-def physical_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def peak_flops(device: torch.device) -> tuple[float, str]:

@@ -6,7 +6,7 @@ function of the step, so a killed run goes on where its last checkpoint stands, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatch
 from typing import NamedTuple
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rorqual.data.packing import Rows
-from rorqual.errors import TrainingError
+from rorqual.errors import ConfigError, TrainingError
 from rorqual.model.batch import Batch
 from rorqual.model.moe import Gate
 from rorqual.model.transformer import Transformer
@@ -58,9 +58,7 @@ class Trainer:
         self.cfg, self.model = cfg, model
         self.timeline = Timeline(cfg)
         self.gates = [m for m in model.modules() if isinstance(m, Gate)]
-        for name, parameter in model.named_parameters():
-            if any(fnmatch(name, pattern) for pattern in cfg.freeze):
-                parameter.requires_grad_(False)
+        freeze(model, cfg.freeze)
         narrow = cfg.dtype == "bfloat16" and cfg.precision != "fp8"
         self.copies = WorkingCopies(model, torch.bfloat16) if narrow else None
         self.optimizer = Optimizer(cfg.optim, model, self.copies)
@@ -227,6 +225,21 @@ class Trainer:
         within = bool(self.cfg.data.mask_documents)
         counts = [rows.weights(1 + k, T, within or k > 0).sum() for k in range(1 + depth)]
         return torch.stack(counts).clamp(min=1.0)
+
+
+def freeze(model: Transformer, patterns: Sequence[str]) -> None:
+    """No gradients for the parameters that these patterns name; a tied head's is the embedding's. Raises ConfigError for a
+    pattern that names none."""
+    named = {**dict(model.named_parameters()), "lm_head.weight": model.head_weight}
+    for pattern in patterns:
+        meant = [parameter for name, parameter in named.items() if fnmatch(name, pattern)]
+        if not meant:
+            raise ConfigError(
+                f"freeze: {pattern!r} is the name of no parameter",
+                remedy="names are as in the checkpoint, without `model.`: layers.*, *.self_attn.*, norm.weight",
+            )
+        for parameter in meant:
+            parameter.requires_grad_(False)
 
 
 def evaluate_rows(model: Transformer, rows: Targets, mask_documents: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@ import contextlib
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 
 from fastapi import FastAPI
@@ -46,7 +46,8 @@ def some_text(rng: random.Random, words: int = 12) -> str:
     return " ".join(rng.choice(WORDS) for _ in range(words)) + "."
 
 
-def eventually(condition: Callable[[], object], within_s: float = 5.0) -> bool:
+def eventually(condition: Callable[[], object], within_s: float = 30.0) -> bool:
+    """A deadline for what does not come at all: a busy machine may take seconds over what an idle one does at once."""
     end = time.monotonic() + within_s
     while not condition():
         if time.monotonic() > end:
@@ -67,6 +68,16 @@ class Gate:
     async def wait(self) -> None:
         while not self.opened.is_set():
             await asyncio.sleep(0.005)
+
+    def after(self, outputs: int) -> Callable[[], Awaitable[None]]:
+        """For a script that says so much first and is held back then."""
+        free = iter(range(outputs))
+
+        async def wait() -> None:
+            if next(free, None) is None:
+                await self.wait()
+
+        return wait
 
 
 @dataclass
@@ -126,10 +137,10 @@ def serving(app: FastAPI, *, grace_s: int = 1) -> Iterator[Server]:
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:
-        assert ready.wait(10)
+        assert ready.wait(60)
         yield server
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(60)
         listener.close()
         assert not thread.is_alive(), "the server did not shut down"

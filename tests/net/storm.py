@@ -157,6 +157,16 @@ def gauges(url: str) -> dict[str, float]:
     return {name: total(name) for name in (*names, "rorqual:engine_restarts_total")}
 
 
+def log_of(server: Serving) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in list(server.lines) if line.startswith("{")]
+
+
+def endings(server: Serving) -> Counter[str]:
+    """How often the server's log says of each request that it ended."""
+    told = [line["request_id"] for line in log_of(server) if "status" in line]
+    return Counter(name for name in told if name.startswith("storm-"))
+
+
 def storm(
     server: Serving,
     *,
@@ -173,11 +183,10 @@ def storm(
     calm = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
     if not eventually(lambda: not any(gauges(server.url)[name] for name in calm), 60):
         books.faults.append(f"after the storm there are still {gauges(server.url)}")
-    found = gauges(server.url)
-    logged = [json.loads(line) for line in server.lines if line.startswith("{")]
-    ended = Counter(
-        line["request_id"] for line in logged if "status" in line and line["request_id"].startswith("storm-")
-    )
+    # The last engine may still be starting, and the last lines of the log on their way.
+    eventually(lambda: not kills or gauges(server.url)["rorqual:engine_restarts_total"], 60)
+    eventually(lambda: not books.answered - endings(server).keys())
+    found, logged, ended = gauges(server.url), log_of(server), endings(server)
     books.faults += [f"{name} ended {n} times" for name, n in ended.items() if n != 1]
     books.faults += [f"{name} has no line in the log" for name in sorted(books.answered - ended.keys())]
     books.faults += [f"traceback: {line['message']}" for line in logged if "Traceback" in json.dumps(line)]

@@ -167,7 +167,11 @@ def test_answers_and_events_fit(server: Harness, document: Json, path: str, fiel
     more = {"stream": True} | ({"stream_options": {"include_usage": True}} if "completions" in path else {})
     stream = httpx.post(server.url + path, json={**body, **more})
     assert stream.headers["content-type"].startswith("text/event-stream")
-    event = content["text/event-stream"]["itemSchema"]["properties"]["data"]["contentSchema"] | components
+    form = content["text/event-stream"]["itemSchema"]["properties"]["data"]
+    assert ("anyOf" in form) == ("completions" in path)
+    done, form = form.get("anyOf", (None, form))
+    assert done in (None, {"const": "[DONE]"})
+    event = form["contentSchema"] | components
     data = [line[6:] for line in stream.text.splitlines() if line.startswith("data: ")]
     assert (data[-1] == "[DONE]") == ("completions" in path)
     for text in data:

@@ -217,7 +217,7 @@ def test_signals_stop_the_server_and_its_engine(tokenizer: Tokenizer, tmp_path: 
     with httpx.Client() as idle:  # an idle connection that is kept open must not hold the server up
         assert idle.get(f"{url}/ready").status_code == 200
         process.send_signal(stop)
-        out, err = process.communicate(timeout=10)
+        out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (status, "engine stopped\n", "")
 
 

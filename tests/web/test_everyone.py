@@ -91,7 +91,7 @@ def test_answer_and_code_are_copied(page: Page) -> None:
 
 
 def test_scrolling_follows_until_the_person_scrolls_up(page: Page, world: World) -> None:
-    world.pace_s = 0.004
+    world.pause_at = 300
     answer = ask(page, "long", None)
     page.get_by_text("Paragraph 15").wait_for()
     distance = "el => el.scrollHeight - el.clientHeight - el.scrollTop"
@@ -102,7 +102,11 @@ def test_scrolling_follows_until_the_person_scrolls_up(page: Page, world: World)
     thread.hover()
     page.mouse.wheel(0, -300)
     expect(page.get_by_test_id("jump")).to_be_visible()
+    # The page moves on for a while after the wheel.
+    page.wait_for_function("() => new Promise(done => { const el = document.querySelector('.scroll');"
+                           "const top = el.scrollTop; setTimeout(() => done(el.scrollTop === top), 200) })")  # fmt: skip
     top = thread.evaluate("el => el.scrollTop")
+    world.gate.set()
     page.get_by_text("Paragraph 22").wait_for(state="attached")
     assert thread.evaluate("el => el.scrollTop") == top, "the page moved under the reader"
     page.get_by_test_id("jump").click()

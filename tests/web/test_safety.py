@@ -78,6 +78,13 @@ def seriously_wrong(page: Page, rule: str | None = None) -> list[str]:
     ]
 
 
+def settled(page: Page, shown: str) -> None:
+    """Waits for what has been opened, and for the end of its transition: half-faded text has no contrast."""
+    expect(page.get_by_test_id(shown).first).to_be_visible()
+    ends = "document.getAnimations().filter(a => a.effect.getComputedTiming().endTime < Infinity).map(a => a.finished)"
+    page.evaluate(f"Promise.allSettled({ends})")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_serious(page: Page, scheme: str) -> None:
     page.emulate_media(color_scheme=scheme, reduced_motion="reduce")  # type: ignore[arg-type]
@@ -93,20 +100,20 @@ def test_axe_finds_nothing_serious(page: Page, scheme: str) -> None:
     page.get_by_test_id("citation").first.click()
     wrong += seriously_wrong(page, rule)
     page.get_by_test_id("panel-close").click()
-    for opener, closes in (
-        ("parameters-button", True),
-        ("cost-price", True),
-        ("settings-button", True),
-        ("model", True),
+    for opener, shown in (
+        ("parameters-button", "parameters"),
+        ("cost-price", "price"),
+        ("settings-button", "theme-light"),
+        ("model", "model-choice"),
     ):
         page.get_by_test_id(opener).click()
-        page.wait_for_timeout(250)  # the transition: half-faded text has no contrast
+        settled(page, shown)
         wrong += seriously_wrong(page, rule)
-        if closes:
-            page.keyboard.press("Escape")
-    for key in ("Control+k", "Control+/"):
+        page.keyboard.press("Escape")
+        expect(page.get_by_test_id(shown)).to_have_count(0)
+    for key, shown in (("Control+k", "palette"), ("Control+/", "keys")):
         page.keyboard.press(key)
-        page.wait_for_timeout(250)
+        settled(page, shown)
         wrong += seriously_wrong(page, rule)
         page.keyboard.press("Escape")
     assert not wrong, "\n".join(wrong)

@@ -76,7 +76,8 @@ class Answering:
             return
         if self._wish in (None, "answer"):
             self._wish = wish
-        if self._inner is not None:
+        # One that is ending is left to it: a second cancellation would interrupt the closing of its connection.
+        if self._inner is not None and not self._inner.cancelling():
             self._inner.cancel()
 
     async def run(self) -> None:

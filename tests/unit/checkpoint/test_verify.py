@@ -708,9 +708,9 @@ def test_malformed_entries_are_no_crash(worded: Path) -> None:
 
 def test_a_server_that_hangs_is_left(worded: Path) -> None:
     start = time.monotonic()
-    with serving(lambda path, asked: (200, 3.0)) as url:
+    with serving(lambda path, asked: (200, 120.0)) as url:
         assert "did not answer within 0.3 s" in refusal(worded, url, model="fake", timeout_s=0.3)
-        assert time.monotonic() - start < 2.5
+        assert time.monotonic() - start < 60
 
 
 def test_nobody_there_and_no_address(worded: Path) -> None:
@@ -816,9 +816,10 @@ def test_another_models_file_fails(plain: Path, llama_python: Path, tmp_path: Pa
 )
 def test_a_worker_that_fails_is_one_clear_line(plain: Path, tmp_path: Path, line: str, said: str) -> None:
     (tmp_path / "m.gguf").write_text("")
-    python = script(tmp_path / "python", line)
+    python, timeout_s = script(tmp_path / "python", line), 1 if "sleep" in line else 60
+    options = ("--gguf", tmp_path / "m.gguf", "--peer-python", python, "--timeout", timeout_s)
     with pytest.raises(BackendUnavailable, match=said) as caught:
-        run(plain, "--against", "llama.cpp", "--gguf", tmp_path / "m.gguf", "--peer-python", python, "--timeout", 1)
+        run(plain, "--against", "llama.cpp", *options)
     assert "\n" not in str(caught.value)
 
 

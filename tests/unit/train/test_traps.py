@@ -16,6 +16,7 @@ import torch
 from rorqual.checkpoint import load_model, save_model
 from rorqual.config import ModelConfig
 from rorqual.data.packing import Rows
+from rorqual.errors import ConfigError
 from rorqual.model.moe import Gate
 from rorqual.model.transformer import Transformer
 from rorqual.ops import balance
@@ -25,6 +26,7 @@ from rorqual.train.config import BalanceConfig, DataConfig, OptimConfig, RunConf
 from rorqual.train.loss import Targets, losses
 from rorqual.train.trainer import Trainer
 from tests.parity import build
+from tests.unit.ops.ties import untied
 
 TEST = ModelConfig.load("test").replace(num_nextn_predict_layers=1)
 
@@ -66,6 +68,16 @@ def test_a_frozen_gate_keeps_its_bias() -> None:
     t.step(0, lambda start, count: rows())
     moved = {n for n, v in t.model.state_dict().items() if not torch.equal(v, before[n])}
     assert moved == {n for n in before if not n.startswith("layers.")}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_pattern_that_freezes_nothing_is_named_and_a_tied_head_is_the_embedding(tied: bool) -> None:
+    cfg = TEST.replace(tie_word_embeddings=tied)
+    with pytest.raises(ConfigError, match=r"freeze: 'model\.layers\.\*' is the name of no parameter"):
+        trainer(cfg, freeze=("norm.*", "model.layers.*"))
+    model = trainer(cfg, freeze=("lm_head.*",)).model
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {"embed_tokens.weight" if tied else "lm_head.weight"}
 
 
 def test_alpha_does_not_come_from_a_model_config_that_lacks_it() -> None:
@@ -128,7 +140,8 @@ def test_the_bias_survives_a_checkpoint_in_fp32(to: torch.dtype, tmp_path: Path)
 def test_a_common_offset_of_all_biases_changes_nothing(groups: tuple[int, int]) -> None:
     """torchtitan #1506, and released biases near 5: neither a zero mean nor smallness may be assumed. No recentring, so an
     update moves the mean by gamma at most."""
-    logits, bias = torch.randn(200, 16), torch.randn(16) * 0.1
+    bias = torch.randn(16) * 0.1
+    logits = untied(torch.randn(200, 16), bias, groups[0])
     plain, moved, back = (route(logits, bias + c, 4, *groups) for c in (0.0, 8.0, -8.0))
     for other in (moved, back):
         assert torch.equal(plain[1].sort(-1).values, other[1].sort(-1).values)

@@ -9,7 +9,13 @@ export const ChatRow = memo(function ChatRow({ summary, current }: { summary: Su
   const { id, title, match, running } = summary;
   const session = useSession();
   const found = match?.message;
-  if (naming) return <Naming summary={summary} onClose={() => setNaming(false)} />;
+  if (naming) {
+    return (
+      <li data-testid="chat">
+        <Naming id={id} title={title} onClose={() => setNaming(false)} />
+      </li>
+    );
+  }
   return (
     <li data-testid="chat" className={running ? "running" : undefined}>
       <a
@@ -71,35 +77,34 @@ export function ChatActions({ id, pinned, current, onRename }: { id: string; pin
   );
 }
 
-function Naming({ summary, onClose }: { summary: Summary; onClose: () => void }) {
+/** The field that renames a conversation: Enter or leaving it saves, Escape does not. */
+export function Naming({ id, title, className = "", onClose }: { id: string; title: string; className?: string; onClose: () => void }) {
   const t = useT();
   const session = useSession();
-  const [title, setTitle] = useState(summary.title);
+  const [text, setText] = useState(title);
   const save = () => {
     onClose();
-    const name = title.trim();
-    if (name && name !== summary.title) void session.rename(summary.id, name);
+    const name = text.trim();
+    if (name && name !== title) void session.rename(id, name);
   };
   return (
-    <li data-testid="chat">
-      <input
-        className="naming"
-        value={title}
-        autoFocus
-        maxLength={200}
-        aria-label={t("chat.title")}
-        onFocus={(event) => event.target.select()}
-        onChange={(event) => setTitle(event.target.value)}
-        onBlur={save}
-        onKeyDown={(event) => {
-          if (event.key === "Enter" && !event.nativeEvent.isComposing) save();
-          if (event.key !== "Escape") return;
-          event.preventDefault();
-          onClose();
-        }}
-        data-testid="rename-input"
-      />
-    </li>
+    <input
+      className={`naming ${className}`}
+      value={text}
+      autoFocus
+      maxLength={200}
+      aria-label={t("chat.title")}
+      onFocus={(event) => event.target.select()}
+      onChange={(event) => setText(event.target.value)}
+      onBlur={save}
+      onKeyDown={(event) => {
+        if (event.key === "Enter" && !event.nativeEvent.isComposing) save();
+        if (event.key !== "Escape") return;
+        event.preventDefault();
+        onClose();
+      }}
+      data-testid="rename-input"
+    />
   );
 }
 

@@ -3,13 +3,12 @@ import { routeTo, useSelect, useSession, useT } from "../hooks";
 import { short } from "../lib/i18n";
 import { settingsOf } from "../lib/store";
 import { IconButton, Menu, MenuChoice, MenuOf } from "./bits";
-import { ChatActions } from "./ChatRow";
+import { ChatActions, Naming } from "./ChatRow";
 import { Icon } from "./icons";
 import { Parameters } from "./Parameters";
 
 export const TopBar = memo(function TopBar({ chat, onToggleSidebar }: { chat: string | null; onToggleSidebar: () => void }) {
   const t = useT();
-  const session = useSession();
   const info = useSelect((s) => (chat === null ? undefined : s.threads[chat]?.info));
   const [naming, setNaming] = useState(false);
   return (
@@ -17,7 +16,7 @@ export const TopBar = memo(function TopBar({ chat, onToggleSidebar }: { chat: st
       <IconButton icon="panel" className="side-toggle" label={t("side.show")} onClick={onToggleSidebar} testId="menu" />
       <ModelPicker chat={chat} />
       {info && naming ? (
-        <Title title={info.title} onClose={() => setNaming(false)} onSave={(title) => void session.rename(info.id, title)} />
+        <Naming id={info.id} title={info.title} className="title" onClose={() => setNaming(false)} />
       ) : (
         info && (
           <h1 className="title" title={info.title}>
@@ -40,33 +39,6 @@ export const TopBar = memo(function TopBar({ chat, onToggleSidebar }: { chat: st
     </header>
   );
 });
-
-function Title({ title, onClose, onSave }: { title: string; onClose: () => void; onSave: (title: string) => void }) {
-  const t = useT();
-  const [text, setText] = useState(title);
-  const save = () => {
-    onClose();
-    if (text.trim() && text.trim() !== title) onSave(text.trim());
-  };
-  return (
-    <input
-      className="naming title"
-      value={text}
-      autoFocus
-      maxLength={200}
-      aria-label={t("chat.title")}
-      onFocus={(event) => event.target.select()}
-      onChange={(event) => setText(event.target.value)}
-      onBlur={save}
-      onKeyDown={(event) => {
-        if (event.key === "Enter" && !event.nativeEvent.isComposing) save();
-        if (event.key !== "Escape") return;
-        event.preventDefault();
-        onClose();
-      }}
-    />
-  );
-}
 
 /** A choice where there is one; otherwise the name. */
 function ModelPicker({ chat }: { chat: string | null }) {
