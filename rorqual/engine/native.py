@@ -85,7 +85,8 @@ class StepTokens:
 def draw(lib: ctypes.CDLL, engine: int | None, logits_NV: Tensor, wishes: Sequence[Wish]) -> list[int]:
     """`sampler.Kernel` on the threads of an engine (`rq_open`)."""
     N, V = logits_NV.shape
-    assert logits_NV.dtype == torch.float32 and logits_NV.stride(1) == 1 and len(wishes) == N
+    assert engine and logits_NV.dtype == torch.float32 and logits_NV.stride(1) == 1 and len(wishes) == N
+    assert all(m is None or (m.dtype == np.uint32 and 32 * m.size >= V and m.flags.c_contiguous) for m, _, _ in wishes)
     told = b"".join(
         _WISH.pack(
             0 if mask is None else mask.__array_interface__["data"][0],

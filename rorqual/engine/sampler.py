@@ -135,11 +135,14 @@ def sample(logits_BV: Tensor, rows: Sequence[Row], kernel: Kernel | None = None)
 def _sample_by(kernel: Kernel, raw_BV: Tensor, rows: Sequence[Row]) -> list[Draw]:
     adjusted = [i for i, row in enumerate(rows) if _adjusts(row)]
     ready_BV = raw_BV
+    faults: list[str | None] = [None] * len(rows)
     if adjusted:
+        for i, value in zip(adjusted, _best_tokens(_pick(raw_BV, adjusted))[0], strict=True):
+            if not math.isfinite(value):  # which an adjustment might hide
+                faults[i] = NO_NUMBERS
         ready_BV = raw_BV.clone()
         _adjust(ready_BV, [row._replace(mask=None) for row in rows], adjusted)
     tokens = kernel(ready_BV, [Wish(r.mask, r.params, uniform(r.seed, len(r.tokens))) for r in rows])
-    faults: list[str | None] = [None] * len(rows)
     for i, token in enumerate(tokens):
         if token < 0:
             sound = math.isfinite(_best_tokens(raw_BV[i : i + 1])[0][0])

@@ -38,7 +38,7 @@ CONTEXT_CHUNK = 4096
 
 def _keep_attention(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Fused attention is kept, everything before it computed again from the layer's input."""
-    attention = "scaled_dot_product" in str(op)
+    attention = "scaled_dot_product" in str(op) or "rorqual.attend" in str(op)
     return CheckpointPolicy.MUST_SAVE if attention else CheckpointPolicy.PREFER_RECOMPUTE
 
 

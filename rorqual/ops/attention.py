@@ -45,7 +45,7 @@ def attend_sdpa(q_BHTX: Tensor, k_BHSX: Tensor, v_BHSU: Tensor, scale: float, vi
     """PyTorch's fused attention; it chooses cuDNN, flash, memory-efficient or plain by shape and device. Trained on a CPU
     it is `native` where that can be; else values are padded to the keys' width: torch's flash attention takes no other
     there, and skips what is not causal."""
-    if q_BHTX.device.type == "cpu" and torch.is_grad_enabled() and native.attends(q_BHTX, k_BHSX, v_BHSU):
+    if q_BHTX.device.type == "cpu" and torch.is_grad_enabled() and native.attends(q_BHTX, k_BHSX, v_BHSU, scale):
         return attend_native(q_BHTX, k_BHSX, v_BHSU, scale, visible_BTS)
     mask = None if visible_BTS is None else visible_BTS[:, None]
     X, U = q_BHTX.shape[-1], v_BHSU.shape[-1]
@@ -60,7 +60,7 @@ def attend_sdpa(q_BHTX: Tensor, k_BHSX: Tensor, v_BHSU: Tensor, scale: float, vi
 @attend_backends.register("native", native.native_missing)
 def attend_native(q_BHTX: Tensor, k_BHSX: Tensor, v_BHSU: Tensor, scale: float, visible_BTS: Tensor | None) -> Tensor:
     """The CPU kernels', with gradients. Raises BackendUnavailable for what they do not take (`native.attends`)."""
-    if not native.attends(q_BHTX, k_BHSX, v_BHSU):
+    if not native.attends(q_BHTX, k_BHSX, v_BHSU, scale):
         raise BackendUnavailable(
             "attention backend 'native' takes fp32 on a CPU, as many keys as queries, heads of a multiple of 16 numbers",
             remedy="use 'sdpa', which chooses by itself",

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from rorqual.ops.native import training as native
 from rorqual.ops.training import product32
@@ -71,6 +72,7 @@ class _Chunked(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         dh, dhead = ctx.saved_tensors
         scale = grads[0]
@@ -88,7 +90,7 @@ def cross_entropy_chunked(h_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weig
     return _Chunked.apply(h_ND, head_VD, targets_N, weights_N)  # type: ignore[no-untyped-call]
 
 
-class _Fused(torch.autograd.Function):
+class _Fused(_Chunked):
     @staticmethod
     def forward(ctx: Any, h_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
         from rorqual.ops.triton.cross_entropy import loss_and_slope_
@@ -112,10 +114,8 @@ class _Fused(torch.autograd.Function):
         ctx.head_dtype = head_VD.dtype
         return torch.stack(losses).sum() if losses else h_ND.new_zeros((), dtype=torch.float32)
 
-    backward = _Chunked.backward
 
-
-class _Native(torch.autograd.Function):
+class _Native(_Chunked):
     @staticmethod
     def forward(ctx: Any, h_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
         V = head_VD.shape[0]
@@ -134,8 +134,6 @@ class _Native(torch.autograd.Function):
         ctx.save_for_backward(dh, dhead)
         ctx.head_dtype = head_VD.dtype
         return losses.sum()
-
-    backward = _Chunked.backward
 
 
 @cross_entropy_backends.register("native", native.native_missing)

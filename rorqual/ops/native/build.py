@@ -86,7 +86,7 @@ class Attention(ctypes.Structure):
 
 
 class Update(ctypes.Structure):
-    NUMBERS = ("factor", "rate", "keep", "beta1", "beta2", "eps", "correction")
+    NUMBERS = ("factor", "rate", "keep", "take1", "beta2", "take2", "eps", "correction")
     _fields_ = [
         *((name, pointer) for name in ("weight", "grad", "m", "v", "copy")), ("narrow", c_int),
         *((name, ctypes.c_float) for name in NUMBERS),

@@ -85,8 +85,10 @@ inline vf e4m3(const uint8_t *p) {  // exact: exponent and mantissa shifted into
   return (vf)((vi)magnitude | (bits & 0x80) << 24);
 }
 
-// exp(x) to about one unit in the last place, for x <= 88; below -87 it is 0.
+// exp(x) to about one unit in the last place, for x <= 88; below -87 it is 0. What is not a number stays so.
 inline vf exp_(vf x) {
+  vi wrong = x != x;
+  vf given = x;
   vf low = splat(-87.0f);
   vi tiny = x < low;
   x = (vf)(((vi)x & ~tiny) | ((vi)low & tiny));
@@ -104,7 +106,7 @@ inline vf exp_(vf x) {
   p = fma(p, f, splat(1.6666665459e-1f));
   p = fma(p, f, splat(5.0000001201e-1f));
   p = fma(p, f * f, f + splat(1.0f));
-  return (vf)(((vi)p + exponent) & ~tiny);
+  return (vf)((((vi)p + exponent) & ~tiny & ~wrong) | ((vi)given & wrong));
 }
 
 inline vf silu(vf x) {

@@ -341,15 +341,16 @@ struct Update {
   void *m, *v;
   uint16_t *copy;  // bf16, or null
   int32_t narrow;  // whether the moments are bf16
-  float factor, rate, keep, beta1, beta2, eps, correction;  // rate: lr / (1 - beta1^t); keep: 1 - lr * decay; correction: 1 - beta2^t
+  float factor, rate, keep, take1, beta2, take2, eps, correction;
+  // rate: lr / (1 - beta1^t); keep: 1 - lr * decay; take: 1 - beta, which in fp32 would lose digits; correction: 1 - beta2^t
 };
 }
 
 void update(const Update &u, int64_t i) {
   Numbers m{u.m, u.narrow != 0}, v{u.v, u.narrow != 0};
   vf g = load(u.grad + i) * u.factor, m1 = m.get(i), w = load(u.weight + i) * u.keep;
-  m1 = m1 + (g - m1) * (1.0f - u.beta1);
-  vf v1 = v.get(i) * u.beta2 + g * g * (1.0f - u.beta2);
+  m1 = m1 + (g - m1) * u.take1;
+  vf v1 = v.get(i) * u.beta2 + g * g * u.take2;
   w = w - m1 / (sqrt_(v1 / u.correction) + u.eps) * u.rate;
   store(u.weight + i, w), m.put(i, m1), v.put(i, v1);
   if (u.copy) store_bf16(u.copy + i, w);

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from rorqual.errors import BackendUnavailable
 from rorqual.ops.native import build
@@ -34,10 +36,28 @@ def pool() -> int:
     return _pool(torch.get_num_threads())
 
 
+if hasattr(os, "register_at_fork"):  # a forked child has the pool's memory and none of its threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
 def takes(*tensors: Tensor) -> bool:
-    """Whether these are what the kernels work on: fp32 on a CPU, outside of a compiler's tracing."""
-    ours = all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
+    """Whether these are what the kernels work on: fp32 in memory of a CPU, outside of a compiler's tracing."""
+    ours = all(
+        t.device.type == "cpu" and t.dtype == torch.float32 and type(t) in (Tensor, nn.Parameter) for t in tensors
+    )
     return ours and not torch.compiler.is_compiling() and native_missing() is None
+
+
+@torch.library.custom_op("rorqual::attend", mutates_args=())
+def attend_op(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The output [B, H, T, U] and the log-sum-exp of scores [B, H, T]. An operation that dispatches, so that selective
+    recomputation can keep what it returns."""
+    B, H, T, _ = q.shape
+    out = q.new_empty(B, T, H, v.shape[-1]).transpose(1, 2)
+    lse = q.new_empty(B, H, T)
+    told = _told(scale, visible, lse, q=q, k=k, v=v, out=out)
+    build.library().rq_attend(pool(), told, 0)
+    return out, lse
 
 
 class Attend(torch.autograd.Function):
@@ -49,30 +69,30 @@ class Attend(torch.autograd.Function):
         ctx: Any, q_BHTX: Tensor, k_BHTX: Tensor, v_BHTU: Tensor, scale: float, visible_BTT: Tensor | None
     ) -> Tensor:
         q, k, v = (_rows(t) for t in (q_BHTX, k_BHTX, v_BHTU))
-        B, H, T, _ = q.shape
-        out = q.new_empty(B, T, H, v.shape[-1]).transpose(1, 2)
-        lse = q.new_empty(B, H, T)
+        B, _, T, _ = q.shape
         if visible_BTT is not None:
-            visible_BTT = visible_BTT.expand(B, T, T).contiguous()
-        told = _told(scale, visible_BTT, lse, q=q, k=k, v=v, out=out)
-        build.library().rq_attend(pool(), told, 0)
+            visible_BTT = visible_BTT.bool().expand(B, T, T).contiguous()
+        out, lse = attend_op(q, k, v, scale, visible_BTT)
         ctx.save_for_backward(q, k, v, out, lse, visible_BTT)
         ctx.scale = scale
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, visible = ctx.saved_tensors
         dq, dk, dv = (t.new_empty(t.transpose(1, 2).shape).transpose(1, 2) for t in (q, k, v))
-        told = _told(ctx.scale, visible, lse, q=q, k=k, v=v, out=out, dout=_rows(grads[0]), dq=dq, dk=dk, dv=dv)
+        dout = _rows(grads[0])
+        told = _told(ctx.scale, visible, lse, q=q, k=k, v=v, out=out, dout=dout, dq=dq, dk=dk, dv=dv)
         build.library().rq_attend(pool(), told, 1)
         return dq, dk, dv, None, None
 
 
-def attends(q_BHTX: Tensor, k_BHSX: Tensor, v_BHSU: Tensor) -> bool:
+def attends(q_BHTX: Tensor, k_BHSX: Tensor, v_BHSU: Tensor, scale: float) -> bool:
     """Whether `Attend` can compute this."""
-    fits = q_BHTX.shape[-1] % build.PANEL == 0 == v_BHSU.shape[-1] % build.PANEL and q_BHTX.shape[2] == k_BHSX.shape[2]
-    return fits and takes(q_BHTX, k_BHSX, v_BHSU)
+    fits = q_BHTX.shape == k_BHSX.shape and k_BHSX.shape[:3] == v_BHSU.shape[:3] and scale > 0
+    panels = q_BHTX.shape[-1] % build.PANEL == 0 == v_BHSU.shape[-1] % build.PANEL
+    return fits and panels and takes(q_BHTX, k_BHSX, v_BHSU)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -80,20 +100,24 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _told(scale: float, visible: Tensor | None, lse: Tensor, **heads: Tensor) -> build.Attention:
-    """Keeps nothing alive: for use at once."""
+    """What a call is told; keeps the tensors alive."""
     told = build.Attention(lse=lse.data_ptr(), visible=None if visible is None else visible.data_ptr(), scale=scale)
     for name, x in heads.items():
         setattr(told, name, build.Heads(x.data_ptr(), *x.stride()[:3]))
     told.B, told.H, told.T, told.X = heads["q"].shape
     told.U = heads["v"].shape[-1]
+    told.kept = visible, lse, heads
     return told
 
 
 def loss_and_slope_(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
-    """Losses [N], fp32: weight * -log softmax(logits)[target]; the logits become the losses' gradient by themselves."""
+    """Losses [N], fp32: weight * -log softmax(logits)[target]; the logits become the losses' gradient by themselves. Raises
+    IndexError for a target outside the vocabulary."""
     N, V = logits_NV.shape
-    assert logits_NV.stride(1) == 1 and targets_N.dtype == torch.int64 and weights_N.dtype == torch.float32
-    targets_N, weights_N = targets_N.contiguous(), weights_N.contiguous()
+    assert logits_NV.stride(1) == 1 and targets_N.shape == weights_N.shape == (N,)
+    targets_N, weights_N = targets_N.long().contiguous(), weights_N.float().contiguous()
+    if N and not 0 <= int(targets_N.min()) <= int(targets_N.max()) < V:
+        raise IndexError(f"a target is not in the vocabulary of {V}")
     losses = logits_NV.new_empty(N)
     build.library().rq_loss(
         pool(), logits_NV.data_ptr(), logits_NV.stride(0), V, N, targets_N.data_ptr(), weights_N.data_ptr(),
@@ -112,7 +136,7 @@ def adamw_(
         weight=weight.data_ptr(), grad=grad.data_ptr(), m=m.data_ptr(), v=v.data_ptr(),
         copy=None if copy is None else copy.data_ptr(), narrow=m.dtype == torch.bfloat16,
         factor=1.0 if factor is None else factor.item(), rate=lr / (1 - beta1**step), keep=1 - lr * decay,
-        beta1=beta1, beta2=beta2, eps=eps, correction=1 - beta2**step,
+        take1=1 - beta1, beta2=beta2, take2=1 - beta2, eps=eps, correction=1 - beta2**step,
     )  # fmt: skip
     build.library().rq_adamw(pool(), ctypes.byref(told), weight.numel())
 
@@ -130,6 +154,7 @@ class _Swiglu(torch.autograd.Function):
         return h
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         d, F = grads[0].clone(memory_format=torch.contiguous_format), gate.shape[-1]
@@ -142,7 +167,8 @@ class _Swiglu(torch.autograd.Function):
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, for what `takes` says."""
+    """silu(gate) * up of equal shapes, for what `takes` says."""
+    assert gate.shape == up.shape
     return _Swiglu.apply(gate, up)  # type: ignore[no-untyped-call]
 
 
@@ -159,6 +185,7 @@ class _Norm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scales = ctx.saved_tensors
         dy, D, N = grads[0].contiguous(), x.shape[-1], len(scales)
@@ -176,6 +203,7 @@ _SOME_ROWS = 64
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`ops.rms_norm.reference`, for what `takes` says."""
+    assert weight.shape == x.shape[-1:]
     return _Norm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
 
 
@@ -206,6 +234,7 @@ class _Experts(torch.autograd.Function):
         return _gathered(y_MD, place_NK, gates_NK)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_MD, gate_up, down, gates_NK, gu_M2F, order_M, row_M, place_NK = ctx.saved_tensors
         F = down.shape[2]

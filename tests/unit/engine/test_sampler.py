@@ -249,6 +249,17 @@ def test_the_kernel_draws_what_torch_draws(vocab: int) -> None:
     assert [d.fault for d in ours] == [d.fault for d in theirs]
 
 
+def test_what_is_forbidden_hides_no_fault() -> None:
+    """A logit that is no number is one, also where its token may not be drawn."""
+    for wrong in (math.nan, math.inf):
+        logits = torch.zeros(2, 40)
+        logits[0, 7] = wrong
+        one = Row(SamplingParams(temperature=0, min_tokens=3), 1, [1], 1, eos=(7,))
+        bad, good = sample(logits, [one, one])
+        assert bad.token_id is None and bad.fault == sampler.NO_NUMBERS and not bad.asked
+        assert good.token_id == 0
+
+
 def test_the_crossing_token_belongs_to_the_nucleus() -> None:
     logits = torch.tensor([0.5, 0.3, 0.2]).log()
     assert set(draws(logits, SamplingParams(top_p=0.55), 300).tolist()) == {0, 1}

@@ -59,6 +59,49 @@ def test_a_query_that_sees_nothing_and_one_that_is_no_number() -> None:
     assert out[0, 0, 5].isnan().all() and out.isnan().sum() == 16
 
 
+def test_a_gradient_that_is_one_number_for_all() -> None:
+    """Its strides are 0: what the kernel reads is a copy, which must live until it is read."""
+    q, k, v = (torch.randn(1, 4, 64, 16, requires_grad=True) for _ in range(3))
+    attend_native(q, k, v, 0.25, None).sum().backward()
+    assert v.grad is not None and (v.grad.sum(2) - 64).abs().max() < 1e-3
+
+
+def test_no_second_derivative_is_an_error() -> None:
+    q, x = torch.randn(1, 2, 8, 16, requires_grad=True), torch.randn(4, 16, requires_grad=True)
+    for out, leaf in (
+        (attend_native(q, q * 1.0, q * 1.0, 0.2, None), q),
+        (native.rms_norm(x, torch.ones(16), 1e-6), x),
+        (native.swiglu(x, x * 2.0), x),
+    ):
+        (grad,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward()
+
+
+def test_a_target_outside_the_vocabulary_is_an_error() -> None:
+    h, head = torch.randn(4, 8), torch.randn(50, 8)
+    for target in (-100, -1, 50):
+        with pytest.raises(IndexError, match="vocabulary of 50"):
+            cross_entropy_native(h, head, torch.tensor([1, target, 2, 3]), torch.ones(4))
+
+
+def test_selective_recomputation_keeps_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One forward of the kernel, although what comes before it is computed twice."""
+    calls = []
+    told = native._told
+    monkeypatch.setattr(native, "_told", lambda *args, **heads: calls.append("dq" in heads) or told(*args, **heads))
+    cfg = ModelConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, kv_lora_rank=16, qk_nope_head_dim=16,
+        qk_rope_head_dim=16, v_head_dim=16, intermediate_size=40, first_k_dense_replace=1, moe_intermediate_size=8, n_routed_experts=4,
+        num_experts_per_tok=2,
+    )  # fmt: skip
+    model = Transformer(cfg)
+    for block in model.layers:
+        block.recompute("selective")  # type: ignore[operator]
+    model.hidden(torch.randint(0, 50, (2, 9)))[0].sum().backward()
+    assert calls == [False, True]
+
+
 def cases() -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
     x, head, chosen = torch.randn(300, 48), torch.randn(1000, 48), torch.rand(300, 8).topk(3).indices
     up, down, gates = torch.randn(8, 64, 48), torch.randn(8, 48, 32), torch.rand(300, 3)
@@ -112,6 +155,7 @@ def test_a_step_with_the_kernels_is_a_step_without(monkeypatch: pytest.MonkeyPat
 
 def test_torchs_attention_is_replaced_only_where_it_may_be() -> None:
     q, k, v = heads(32, 32, 16)
-    assert native.attends(q, k, v) and not native.attends(q, k[:, :, :100], v)
-    assert not native.attends(q.double(), k.double(), v.double()) and not native.attends(*heads(24, 24, 16))
+    assert native.attends(q, k, v, 0.2) and not native.attends(q, k[:, :, :100], v, 0.2)
+    assert not native.attends(q, k, v, -0.2) and not native.attends(q, k[:, :1], v, 0.2)
+    assert not native.attends(q.double(), k.double(), v.double(), 0.2) and not native.attends(*heads(24, 24, 16), 0.2)
     close([attend_sdpa(q, k, v, 0.2, None)], [attend_native(q, k, v, 0.2, None)], BOUND)

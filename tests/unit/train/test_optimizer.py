@@ -39,6 +39,14 @@ def test_one_update_is_torchs(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", adamw_backends.names())
+def test_a_slow_second_moment_loses_no_digits(backend: str) -> None:
+    """1 - beta2 in fp32 would be off by a ten-thousandth at 0.9999."""
+    weight, grad, m, v = torch.zeros(40), torch.randn(40), torch.zeros(40), torch.zeros(40)
+    adamw_backends.get(backend)(weight, grad, m, v, 1, 0.1, (0.9, 0.9999), 1e-8, 0.0)
+    assert torch.allclose(v, (grad.double().square() * (1 - 0.9999)).float(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", adamw_backends.names())
 def test_an_update_clips_and_copies_on_the_way(backend: str) -> None:
     """A 16-bit gradient and a factor are their product in fp32; the copy is the new weight rounded."""
     torch.manual_seed(0)
