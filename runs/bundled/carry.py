@@ -125,6 +125,7 @@ def join(back: Path, gguf: Path, out: Path) -> None:
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
         save_file(shard, out / name, metadata={"format": "pt"})
+        (out / name).chmod(0o644)
     where = {k: name for name, shard in zip(names, shards, strict=True) for k in shard}
     total = sum(t.nbytes for t in tensors.values())
     (out / "model.safetensors.index.json").write_text(

@@ -49,6 +49,9 @@ share, n = float(sys.argv[2]), len(x)
 slow, fast = statistics.median(x[-max(1, n // 4):]), statistics.median(x[n // 4:max(n // 2, n // 4 + 1)])
 print(int(1 / (share / slow + (1 - share) / fast)))" "$@"
 }
+rates() { # RUN: what `first` and `second` plan by
+  rate "$out/$1/metrics.jsonl" 0.35 > "$kept/rate"; rate "$out/$1/metrics.jsonl" 1 > "$kept/rate-rounded"
+}
 show() { # what matters of a run's metrics
   "$python" -c "import json,sys
 for r in map(json.loads, open(sys.argv[1])):
@@ -130,7 +133,7 @@ case $step in
     total=$1 healing=$2; shift 2
     $me answer > "$out/answer.log" 2>&1 & answering=$!
     if [ "$healing" -gt 0 ]; then
-      count=$(steps again "$healing" "$(figure rate "${RATE:-150000}")" 60)
+      count=$(steps again "$healing" "$(figure rate-rounded "${RATE:-150000}")" 60)
       say "healing again: $count steps"; limited $((healing + 40)) $me again --set steps="$count"
     fi
     left=$((total - SECONDS - ${RESERVE:-80}))
@@ -142,7 +145,7 @@ case $step in
     $me evaluate --rows 40 --dtype bfloat16; cp "$out/evaluation.json" "${OUT:-$out/back}/"; say "done" ;;
   rehearse) # every step with a stand-in source and a few updates; leaves out/rate and the like, and the compiler's cache
     if [ -f "$source" ] && [ ! -f "$out/stand-in" ]; then echo "$out holds a run of the real source: move it away" >&2; exit 2; fi
-    rm -rf "$out" "$kept"/{rehearsal,rate,mtp-rate,attention,options}; mkdir -p "$out"; touch "$out/stand-in"
+    rm -rf "$out" "$kept"/{rehearsal,rate,rate-rounded,mtp-rate,attention,options}; mkdir -p "$out"; touch "$out/stand-in"
     xz -dkf "$data/source/part-a.xz" "$data/source/part-b.xz"
     "$python" runs/bundled/rehearsal.py "$source" "$data/source/part-a" "$data/source/part-b"
     $me text; say "stand-in"
@@ -160,12 +163,12 @@ case $step in
     few=(--set steps=40 --set optim.warmup_steps=4 --set eval_every=40 --set eval_rows=32 --set checkpoint_seconds=9999
       --set quantise.fraction=0.5 --set report=false)
     limited 150 $me heal "${few[@]}"
-    rate "$out/heal/metrics.jsonl" 0.35 > "$kept/rate"; say "healed at $(cat "$kept/rate") tokens/s"; show heal
+    rates heal; say "healed at $(cat "$kept/rate") tokens/s, $(cat "$kept/rate-rounded") while rounded"; show heal
     limited 150 $me heal "${few[@]}" --set out="$out/compiled" --set compile=true
     quick=0; [ ! -f "$out/compiled/model/config.json" ] || quick=$(rate "$out/compiled/metrics.jsonl" 0.35)
     say "compiled: $quick tokens/s"
     if [ "$quick" -gt "$(($(cat "$kept/rate") * 105 / 100))" ]; then
-      show compiled; echo "$quick" > "$kept/rate"; echo "--set compile=true" > "$kept/options"
+      show compiled; rates compiled; echo "--set compile=true" > "$kept/options"
     fi
     limited 100 $me mtp --set steps=20 --set eval_every=20 --set eval_rows=32 --set report=false
     rate "$out/mtp/metrics.jsonl" 1 > "$kept/mtp-rate"; say "MTP at $(cat "$kept/mtp-rate") tokens/s"; show mtp

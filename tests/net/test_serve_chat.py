@@ -257,7 +257,9 @@ def test_thinking_in_three_dialects(server: Harness, body: dict[str, object], th
 
 
 def test_defaults_of_the_model(tokenizer: Tokenizer) -> None:
-    defaults = GenerationDefaults(temperature=0.3, top_p=0.9, top_k=7, max_tokens=5, thinking=True, min_p=0.1, repetition_penalty=1.2)
+    defaults = GenerationDefaults(
+        temperature=0.3, top_p=0.9, top_k=7, max_tokens=5, thinking=True, min_p=0.1, repetition_penalty=1.2
+    )
     with running(tokenizer, defaults=defaults) as server:
         server.script("answer of more than five tokens", "thought")
         choice = server.client().chat.completions.create(model="tiny", messages=HI).choices[0]
