@@ -77,10 +77,21 @@ def quoted(text: str, limit: int = 700) -> str:
     return "> " + text.replace("\n", "\n> ")
 
 
+def healing(runs: list[list[dict[str, Any]]]) -> str:
+    """One sentence a run."""
+    names = ["Healing, its last third through rounded weights", "Healing once more, rounded throughout"]
+    return "\n".join(
+        f"{name}: {run[-1]['step']:,} steps, {run[-1]['tokens']:,} tokens in {run[-1]['elapsed_s']:.0f} s, loss (KL to the teacher, "
+        f"cross-entropy on exercises) {run[0]['lm_loss']:.3f} to {fmean(x['lm_loss'] for x in run[-20:]):.3f} nats a token."
+        for name, run in zip(names, runs, strict=False)
+    )
+
+
 def card(back: Path, model: Path) -> str:
     judged, evaluation = (json.loads((back / f"{n}.json").read_text()) for n in ("judged", "evaluation"))
     models, cfg = evaluation["models"], ModelConfig.load(model)
-    heal, mtp = lines(back / "heal" / "metrics.jsonl"), lines(back / "mtp" / "metrics.jsonl")
+    runs = [lines(f) for n in ("heal", "again", "mtp") if (f := back / n / "metrics.jsonl").is_file()]
+    *heals, mtp = runs
     written = json.loads((back / "written" / "generate.json").read_text())
     total, active = count.totals(cfg)
     exam = judged["exam"]
@@ -126,8 +137,8 @@ Loops and stops: {judged["held_out"]["prompts"]} held-out prompts, default sampl
 ## Training
 
 One H200. The teacher wrote {written["tokens"]:,} tokens in {written["seconds"]:.0f} s ({written["conversations"]:,} conversations, {written["texts"]:,} texts kept).
-Healing: {heal[-1]["step"]:,} steps, {heal[-1]["tokens"]:,} tokens in {heal[-1]["elapsed_s"]:.0f} s, KL {heal[0]["lm_loss"]:.3f} to {fmean(x["lm_loss"] for x in heal[-20:]):.3f} nats (exercises' cross-entropy included), int4 seen
-in its last part. The MTP module alone: {mtp[-1]["step"]:,} steps in {mtp[-1]["elapsed_s"]:.0f} s.
+{healing(heals)}
+The MTP module alone: {mtp[-1]["step"]:,} steps in {mtp[-1]["elapsed_s"]:.0f} s.
 
 ## Data and licences
 
