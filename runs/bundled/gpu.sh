@@ -164,7 +164,7 @@ case $step in
       --set quantise.fraction=0.5 --set report=false)
     limited 150 $me heal "${few[@]}"
     rates heal; say "healed at $(cat "$kept/rate") tokens/s, $(cat "$kept/rate-rounded") while rounded"; show heal
-    limited 150 $me heal "${few[@]}" --set out="$out/compiled" --set compile=true
+    limited 120 $me heal "${few[@]}" --set out="$out/compiled" --set compile=true
     quick=0; [ ! -f "$out/compiled/model/config.json" ] || quick=$(rate "$out/compiled/metrics.jsonl" 0.35)
     say "compiled: $quick tokens/s"
     if [ "$quick" -gt "$(($(cat "$kept/rate") * 105 / 100))" ]; then
