@@ -52,6 +52,11 @@ print(int(1 / (share / slow + (1 - share) / fast)))" "$@"
 rates() { # RUN: what `first` and `second` plan by
   rate "$out/$1/metrics.jsonl" 0.35 > "$kept/rate"; rate "$out/$1/metrics.jsonl" 1 > "$kept/rate-rounded"
 }
+metered() { # notes the GPU's power each second until this step ends
+  command -v nvidia-smi > /dev/null || return 0
+  nvidia-smi --query-gpu=power.draw --format=csv,noheader,nounits -l 1 >> "$out/power.csv" 2> /dev/null &
+  trap "kill $! 2> /dev/null || true" EXIT
+}
 show() { # what matters of a run's metrics
   "$python" -c "import json,sys
 for r in map(json.loads, open(sys.argv[1])):
@@ -61,7 +66,7 @@ for r in map(json.loads, open(sys.argv[1])):
 notes() { # small files as one archive beside the weights; the held-out shards too, so that the table can be made elsewhere
   local back=${OUT:-$out/back} f some=()
   mv "$back/side.json.xz" "$out/"
-  for f in side.json.xz {heal,again,mtp}/{metrics.jsonl,config.toml} {convert,prepare,lessons,answer}.log written/generate.json \
+  for f in side.json.xz {heal,again,mtp}/{metrics.jsonl,config.toml} {convert,prepare,lessons,answer}.log power.csv written/generate.json \
     converted/config.json teacher-answers.jsonl shards/{chat,text}/val; do [ ! -e "$out/$f" ] || some+=("$f"); done
   tar -C "$out" -cJf "$back/notes.tar.xz" "${some[@]}"
 }
@@ -123,14 +128,14 @@ case $step in
   first) # SECONDS WRITING [options of heal]: from the source to healed int4 weights in that time; results to $OUT
     total=$1 writing=$2; shift 2
     if [ -f "$out/stand-in" ]; then rm -rf "$out"; mkdir -p "$out"; fi # of a rehearsal that did not end
-    [ -f "$out/heal/config.toml" ] || $me ready "$writing"
+    metered; [ -f "$out/heal/config.toml" ] || $me ready "$writing"
     speed=$(figure rate "${RATE:-150000}") left=$((total - SECONDS - ${RESERVE:-65}))
     count=$(steps heal $left "$speed" 60)
     say "healing: $count steps in $left s at $speed tokens/s"
     limited $((total - SECONDS - 40)) $me heal --set steps="$count" "$@"
     say "healed"; $me back; say "done" ;;
   second) # SECONDS HEALING: healing goes on for HEALING s (0: not), then the MTP module alone; the teacher's answers, the table
-    total=$1 healing=$2; shift 2
+    total=$1 healing=$2; shift 2; metered
     $me answer > "$out/answer.log" 2>&1 & answering=$!
     if [ "$healing" -gt 0 ]; then
       count=$(steps again "$healing" "$(figure rate-rounded "${RATE:-150000}")" 60)

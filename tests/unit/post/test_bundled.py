@@ -160,15 +160,23 @@ def test_the_card_says_what_holds_and_what_was_missed(tmp_path: Path, again: boo
     }  # fmt: skip
     step = {"step": 7, "tokens": 7000, "elapsed_s": 3.0, "lm_loss": 0.5}
     back, model = tmp_path / "back", tmp_path / "rorqual-some"
-    for run in ("heal", "mtp", *(["again"] if again else []), "written"):
+    for run in ("heal", "mtp", "again", "written"):
         (back / run).mkdir(parents=True)
-        (back / run / "metrics.jsonl").write_text(json.dumps(step) + "\n")
+        (back / run / "metrics.jsonl").write_text(json.dumps(step) + "\n" if again or run != "again" else "")
     written = {"tokens": 9000, "seconds": 150.0, "conversations": 30, "texts": 4}
     for name, content in (("judged", judged), ("evaluation", {"models": models}), ("written/generate", written)):
         (back / f"{name}.json").write_text(json.dumps(content))
     model.mkdir()
     (model / "config.json").write_text(json.dumps(ModelConfig.load("test").to_json()))
+    (model / "generation_config.json").write_text('{"temperature": 0.7}')
+    (back / "power.csv").write_text("700.5\n[N/A]\n" * 60)
+    run = {
+        "prompt": 128,
+        "engines": {"rorqual": {"tokens_per_s": 61.0}},
+        "environment": {"hardware": "2 cores", "date": "2026-01-01"},
+    }
+    (back / "decode.json").write_text(json.dumps(run))
     text = script("card").card(back, model)
     assert ("**missed**" in text) == (chat > 5.25) and text.count("holds |") == (6 if chat > 5.25 else 7)
     assert ("Healing once more" in text) == again and "> I am\n> Rorqual." in text and "+20.0%" not in text
-    assert "better with DeepThink on" in text
+    assert "better with DeepThink on" in text and "12 Wh" in text and "| rorqual | 61 tokens/s |" in text
