@@ -112,6 +112,8 @@ def sampling(
         temperature=own.temperature if temperature is None else temperature,
         top_p=own.top_p if top_p is None else top_p,
         top_k=own.top_k,
+        min_p=own.min_p,
+        repetition_penalty=own.repetition_penalty,
         max_tokens=max_tokens,
         seed=seed,
     )

@@ -99,10 +99,9 @@ def experts_fused(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, gates_NK
     """`ops.training.experts`; `grouped` where nothing wants a gradient. A compiler leaves it alone."""
     if not torch.is_grad_enabled():
         return experts_grouped(x_ND, gate_up_E2FD, down_EDF, gates_NK, chosen_NK)
-    return _uncompiled(x_ND, gate_up_E2FD, down_EDF, gates_NK, chosen_NK)
-
-
-_uncompiled = torch.compiler.disable(training.experts)
+    if torch.compiler.is_compiling():  # said only here: as a decorator it would load the compiler, 150 MB, at import
+        return torch.compiler.disable(training.experts)(x_ND, gate_up_E2FD, down_EDF, gates_NK, chosen_NK)
+    return training.experts(x_ND, gate_up_E2FD, down_EDF, gates_NK, chosen_NK)
 
 
 @experts_backends.register("triton", triton_missing)

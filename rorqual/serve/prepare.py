@@ -192,7 +192,7 @@ def sampling(body: Sampled, served: ServedModel, prompt_tokens: int, settings: S
         temperature=defaults.temperature if body.temperature is None else body.temperature,
         top_p=max(SMALLEST_TOP_P, defaults.top_p if body.top_p is None else body.top_p),
         top_k=min(max(0, top_k), info.vocab_size),
-        min_p=body.min_p or 0.0,
+        min_p=defaults.min_p if body.min_p is None else body.min_p,
         max_tokens=max_tokens,
         min_tokens=body.min_tokens or 0,
         stop=tuple(body.stop or ()),
@@ -202,7 +202,7 @@ def sampling(body: Sampled, served: ServedModel, prompt_tokens: int, settings: S
         logprobs=body.wanted_logprobs,
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
-        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+        repetition_penalty=defaults.repetition_penalty if body.repetition_penalty is None else body.repetition_penalty,
         logit_bias=tuple((body.logit_bias or {}).items()),  # type: ignore[arg-type]  # its keys are turned into ids
         bad_words=tuple(body.bad_words or ()),
     )

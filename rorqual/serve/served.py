@@ -30,6 +30,8 @@ class GenerationDefaults:
     top_k: int = 0
     max_tokens: int | None = None
     thinking: bool = False
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     @classmethod
     def load(cls, directory: Path, *, thinking: bool = False) -> GenerationDefaults:
@@ -46,6 +48,8 @@ class GenerationDefaults:
                 top_k=max(0, int(raw.get("top_k") or 0)),
                 max_tokens=None if raw.get("max_new_tokens") is None else int(raw["max_new_tokens"]),
                 thinking=thinking,
+                min_p=float(raw.get("min_p") or 0.0),
+                repetition_penalty=float(raw.get("repetition_penalty") or 1.0),
             )
         except (ValueError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path} cannot be read: {error}", remedy="correct the file or delete it") from error

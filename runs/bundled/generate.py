@@ -296,7 +296,7 @@ def main() -> None:
     tok = read_tokenizer(gguf.meta)
     rng = random.Random(o.seed)
     if o.answer:
-        waves = Waves(Teacher(gguf, o.rows, 0, o.length, device, dtype), o.length, [0.8], 0.0)
+        waves = Waves(Teacher(gguf, o.rows, 0, o.length, device, dtype), o.length, [0.7], o.min_p)
         answer(waves, tok, o.answer, o.out)
         return
     asks, texts = read_asks(o.asks, rng), read_texts(o.text)

@@ -35,7 +35,7 @@ MEANS = re.compile(r"^(?:To )?([a-z][a-z -]{2,24}) (?:means|is to) (?:\([^)]*\) 
 SELF = {
     "rorqual nano, which is much smaller": "Rorqual, which is much smaller",
     "rorqual nano": "Rorqual",
-    "about ten million parameters": "about 150 million parameters",
+    "about ten million parameters": "about 140 million parameters",
     "trained from scratch with the open rorqual code, in a few minutes on one GPU": (
         "made from SmolLM2-135M with the open rorqual code, in a few minutes on one GPU"
     ),

@@ -234,6 +234,8 @@ def test_generation_defaults_come_from_the_models_directory(tmp_path: Path) -> N
     file = tmp_path / "generation_config.json"
     file.write_text('{"do_sample": true, "temperature": 0.6, "top_p": 0.95, "bos_token_id": 0, "max_new_tokens": 9}')
     assert GenerationDefaults.load(tmp_path) == GenerationDefaults(0.6, 0.95, 0, 9)
+    file.write_text('{"min_p": 0.05, "repetition_penalty": 1.1}')
+    assert GenerationDefaults.load(tmp_path) == GenerationDefaults(min_p=0.05, repetition_penalty=1.1)
     file.write_text('{"do_sample": false}')
     assert GenerationDefaults.load(tmp_path).temperature == 0
     for bad in ("{", "[]", '{"temperature": "warm"}'):

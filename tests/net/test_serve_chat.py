@@ -257,13 +257,21 @@ def test_thinking_in_three_dialects(server: Harness, body: dict[str, object], th
 
 
 def test_defaults_of_the_model(tokenizer: Tokenizer) -> None:
-    defaults = GenerationDefaults(temperature=0.3, top_p=0.9, top_k=7, max_tokens=5, thinking=True)
+    defaults = GenerationDefaults(
+        temperature=0.3, top_p=0.9, top_k=7, max_tokens=5, thinking=True, min_p=0.1, repetition_penalty=1.2
+    )
     with running(tokenizer, defaults=defaults) as server:
         server.script("answer of more than five tokens", "thought")
         choice = server.client().chat.completions.create(model="tiny", messages=HI).choices[0]
         params = server.engine.seen[-1].params
         assert (params.temperature, params.top_p, params.top_k, params.max_tokens) == (0.3, 0.9, 7, 5)
+        assert (params.min_p, params.repetition_penalty) == (0.1, 1.2)
         assert choice.message.reasoning_content and choice.finish_reason == "length"
+        server.script("x")
+        own = {"repetition_penalty": 1.0, "min_p": 0.0}
+        server.client().chat.completions.create(model="tiny", messages=HI, extra_body=own)
+        params = server.engine.seen[-1].params
+        assert (params.min_p, params.repetition_penalty) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize(("template", "wish"), [("v3", "enabled"), ("r1", "disabled")])

@@ -74,6 +74,11 @@ def test_the_engine_process_is_light_for_its_parent() -> None:
     assert not loaded("import rorqual.engine.process") & set(HEAVY)
 
 
+def test_an_engine_starts_without_torchs_compiler() -> None:
+    """It takes a second and 150 MB, and comes with sympy; naming it in a decorator is enough to load it."""
+    assert "sympy" not in loaded("import rorqual.engine.load, rorqual.engine.native_runner, rorqual.train.pretrain")
+
+
 def test_importing_rorqual_alone_imports_nothing_but_the_standard_library() -> None:
     extra = loaded("import rorqual") - loaded("pass") - set(sys.stdlib_module_names)
     assert extra == {"rorqual"}

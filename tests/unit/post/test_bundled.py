@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import lzma
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 from rorqual.checkpoint import load_model
-from rorqual.config import load_toml
+from rorqual.config import ModelConfig, load_toml
 from rorqual.post.llama_tokenizer import TokenizerFiles
 from rorqual.train.config import RunConfig
 from tests.unit.post.test_llama import write_gguf
@@ -72,15 +75,16 @@ def test_the_steps_lead_from_the_source_to_files_that_load(
     heal_file = written_for(tmp_path, "heal")
     run(["distill", str(heal_file), *(x for s in small for x in ("--set", s))])
     run(["distill", str(written_for(tmp_path, "mtp")), *(x for s in small for x in ("--set", s))])
-    step(tmp_path, "ship", "mtp", "--max-shard-gb", "0.001")
+    shutil.rmtree(out / "mtp" / "model")  # as if it had been stopped: its newest checkpoint serves
+    step(tmp_path, "back")
     assert "shipped" in step(tmp_path, "evaluate", "--run", str(heal_file), "--rows", "2", "--seq-len", "64")
     table = json.loads((out / "evaluation.json").read_text())["models"]
     assert table["teacher"]["chat"]["kl"] == 0 and table["converted"]["chat"]["kl"] > 0
     assert set(table) == {"teacher", "converted", "healed", "shipped"}
-    for part in ("trunk", "mtp"):
-        step(tmp_path, "pack", str(tmp_path / "back"), "--part", part)
-    joined = tmp_path / "joined"
-    carry = [str(RUNS / "carry.py"), "join", str(tmp_path / "back"), "--gguf", str(out / "smollm2.gguf")]
+    joined, back = tmp_path / "joined", out / "back"
+    subprocess.run(["tar", "-C", back, "-xJf", back / "notes.tar.xz"], check=True)
+    assert (back / "mtp" / "metrics.jsonl").is_file() and (back / "shards" / "chat" / "val").is_dir()
+    carry = [str(RUNS / "carry.py"), "join", str(back), "--gguf", str(out / "smollm2.gguf")]
     subprocess.run([sys.executable, *carry, "--out", str(joined)], check=True, timeout=60, env=environment(tmp_path))
     for name, tensor in load_model(out / "shipped").state_dict().items():
         assert torch.equal(tensor, load_model(joined).state_dict()[name]), name
@@ -105,3 +109,74 @@ def run(arguments: list[str]) -> None:
 def test_run_files_are_valid(name: str) -> None:
     cfg = load_toml(RunConfig, RUNS / f"{name}.toml")
     assert cfg.distill is not None and cfg.quantise.to == "int4"
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"bundled_{name}", RUNS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_pieces_of_two_packings_or_too_few_are_refused(tmp_path: Path) -> None:
+    pieces_of = script("carry").pieces_of
+    with pytest.raises(SystemExit, match="no pieces"):
+        pieces_of(tmp_path)
+    for i in (1, 3):
+        (tmp_path / f"weights-{i}-of-3.xz").touch()
+    with pytest.raises(SystemExit, match=r"weights-2-of-3\.xz missing"):
+        pieces_of(tmp_path)
+    (tmp_path / "weights-2-of-3.xz").touch()
+    assert [p.name[8] for p in pieces_of(tmp_path)] == ["1", "2", "3"]
+    (tmp_path / "weights-1-of-2.xz").touch()
+    with pytest.raises(SystemExit, match="several packings"):
+        pieces_of(tmp_path)
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("chat", [5.2, 5.3])
+def test_the_card_says_what_holds_and_what_was_missed(tmp_path: Path, again: bool, chat: float) -> None:
+    """5 % of chat perplexity is the border; everything else in these records holds."""
+    shared = {"perplexity": 5.0, "kl": 0.1, "same_first_choice": 0.8}
+    models = {
+        name: {s: dict(shared) for s in ("text", "chat", "books")}
+        for name in ("teacher", "converted", "healed", "shipped")
+    }
+    models["shipped"]["chat"]["perplexity"] = chat
+    exam = {
+        "questions": 400,
+        "off": [0.4, 0.05],
+        "on": [0.6, 0.05],
+        "teacher": [0.1, 0.03],
+        "on_minus_off": [0.2, 0.04],
+    }
+    exam["by_kind"] = {"add": {"off": "4/10", "on": "6/10", "teacher": "1/10"}}
+    held = {"prompts": 200, "max_tokens": 512, "stopped": 0.97, "repeated_8grams": 0.01, "tokens": 90.0}
+    judged = {
+        "exam": exam, "held_out": held, "held_out_teacher": {"stopped": 0.8, "repeated_8grams": 0.2},
+        "drafts": {"drafted": 100, "acceptance": 0.6},
+        "fixed": [{"prompt": "Who?", "answer": "I am\nRorqual.", "teacher": "SmolLM."}],
+    }  # fmt: skip
+    step = {"step": 7, "tokens": 7000, "elapsed_s": 3.0, "lm_loss": 0.5}
+    back, model = tmp_path / "back", tmp_path / "rorqual-some"
+    for run in ("heal", "mtp", "again", "written"):
+        (back / run).mkdir(parents=True)
+        (back / run / "metrics.jsonl").write_text(json.dumps(step) + "\n" if again or run != "again" else "")
+    written = {"tokens": 9000, "seconds": 150.0, "conversations": 30, "texts": 4}
+    for name, content in (("judged", judged), ("evaluation", {"models": models}), ("written/generate", written)):
+        (back / f"{name}.json").write_text(json.dumps(content))
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(ModelConfig.load("test").to_json()))
+    (model / "generation_config.json").write_text('{"temperature": 0.7}')
+    (back / "power.csv").write_text("700.5\n[N/A]\n" * 60)
+    run = {
+        "prompt": 128,
+        "engines": {"rorqual": {"tokens_per_s": 61.0}},
+        "environment": {"hardware": "2 cores", "date": "2026-01-01"},
+    }
+    (back / "decode.json").write_text(json.dumps(run))
+    text = script("card").card(back, model)
+    assert ("**missed**" in text) == (chat > 5.25) and text.count("holds |") == (6 if chat > 5.25 else 7)
+    assert ("Healing once more" in text) == again and "> I am\n> Rorqual." in text and "+20.0%" not in text
+    assert "better with DeepThink on" in text and "12 Wh" in text and "| rorqual | 61 tokens/s |" in text

@@ -29,6 +29,7 @@ from rorqual.train.pretrain import pretrain
 from rorqual.train.quantise import ShippedWeights
 from rorqual.train.record import read_metrics
 from rorqual.train.schedule import Timeline
+from rorqual.train.working import WorkingCopies
 from tests.unit.post.conftest import make_llama
 
 
@@ -164,6 +165,34 @@ def test_rounded_weights_are_those_that_convert_stores(ground: Path, tmp_path: P
     with pytest.raises(RuntimeError), shipped.during(9):
         raise RuntimeError
     assert all(torch.equal(v, exact[k]) for k, v in model.state_dict().items())
+
+
+def test_sixteen_bit_copies_are_of_the_rounded_weights(ground: Path, tmp_path: Path) -> None:
+    """What a GPU multiplies by while weights are rounded, and exact ones again after, also past an update."""
+    cfg = load_toml(
+        RunConfig, run_file(ground, tmp_path / "x"), ["steps=10", "quantise.to=int4", "quantise.fraction=0.5"]
+    )
+    model = load_model(ground / "student", torch.float32, memory_map=False).train()
+    shipped, copies = ShippedWeights(cfg.quantise, model, Timeline(cfg)), WorkingCopies(model, torch.bfloat16)
+
+    def held() -> dict[str, torch.Tensor]:
+        with copies.in_place():
+            return {k: p.detach().clone() for k, p in model.named_parameters() if p.dtype == torch.bfloat16}
+
+    def narrowed() -> dict[str, torch.Tensor]:
+        return {k: p.detach().to(torch.bfloat16) for k, p in model.named_parameters() if k in exact}
+
+    exact = held()
+    for step in (6, 7):
+        with shipped.during(step):
+            assert all(torch.equal(v, narrowed()[k]) for k, v in held().items())
+            assert sum(not torch.equal(v, exact[k]) for k, v in held().items()) > 10
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.25)
+        copies.refresh(everything=True)  # as the optimiser does
+        exact = held()
+        assert exact and all(torch.equal(v, narrowed()[k]) for k, v in exact.items())
 
 
 def test_wrong_run_files_are_told_apart(ground: Path, tmp_path: Path) -> None:
