@@ -92,8 +92,8 @@ def test_selective_recomputation_keeps_attention(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(native, "_told", lambda *args, **heads: calls.append("dq" in heads) or told(*args, **heads))
     cfg = ModelConfig(
         vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, kv_lora_rank=16, qk_nope_head_dim=16,
-        qk_rope_head_dim=16, v_head_dim=16, intermediate_size=40, first_k_dense_replace=1, moe_intermediate_size=8, n_routed_experts=4,
-        num_experts_per_tok=2,
+        qk_rope_head_dim=16, v_head_dim=16, intermediate_size=40, first_k_dense_replace=1, moe_intermediate_size=8,
+        n_routed_experts=4, num_experts_per_tok=2,
     )  # fmt: skip
     model = Transformer(cfg)
     for block in model.layers:
