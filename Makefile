@@ -61,7 +61,8 @@ bench: setup-dev
 	$(BIN)/rorqual bench mtp --model models/rorqual-nano --json benchmarks/cpu-mtp.json
 	$(BIN)/rorqual bench train --model bench-cpu --batch 8 --seq-len 512 --rounds 3 --json benchmarks/cpu-train.json
 	$(BIN)/rorqual bench http --json benchmarks/http.json
-	$(BIN)/rorqual bench grammar --json benchmarks/grammar.json
+	for dtype in float32 bfloat16 int8; do \
+	  $(BIN)/rorqual bench grammar --dtype $$dtype --rounds 15 --json benchmarks/grammar-$$dtype.json; done
 	$(BIN)/rorqual bench load --model bench-gpu --json benchmarks/load.json
 	$(BIN)/python scripts/benchmarks.py
 
