@@ -97,19 +97,22 @@ case $step in
     [ ! -f "$data/books.txt" ] || prepare books "$data/books.txt" ;;
   heal) train distill runs/bundled/heal.toml "$@" ;;
   again) # the healed weights once more, rounded from the first step on
-    train distill runs/bundled/heal.toml --set out="$out/again" --set init_from="$(newest heal)" --set optim.lr=5e-4 \
+    from=$(newest heal) # apart, so that a failure ends the step
+    train distill runs/bundled/heal.toml --set out="$out/again" --set init_from="$from" --set optim.lr=5e-4 \
       --set quantise.fraction=1.0 --set seed=3 "$@" ;;
-  mtp) train distill runs/bundled/mtp.toml --set init_from="$(newest again heal)" "$@" ;;
+  mtp) from=$(newest again heal); train distill runs/bundled/mtp.toml --set init_from="$from" "$@" ;;
   answer)
     [ -f "$out/teacher-answers.jsonl" ] || "$python" runs/bundled/generate.py --gguf "$source" \
       --answer runs/bundled/{held-out,fixed,exam}.jsonl --rows 640 --length 768 --out "$out/teacher-answers.jsonl" "$@" ;;
   ship) # the newest weights as int4
-    rm -rf "$out/shipped"
-    rorqual convert "$(newest mtp again heal)" "$out/shipped" --to int4 --max-shard-gb 0.014 "$@" ;;
+    from=$(newest mtp again heal)
+    rm -rf "$out/shipped" "$out/.shipped.converting"
+    rorqual convert "$from" "$out/shipped" --to int4 --max-shard-gb 0.014 "$@" ;;
   evaluate)
+    from=$(newest mtp again heal)
     sets=(text="$out/shards/text/val" chat="$out/shards/chat/val")
     [ ! -d "$out/shards/books" ] || sets+=(books="$out/shards/books/train")
-    "$python" runs/bundled/evaluate.py --teacher "$source" --model converted="$out/converted" healed="$(newest mtp again heal)" \
+    "$python" runs/bundled/evaluate.py --teacher "$source" --model converted="$out/converted" healed="$from" \
       shipped="$out/shipped" --shards "${sets[@]}" --run runs/bundled/heal.toml --out "$out/evaluation.json" "$@" ;;
   pack) "$python" runs/bundled/carry.py pack "$out/shipped" "$@" ;; # TARGET
   back) # the newest weights in pieces and the notes, to $OUT
