@@ -122,10 +122,11 @@ class _Native(_Chunked):
         dh = torch.empty_like(h_ND) if ctx.needs_input_grad[0] else None
         dhead = torch.zeros_like(head_VD) if ctx.needs_input_grad[1] else None
         losses = h_ND.new_empty(len(h_ND))
-        rows = max(1, CHUNK_BYTES // (4 * V))
-        for start in range(0, len(h_ND), rows):
+        rows = min(max(1, CHUNK_BYTES // (4 * V)), len(h_ND))
+        room = h_ND.new_empty(rows, V)  # for all chunks: the system hands out new memory more slowly than it is written
+        for start in range(0, len(h_ND), max(1, rows)):
             part = slice(start, start + rows)
-            logits = F.linear(h_ND[part], head_VD)
+            logits = torch.mm(h_ND[part], head_VD.T, out=room[: len(h_ND) - start])
             losses[part] = native.loss_and_slope_(logits, targets_N[part], weights_N[part])
             if dh is not None:
                 torch.mm(logits, head_VD, out=dh[part])
