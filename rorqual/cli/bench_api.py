@@ -53,7 +53,7 @@ def grammar(
 
     Example:
 
-        rorqual bench grammar --model models/rorqual-nano --json benchmarks/grammar.json
+        rorqual bench grammar --model models/rorqual-nano --dtype bfloat16 --json benchmarks/grammar-bfloat16.json
     """
     from rorqual.cli import benchmarks as b
     from rorqual.cli import grammar_load
