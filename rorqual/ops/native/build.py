@@ -171,7 +171,7 @@ def library() -> ctypes.CDLL:
     lib.rq_swiglu_backward.argtypes = [*[pointer] * 3, c_long, c_int, c_long, *[pointer] * 4, c_long, pointer]
     lib.rq_gather.argtypes = [*[pointer] * 4, c_int, c_int, c_long, pointer]
     lib.rq_norm.argtypes = [*[pointer] * 3, ctypes.c_float, c_int, c_long, *[pointer] * 2]
-    lib.rq_norm_backward.argtypes = [*[pointer] * 6, c_int, c_long, *[pointer] * 2]
+    lib.rq_norm_backward.argtypes = [*[pointer] * 5, c_int, c_long, *[pointer] * 2]
     lib.rq_loss.argtypes = [pointer, pointer, c_long, c_int, c_int, pointer, pointer, pointer]
     lib.rq_adamw.argtypes = [pointer, ctypes.POINTER(Update), c_long]
     lib.rq_draw.argtypes = [pointer, pointer, c_long, c_int, c_int, pointer, pointer]

@@ -1039,7 +1039,6 @@ void embed(const Model &m, const Tokens &t, float *x) {
   }
 }
 
-
 // ---- drawing a token --------------------------------------------------------------------------------------------------
 
 struct Wish {

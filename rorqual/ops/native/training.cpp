@@ -438,9 +438,9 @@ void rq_norm(Pool *pool, const float *x, const float *weight, float eps, int D, 
   });
 }
 
-// dx [n, D] from dy; parts [tasks, D]: of the weight's gradient, a row for every SOME_ROWS of n. add [n, D]: joins dx, or null.
-void rq_norm_backward(Pool *pool, const float *x, const float *weight, const float *scales, const float *dy, const float *add,
-                      int D, int64_t n, float *dx, float *parts) {
+// dx [n, D] from dy; parts [tasks, D]: of the weight's gradient, a row for every SOME_ROWS of n.
+void rq_norm_backward(Pool *pool, const float *x, const float *weight, const float *scales, const float *dy, int D, int64_t n,
+                      float *dx, float *parts) {
   everyone(*pool, [&](int) {
     pool->tasks((int)((n + SOME_ROWS - 1) / SOME_ROWS), [&](int task) {
       float *dw = parts + (int64_t)task * D;
@@ -458,7 +458,7 @@ void rq_norm_backward(Pool *pool, const float *x, const float *weight, const flo
         float mean = (sum_of(sum) + rest) / D * scale * scale;
         across(D, [&](int i, auto whole) {
           vf d = (get(dr + i, whole) * get(weight + i, whole) - get(xr + i, whole) * mean) * scale;
-          put(dx + r * D + i, add ? d + get(add + r * D + i, whole) : d, whole);
+          put(dx + r * D + i, d, whole);
         });
       }
     });

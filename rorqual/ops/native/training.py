@@ -191,7 +191,7 @@ class _Norm(torch.autograd.Function):
         dy, D, N = grads[0].contiguous(), x.shape[-1], len(scales)
         dx, parts = torch.empty_like(x), x.new_empty(-(-N // _SOME_ROWS), D)
         build.library().rq_norm_backward(
-            pool(), x.data_ptr(), weight.data_ptr(), scales.data_ptr(), dy.data_ptr(), None, D, N, dx.data_ptr(),
+            pool(), x.data_ptr(), weight.data_ptr(), scales.data_ptr(), dy.data_ptr(), D, N, dx.data_ptr(),
             parts.data_ptr(),
         )  # fmt: skip
         return dx, parts.sum(0), None
