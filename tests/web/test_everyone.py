@@ -42,6 +42,21 @@ def test_keyboard_and_palette(page: Page) -> None:
     expect(page.get_by_test_id("input")).to_be_focused()
 
 
+def test_a_palette_opened_while_the_last_one_fades_starts_empty(page: Page) -> None:
+    expect(page.get_by_test_id("welcome")).to_be_visible()
+    page.keyboard.press("Control+k")
+    page.get_by_test_id("palette").evaluate("e => { e.style.transition = 'opacity 9s' }")
+    page.get_by_test_id("palette-input").fill("dark")
+    page.keyboard.press("Escape")
+    expect(page.get_by_test_id("palette")).to_have_attribute("data-ending-style", "")
+    page.keyboard.press("Control+k")
+    expect(page.get_by_test_id("palette-input")).to_have_value("")
+    expect(page.get_by_test_id("palette-input")).to_be_focused()
+    page.keyboard.type("light")
+    page.keyboard.press("Enter")
+    expect(page.locator("html")).to_have_attribute("data-theme", "light")
+
+
 def test_chinese(page: Page, browser: Browser, world: World) -> None:
     page.get_by_test_id("settings-button").click()
     page.get_by_test_id("language-zh").click()

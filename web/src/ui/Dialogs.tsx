@@ -1,5 +1,5 @@
 import { Dialog } from "@base-ui/react/dialog";
-import type { ReactNode } from "react";
+import { type ReactNode, Fragment, useState } from "react";
 import { useSelect, useSession, useT } from "../hooks";
 import type { Key } from "../lib/i18n";
 import { IconButton } from "./bits";
@@ -15,17 +15,25 @@ export function Modal({ open, onClose, title, className, children, testId }: {
   children: ReactNode;
   testId: string;
 }) {
+  const openings = useOpenings(open);
   return (
     <Dialog.Root open={open} onOpenChange={(now) => !now && onClose()}>
       <Dialog.Portal>
         <Dialog.Backdrop className="backdrop" />
         <Dialog.Popup className={`dialog ${className}`} data-testid={testId}>
           <Dialog.Title className={className === "palette" ? "offscreen" : undefined}>{title}</Dialog.Title>
-          {children}
+          <Fragment key={openings}>{children}</Fragment>
         </Dialog.Popup>
       </Dialog.Portal>
     </Dialog.Root>
   );
+}
+
+/** How often it was opened: as a key it gives every opening fresh content, though the last may still be fading out. */
+function useOpenings(open: boolean): number {
+  const [{ count, was }, set] = useState({ count: 0, was: false });
+  if (open !== was) set({ count: count + Number(open), was: open });
+  return count;
 }
 
 /** The palette and the list of shortcuts. */
