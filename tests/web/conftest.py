@@ -80,6 +80,7 @@ def page(browser: Browser, page_server: str) -> Iterator[Page]:
     page = context.new_page()
     faults = watched(page, page_server)
     page.goto("/")
+    expect(page.get_by_test_id("welcome")).to_be_visible()  # before that it hears no key
     yield page
     context.close()
     assert not faults, faults

@@ -164,8 +164,13 @@ def test_files_can_be_dropped_and_pasted(page: Page) -> None:
     transfer = page.evaluate_handle(
         "() => { const data = new DataTransfer(); data.items.add(new File(['hello'], 'dropped.txt')); return data }"
     )
-    page.dispatch_event("body", "dragenter", {"dataTransfer": transfer})
+    page.evaluate(  # a browser says so over and over while something hovers
+        """dataTransfer => { window.hovering = setInterval(() => document.body.dispatchEvent(
+                             new DragEvent('dragover', { dataTransfer, bubbles: true, cancelable: true })), 50) }""",
+        transfer,
+    )
     expect(page.get_by_test_id("drop")).to_be_visible()
+    page.evaluate("() => clearInterval(window.hovering)")
     page.dispatch_event("body", "drop", {"dataTransfer": transfer})
     expect(page.get_by_test_id("file-chip")).to_contain_text("dropped.txt")
     expect(page.get_by_test_id("drop")).to_have_count(0)
