@@ -121,6 +121,7 @@ def test_a_reload_in_mid_answer_loses_nothing(page: Page) -> None:
     expect(answer).to_have_attribute("data-status", "running")
     expect(answer).to_contain_text("word30")
     page.get_by_test_id("stop").click()
+    expect(answer).to_have_attribute("data-status", "stopped")
     words = re.findall(r"word\d+", answer.get_by_test_id("answer-text").inner_text())
     assert words == [f"word{n}" for n in range(len(words))]
 
@@ -133,6 +134,7 @@ def test_a_lost_connection_is_taken_up_again(page: Page) -> None:
     expect(answer).to_contain_text("word12 ")
     expect(page.get_by_test_id("notice")).to_have_count(0)
     page.get_by_test_id("stop").click()
+    expect(answer).to_have_attribute("data-status", "stopped")
     words = re.findall(r"word\d+", answer.get_by_test_id("answer-text").inner_text())
     assert words == [f"word{n}" for n in range(len(words))]
 

@@ -78,6 +78,8 @@ def test_light_dark_and_system(page: Page) -> None:
     page.get_by_test_id("theme-light").click()
     expect(page.locator("html")).to_have_attribute("data-theme", "light")
     page.reload()
+    expect(page.get_by_test_id("welcome")).to_be_visible()
+    expect(page.locator("html")).to_have_attribute("data-theme", "light")
     assert page.evaluate(background) == "rgb(255, 255, 255)", "the choice is not remembered"
 
 
