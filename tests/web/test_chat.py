@@ -19,7 +19,7 @@ def test_an_answer_is_streamed_rendered_and_counted(page: Page, world: World) ->
     expect(answer).to_have_attribute("data-status", "running")
     expect(page.get_by_test_id("stop")).to_be_visible()
     expect(answer).to_contain_text("Three of its relatives")
-    world.gate.set()
+    world.go_on()
     expect(answer).to_have_attribute("data-status", "done")
     expect(answer.locator("ol > li")).to_have_count(3)
     expect(answer.locator("tbody tr")).to_have_count(3)

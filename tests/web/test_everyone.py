@@ -122,7 +122,7 @@ def test_scrolling_follows_until_the_person_scrolls_up(page: Page, world: World)
     page.wait_for_function("() => new Promise(done => { const el = document.querySelector('.scroll');"
                            "const top = el.scrollTop; setTimeout(() => done(el.scrollTop === top), 200) })")  # fmt: skip
     top = thread.evaluate("el => el.scrollTop")
-    world.gate.set()
+    world.go_on()
     page.get_by_text("Paragraph 22").wait_for(state="attached")
     assert thread.evaluate("el => el.scrollTop") == top, "the page moved under the reader"
     page.get_by_test_id("jump").click()

@@ -23,7 +23,7 @@ def test_thinking_is_shown_timed_counted_and_folded(page: Page, world: World) ->
     expect(button).to_contain_text(re.compile(r"Thinking… [1-9]\d* s.*\d+ tokens"))
     expect(button).to_have_attribute("aria-expanded", "true")
     expect(text).to_contain_text("The question is")
-    world.gate.set()
+    world.go_on()
     expect(answer).to_have_attribute("data-status", "done")
     expect(button).to_contain_text(re.compile(r"Thought for \d+ s.*\d+ tokens"))
     expect(button).to_have_attribute("aria-expanded", "false")
@@ -41,7 +41,7 @@ def test_thinking_can_be_stopped_and_its_thought_edited(page: Page, world: World
     expect(answer.get_by_test_id("thinking-text")).to_contain_text("The question is")
     with page.expect_response("**/stop"):
         answer.get_by_test_id("stop-thinking").click()
-    world.gate.set()
+    world.go_on()
     expect(answer).to_have_attribute("data-status", "done")
     expect(answer.get_by_test_id("answer-text")).to_contain_text("twice")
     answer.get_by_test_id("thinking-toggle").click()
@@ -63,7 +63,7 @@ def test_search_cites_and_checks(page: Page, world: World) -> None:
     answer = ask(page, "search the blue whale", None)
     strip = answer.get_by_test_id("search")
     expect(strip).to_have_attribute("data-phase", "queries")
-    world.gate.set()
+    world.go_on()
     expect(answer).to_have_attribute("data-status", "done")
     expect(answer.get_by_test_id("queries").locator("li")).to_have_text(
         ["blue whale length", "what do blue whales eat"]

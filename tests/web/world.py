@@ -69,7 +69,7 @@ class World:
     url: str = ""
     pace_s: float = 0.001
     pause_at: int | None = None
-    """After so many tokens since `reset` the gate closes: a test may look at an answer in its middle for long."""
+    """After so many tokens since `reset` all wait for `go_on`: a test may look at an answer in its middle for long."""
     said: int = 0
     refuse: bool = False
     search_fails: bool = False
@@ -81,6 +81,11 @@ class World:
     def reset(self) -> None:
         self.pace_s, self.refuse, self.search_fails, self.queries = 0.001, False, False, []
         self.found, self.pause_at, self.said = list(FOUND), None, 0
+        self.gate.set()
+
+    def go_on(self) -> None:
+        """Whether or not the pause was reached."""
+        self.pause_at = None
         self.gate.set()
 
     def clear(self) -> None:
@@ -99,13 +104,11 @@ class World:
 
     async def pace(self) -> None:
         self.said += 1
-        if self.said == self.pause_at:
-            self.gate.clear()
         await asyncio.sleep(self.pace_s)
         await self._open()
 
     async def _open(self) -> None:
-        while not self.gate.is_set():
+        while not self.gate.is_set() or (self.pause_at is not None and self.said >= self.pause_at):
             await asyncio.sleep(0.01)
 
     def scripts(self) -> list[Script]:
@@ -174,7 +177,7 @@ def running(*, key: str | None = None) -> Iterator[World]:
         with serving(app) as server:
             world.url = server.url
             yield world
-            world.gate.set()
+            world.go_on()
 
 
 @dataclass
