@@ -41,8 +41,8 @@ def _world() -> Iterator[World]:
 @pytest.fixture
 def world(_world: World) -> World:
     """The two ends of the server, as they are at first, and no conversation in it."""
-    _world.reset()
     _world.clear()
+    _world.reset()
     return _world
 
 

@@ -42,6 +42,12 @@ def ask(page: Page, text: str, status: str | None = "done") -> Locator:
     return answer
 
 
+def choose(button: Locator) -> None:
+    """By the keyboard. When an answer has just ended, the colours of its code may still arrive: the page then keeps its end
+    in view, and a pointer that was aimed before hits something else."""
+    button.press("Enter")
+
+
 def new_chat(page: Page) -> None:
     """To the empty state; what was shown before is gone when this returns."""
     page.get_by_test_id("new-chat").click()

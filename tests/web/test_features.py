@@ -8,7 +8,7 @@ from pathlib import Path
 
 from playwright.sync_api import Page, expect
 
-from tests.web.steps import ask, menu, new_chat
+from tests.web.steps import ask, choose, menu, new_chat
 from tests.web.world import World
 
 
@@ -85,7 +85,7 @@ def test_search_cites_and_checks(page: Page, world: World) -> None:
     expect(drawer.get_by_test_id("source").nth(2).get_by_test_id("claim").first).to_contain_text("1,600")
     page.get_by_test_id("panel-close").click()
     expect(drawer).to_have_count(0)
-    answer.get_by_test_id("open-sources").click()
+    choose(answer.get_by_test_id("open-sources"))
     expect(drawer).to_be_visible()
 
 
@@ -99,7 +99,7 @@ def test_a_search_that_fails_says_so_and_the_answer_comes(page: Page, world: Wor
 
 def test_html_runs_beside_the_conversation_and_reaches_nothing(page: Page) -> None:
     answer = ask(page, "page with a pond")
-    answer.get_by_test_id("preview").click()
+    choose(answer.get_by_test_id("preview"))
     panel = page.get_by_test_id("preview-panel")
     frame = page.frame_locator("[data-testid=preview-frame]")
     expect(frame.locator("#log")).to_have_text("reached: nothing")
@@ -131,10 +131,10 @@ def test_diagrams_and_svg(page: Page) -> None:
     picture = answer.get_by_test_id("diagram")
     expect(picture).to_have_attribute("src", re.compile("^data:image/svg"))
     assert picture.evaluate("el => el.decode().then(() => el.naturalWidth)") > 100
-    answer.get_by_test_id("preview").click()
+    choose(answer.get_by_test_id("preview"))
     expect(page.frame_locator("[data-testid=preview-frame]").locator("svg")).to_be_visible()
     svg = ask(page, "svg please")
-    svg.get_by_test_id("preview").click()
+    choose(svg.get_by_test_id("preview"))
     expect(page.frame_locator("[data-testid=preview-frame]").locator("svg circle")).to_be_visible()
 
 

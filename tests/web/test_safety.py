@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from tests.web.steps import ask
+from tests.web.steps import ask, choose
 from tests.web.world import SECRET, World, running
 
 AXE = Path(__file__).resolve().parents[2] / "web" / "node_modules" / "axe-core" / "axe.min.js"
@@ -27,7 +27,7 @@ def test_no_payload_runs(page: Page, world: World) -> None:
     page.get_by_test_id("file-input").set_input_files(files)
     expect(page.get_by_test_id("file-chip")).to_contain_text("tokens")
     answer = ask(page, "xss " + NASTY)
-    page.get_by_test_id("open-sources").click()
+    choose(page.get_by_test_id("open-sources"))
     for link in answer.get_by_role("link").all():
         assert (link.get_attribute("href") or "").startswith(("http:", "https:")), link.get_attribute("href")
     assert answer.locator("script, iframe, object, embed, [onerror], [onload], [onclick], [ontoggle]").count() == 0
@@ -97,7 +97,7 @@ def test_axe_finds_nothing_serious(page: Page, scheme: str) -> None:
     page.get_by_test_id("search-toggle").click()
     ask(page, "search for whales")
     page.get_by_test_id("thinking-toggle").click()
-    page.get_by_test_id("citation").first.click()
+    choose(page.get_by_test_id("citation").first)
     wrong += seriously_wrong(page, rule)
     page.get_by_test_id("panel-close").click()
     for opener, shown in (

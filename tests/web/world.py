@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -67,6 +68,7 @@ class World:
 
     tokenizer: Tokenizer
     url: str = ""
+    engine: ScriptedEngine | None = None
     pace_s: float = 0.001
     pause_at: int | None = None
     """After so many tokens since `reset` all wait for `go_on`: a test may look at an answer in its middle for long."""
@@ -89,11 +91,15 @@ class World:
         self.gate.set()
 
     def clear(self) -> None:
-        """Deletes every conversation."""
+        """Deletes every conversation, and returns once none is being answered any more."""
+        self.go_on()
         with urlopen(f"{self.url}/chats?limit=100", timeout=10) as answer:
             chats = json.load(answer)["chats"]
         for chat in chats:
             urlopen(Request(f"{self.url}/chats/{chat['id']}", method="DELETE"), timeout=10).close()
+        end = time.monotonic() + 20
+        while self.engine is not None and self.engine.stats.running and time.monotonic() < end:
+            time.sleep(0.01)
 
     async def search(self, query: str, count: int) -> list[Result]:
         self.queries.append(query)
@@ -162,7 +168,7 @@ def built(folder: Path, key: str | None = None) -> tuple[World, FastAPI]:
     world = World(tokenizer)
     world.reset()
     info = EngineInfo("scripted", 1 << 16, tokenizer.vocab_size, (tokenizer.eos_id,), cache_tokens=1 << 20)
-    engine = ScriptedEngine(world.scripts(), info)
+    engine = world.engine = ScriptedEngine(world.scripts(), info)
     nano = ServedModel(engine, tokenizer, ChatTemplate("v3.1"), name="rorqual-nano", created=7)
     models = {"rorqual-nano": nano, "rorqual-mini": replace(nano, name="rorqual-mini")}
     settings = Settings(database_url=database_url(folder), page_dir=PAGE, api_keys=(key,) if key else (), heartbeat_s=2)
