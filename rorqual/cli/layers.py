@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -281,9 +281,9 @@ def copy_bandwidth(device: str, size: int = 1 << 30) -> float:
 
 
 def attention(device: str, heads: list[int], batches: list[int], context: int) -> list[dict[str, Any]]:
-    """The paged kernel at the released latent's size, every row `context` tokens long."""
+    """The paged kernels at the released latent's size, every row `context` tokens long."""
     from rorqual.ops.attention import attend_pages
-    from rorqual.ops.triton.mla import busy_split, decode
+    from rorqual.ops.triton.mla import busy_split, decode, wide_missing
 
     C, R, page = 512, 64, 64
     width, bandwidth, out = -(-context // page), copy_bandwidth(device), []
@@ -294,15 +294,17 @@ def attention(device: str, heads: list[int], batches: list[int], context: int) -
         for H in heads:
             q = torch.randn(batch, H, C + R, device=device, dtype=torch.bfloat16)
             split = busy_split(batch, H, width * page)
-            run = partial(decode, q, pages, table, lengths, C, (C + R) ** -0.5, split=split)
             want = attend_pages(q[:1], pages, table[:1], lengths[:1], C, (C + R) ** -0.5, "reference").float()
-            error, seconds = float((run()[:1].float() - want).norm() / want.norm()), timed(run)
-            rate = batch * context * (C + R) * pages.itemsize / seconds
-            out.append({
-                "heads": H, "batch": batch, "split": split, "microseconds": 1e6 * seconds,
-                "tflops": 2 * batch * context * H * (2 * C + R) / seconds / 1e12, "gigabytes_per_s": rate / 1e9,
-                "of_bandwidth": rate / bandwidth, "error": error,
-            })  # fmt: skip
+            hows: list[Literal["wide"] | None] = [None] if wide_missing(q, pages, C) else [None, "wide"]
+            for how in hows:
+                run = partial(decode, q, pages, table, lengths, C, (C + R) ** -0.5, split=split, how=how)
+                error, seconds = float((run()[:1].float() - want).norm() / want.norm()), timed(run)
+                rate = batch * context * (C + R) * pages.itemsize / seconds
+                out.append({
+                    "heads": H, "batch": batch, "kernel": how or "tiles", "split": split, "microseconds": 1e6 * seconds,
+                    "tflops": 2 * batch * context * H * (2 * C + R) / seconds / 1e12, "gigabytes_per_s": rate / 1e9,
+                    "of_bandwidth": rate / bandwidth, "error": error,
+                })  # fmt: skip
     return out
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rorqual.ops.attention import PAGES_BOUND, attend_pages
-from rorqual.ops.triton.mla import decode
+from rorqual.ops.triton.mla import decode, wide_missing
 
 CUDA = torch.device("cuda")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -84,3 +84,26 @@ def test_a_captured_graph_follows_its_buffers() -> None:
         graph.replay()
         assert torch.equal(out, decode(*fresh, 512, scale))
         agree(out, exact(*fresh, 512, scale), torch.bfloat16)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper card"
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("heads", [64, 128])
+def test_the_kernel_for_many_heads_equals_the_other_one(heads: int, dtype: torch.dtype) -> None:
+    """Many times over, because what a missing fence spoils is a matter of luck."""
+    scale = 576**-0.5
+    for lengths, split in (
+        (LENGTHS, 512),
+        ([8192] * 20, 4096),
+        ([8191, 1, 0, 64, 4097] * 8, 8192),
+        ([100, 0, 512], 512),
+    ):
+        q, pages, table, lens = case((heads, 512, 64), lengths, dtype, width=-(-max(lengths) // 64))
+        assert wide_missing(q, pages, 512) is None
+        want = decode(q, pages, table, lens, 512, scale, split=split)
+        first = decode(q, pages, table, lens, 512, scale, split=split, how="wide")
+        agree(first, want.float(), dtype)
+        for _ in range(20):
+            assert torch.equal(decode(q, pages, table, lens, 512, scale, split=split, how="wide"), first)

@@ -12,7 +12,7 @@ values. Slots beyond a row's length are never read.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import triton
@@ -148,13 +148,14 @@ def _merge_kernel(
 
 def decode(
     q_NHX: Tensor, pages_PSX: Tensor, table_NP: Tensor, lengths_N: Tensor, latent_dim: int, scale: float,
-    out: Tensor | None = None, split: int = SPLIT, how: Tiles | None = None,
+    out: Tensor | None = None, split: int = SPLIT, how: Tiles | Literal["wide"] | None = None,
 ) -> Tensor:  # fmt: skip
     """`ops.attention.attend_pages`: queries [N, H, C + R] over pages [pages, page_size, C + R] -> [N, H, C].
 
     Nothing comes back to the host, and scratch is allocated inside, so the call can be captured in a CUDA graph. Entries
     of the table beyond a row's length are never read. page_size: a power of two, 16 or more; 64 is what this is made
-    for. out: contiguous, in q's dtype. split: keys of one split, a multiple of the page.
+    for. out: contiguous, in q's dtype. split: keys of one split, a multiple of the page. how: the first kernel's tiles, by
+    default `tiles`; "wide": `mla_wide`'s kernel, where `wide_missing` has nothing against it.
     """
     (N, H, _), page, width, C = q_NHX.shape, pages_PSX.shape[1], table_NP.shape[1], latent_dim
     if out is None:
@@ -175,7 +176,7 @@ def decode(
 
 def parts(
     q_NHX: Tensor, pages_PSX: Tensor, table_NP: Tensor, lengths_N: Tensor, latent_dim: int, scale: float,
-    split: int = SPLIT, how: Tiles | None = None,
+    split: int = SPLIT, how: Tiles | Literal["wide"] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The same, not merged: each split's result [N, H, splits, C], and the logarithm to base 2 of its sum of exponentials
     [N, H, splits], fp32; undefined in splits beyond a row's length."""
@@ -186,6 +187,15 @@ def parts(
     if N:
         _launch(q_NHX, pages_PSX, table_NP, lengths_N, latent_dim, scale, part, lse, split, how)
     return part, lse
+
+
+def wide_missing(q_NHX: Tensor, pages_PSX: Tensor, latent_dim: int) -> str | None:
+    """Why `mla_wide` cannot take these, or None."""
+    try:
+        from rorqual.ops.triton import mla_wide
+    except ImportError as error:  # Gluon is experimental: it may change its place
+        return f"this Triton has no Gluon as it is known here ({error})"
+    return mla_wide.missing(q_NHX, pages_PSX, latent_dim)
 
 
 def busy_split(rows: int, heads: int, keys: int) -> int:
@@ -199,7 +209,7 @@ def busy_split(rows: int, heads: int, keys: int) -> int:
 
 def _launch(
     q_NHX: Tensor, pages_PSX: Tensor, table_NP: Tensor, lengths_N: Tensor, C: int, scale: float,
-    out: Tensor, lse: Tensor | None, split: int, how: Tiles | None,
+    out: Tensor, lse: Tensor | None, split: int, how: Tiles | Literal["wide"] | None,
 ) -> None:  # fmt: skip
     """lse None: one split, and out is the result."""
     N, H, X = q_NHX.shape
@@ -208,11 +218,21 @@ def _launch(
     assert page >= 16 and page & (page - 1) == 0 and table_NP.stride(1) == lengths_N.stride(0) == 1
     assert split % page == 0, "a split is whole pages"
     splits = max(1, triton.cdiv(width * page, split))
+    strides = table_NP.stride(0), width, splits
+    args = (q_NHX.contiguous(), pages_PSX, table_NP, lengths_N, out, lse, scale * LOG2_E, *strides)
+    if how == "wide":
+        from rorqual.ops.triton import mla_wide
+
+        row_programs = N * (H // mla_wide.HEADS)
+        mla_wide.kernel[(row_programs, min(splits, triton.cdiv(PROGRAMS, row_programs)))](
+            *args, H=H, C=C, R=X - C, PAGE=page, SPLIT=split, KEYS=mla_wide.KEYS, BLOCK_H=mla_wide.HEADS, DIRECT=lse is None,
+            num_warps=mla_wide.WARPS,
+        )  # fmt: skip
+        return
     how = how or tiles(H, q_NHX.dtype)
     row_programs = N * triton.cdiv(H, how.heads)
     _split_kernel[(row_programs, min(splits, triton.cdiv(PROGRAMS, row_programs)))](
-        q_NHX.contiguous(), pages_PSX, table_NP, lengths_N, out, lse, scale * LOG2_E, table_NP.stride(0), width, splits,
-        H=H, C=C, R=X - C, PAGE=page, SPLIT=split, KEYS=min(page, how.keys), BLOCK_H=how.heads,
+        *args, H=H, C=C, R=X - C, PAGE=page, SPLIT=split, KEYS=min(page, how.keys), BLOCK_H=how.heads,
         BLOCK_C=max(16, triton.next_power_of_2(C)), BLOCK_R=max(16, triton.next_power_of_2(X - C)), DIRECT=lse is None,
         LEFT=how.left, num_warps=how.warps, num_stages=how.stages,
     )  # fmt: skip

@@ -9,8 +9,9 @@ the scores and the columns of the values, and per block of keys
     Q K^T done                     -> softmax
 
 so that only the softmax finds the tensor cores idle. Two blocks of latents, the queries and the probabilities fill
-225 of the 227 KiB of shared memory; the accumulator takes 128 registers of a thread. Rows beyond the last key are copies of it
-and masked. Gluon cannot be interpreted, so `make test` compiles this for sm_90, and tests/gpu compares it.
+225 of the 227 KiB of shared memory; the accumulator takes 128 registers of a thread. Rows beyond the last key are copies
+of it and masked. Triton's interpreter does not know Gluon: tests run these steps in a machine of their own, which checks
+waits, fences and barriers, and compile the kernel for sm_90; tests/gpu compares it on a card.
 """
 
 from __future__ import annotations
@@ -32,18 +33,16 @@ WARPS = 8
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # the latter up to Triton 3.6
 
 
-def takes(q_NHX: Tensor, pages_PSX: Tensor, latent_dim: int) -> bool:
-    """Whether the kernel is made for these: DeepSeek-V3's dimensions in 16 bits, on a Hopper card."""
-    return (
-        q_NHX.shape[1] % HEADS == 0
-        and q_NHX.shape[2] - latent_dim == 64
-        and latent_dim == 512
-        and q_NHX.dtype == pages_PSX.dtype
-        and q_NHX.dtype in (torch.bfloat16, torch.float16)
-        and pages_PSX.shape[1] % KEYS == 0
-        and q_NHX.is_cuda
-        and torch.cuda.get_device_capability(q_NHX.device) == (9, 0)
-    )
+def missing(q_NHX: Tensor, pages_PSX: Tensor, latent_dim: int) -> str | None:
+    """Why the kernel cannot take these, or None: it is made for DeepSeek-V3's dimensions in 16 bits on a Hopper card."""
+    (_, H, X), dtype = q_NHX.shape, q_NHX.dtype
+    if H % HEADS or (latent_dim, X) != (512, 576) or pages_PSX.shape[1] % KEYS:
+        return f"it takes a multiple of {HEADS} heads of 512 + 64 numbers and pages of a multiple of {KEYS} tokens"
+    if dtype not in (torch.bfloat16, torch.float16) or dtype != pages_PSX.dtype:
+        return "it takes queries and latents of 16 bits"
+    if not q_NHX.is_cuda or torch.cuda.get_device_capability(q_NHX.device) != (9, 0):
+        return "it needs a Hopper card"
+    return None
 
 
 @gluon.jit
