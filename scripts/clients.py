@@ -5,7 +5,7 @@
 Each client has an environment of its own under out/clients, because they want different versions of one another; those
 that are part of the development environment are taken from there. --quick: only these and the ones of Node. A snippet
 passes if it streams text, has a tool called with arguments that fit, and reads the usage that the server counted; aider's
-if a file was edited and committed as the script says, and a question answered. Open WebUI (3 GB, and a browser walks
+and Continue's if they wrote a file as the script says, and answered a question. Open WebUI (3 GB, and a browser walks
 through it: open_webui.py) runs only where it is named.
 """
 
@@ -30,7 +30,7 @@ from pathlib import Path
 
 from rorqual.cli.scripted_server import scripted_server
 from rorqual.config import DEFAULT_MODEL, resolve_model
-from rorqual.data.special import TOOL_CALLS_BEGIN
+from rorqual.data.special import TOOL_CALLS_BEGIN, TOOL_OUTPUT_BEGIN
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.data.tools import tool_calls
 from rorqual.engine.scripted import Script
@@ -50,29 +50,32 @@ FORMS = {
 }
 SUFFIXES = {"python": "py", "javascript": "mjs", "sh": "sh"}
 
-# What keeps aider to itself: no reports of its use, no look for a newer one, no page opened in a browser.
+# What keeps aider and Continue to themselves: no reports of their use, no look for a newer one, no page in a browser.
 ALONE = {
     "AIDER_ANALYTICS_DISABLE": "true",
     "AIDER_CHECK_UPDATE": "false",
     "AIDER_SHOW_MODEL_WARNINGS": "false",
     "AIDER_SHOW_RELEASE_NOTES": "false",
+    "BROWSER": "true",
+    "CONTINUE_TELEMETRY_ENABLED": "0",
     "LITELLM_LOCAL_MODEL_COST_MAP": "true",
 }
 
 
 @dataclass(frozen=True)
 class Snippet:
-    """One client's: its section's title, what to install with pip or npm, the code and its language (of SUFFIXES)."""
+    """One client's: its section's title, what to install with what (pip, npm), and the code in a language of SUFFIXES."""
 
     name: str
+    language: str
+    installer: str
     packages: tuple[str, ...]
     code: str
-    language: str
 
     @property
     def quick(self) -> bool:
         """Whether the development environment has it, or npm in seconds."""
-        return self.language == "javascript" or self.packages[0] in ("openai", "anthropic")
+        return self.packages[0] in ("openai", "anthropic", "ai")
 
     @property
     def heavy(self) -> bool:
@@ -82,9 +85,10 @@ class Snippet:
 def snippets() -> list[Snippet]:
     found = []
     for section in GUIDE.read_text(encoding="utf-8").split("\n## ")[1:]:
-        block = re.search(r"```(python|javascript|sh)\n(?:# pip|// npm) install (.*?)\n(.*?)```", section, re.DOTALL)
+        block = re.search(r"```(\w+)\n(?:#|//) (pip|npm) install (.*?)\n(.*?)```", section, re.DOTALL)
         if block:
-            found.append(Snippet(section.splitlines()[0], tuple(block[2].split()), block[3], block[1]))
+            language, installer, packages, code = block.groups()
+            found.append(Snippet(section.splitlines()[0], language, installer, tuple(packages.split()), code))
     return found
 
 
@@ -93,7 +97,7 @@ def snippets() -> list[Snippet]:
 
 def installed(snippet: Snippet, folder: Path) -> list[str]:
     """What runs its code; the environment is made in the folder where it is missing."""
-    if snippet.language == "javascript":
+    if snippet.installer == "npm":
         if not (folder / "node_modules" / snippet.packages[0]).exists():
             (folder / "package.json").write_text('{"private": true}\n')
             npm = shutil.which("npm")
@@ -101,7 +105,7 @@ def installed(snippet: Snippet, folder: Path) -> list[str]:
             subprocess.run(
                 [npm, "install", "--silent", "--no-audit", "--no-fund", *snippet.packages], cwd=folder, check=True
             )
-        return ["node"]
+        return ["sh"] if snippet.language == "sh" else ["node"]
     if snippet.quick:
         return [sys.executable]
     python = folder / "venv" / "bin" / "python"
@@ -115,7 +119,7 @@ def installed(snippet: Snippet, folder: Path) -> list[str]:
                 subprocess.run([*pip, "torch==2.13.0"], check=True, stderr=subprocess.DEVNULL)
         subprocess.run([*pip, *snippet.packages], check=True, stderr=subprocess.DEVNULL)
         ready.touch()
-    return ["sh", "-e"] if snippet.language == "sh" else [str(python)]
+    return ["sh"] if snippet.language == "sh" else [str(python)]
 
 
 def prepare(snippet: Snippet, url: str) -> tuple[list[str], dict[str, str]]:
@@ -126,16 +130,16 @@ def prepare(snippet: Snippet, url: str) -> tuple[list[str], dict[str, str]]:
     code.write_text(snippet.code.replace(ADDRESS, url), encoding="utf-8")
     environment = dict(os.environ)
     if snippet.language == "sh":
-        path = f"{folder / 'venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"
-        environment |= {"PATH": path, "HOME": str(folder), "BROWSER": "true", **ALONE}
+        path = [str(folder / "venv" / "bin"), str(folder / "node_modules" / ".bin"), os.environ["PATH"]]
+        environment |= {"PATH": os.pathsep.join(path), "HOME": str(folder), **ALONE}
     return [*installed(snippet, folder), str(code)], environment
 
 
 def run(snippet: Snippet, url: str) -> str:
-    """What it printed, in a folder of its own: aider edits and commits there. Raises AssertionError where it failed."""
+    """What it printed, in a folder of its own: aider and Continue write there. Raises AssertionError where it failed."""
     command, environment = prepare(snippet, url)
     with tempfile.TemporaryDirectory() as folder:
-        # Without a terminal aider asks nothing.
+        # Without a terminal they ask nothing.
         done = subprocess.run(
             command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
         )
@@ -151,7 +155,7 @@ def check(snippet: Snippet, url: str, scripted: bool) -> None:
 
         walk(*prepare(snippet, url), scripted)
     elif snippet.language == "sh":
-        judge_edit(run(snippet, url), scripted)
+        (judge_edit if "aider" in snippet.name else judge_write)(run(snippet, url), scripted)
     else:
         judge(run(snippet, url), scripted)
 
@@ -178,17 +182,27 @@ def judge_edit(printed: str, scripted: bool) -> None:
         assert printed.endswith(f"\n{ASKED}\n\n{SAID}\n"), f"no edit in {printed!r}"
 
 
+def judge_write(printed: str, scripted: bool) -> None:
+    """Continue's two runs: a file by way of a tool, for which the bundled model has no room, and a question."""
+    lines = [line for line in printed.splitlines() if line.strip()]
+    wanted = [SAID, SAID, SAID]  # after the tool, in the file, and to the question
+    assert lines == wanted if scripted else len(" ".join(lines)) > 20, f"not the answers: {printed!r}"
+
+
 # ---- the servers ----------------------------------------------------------------------------------------------------
 
 
 def scripts(directory: Path) -> list[Script]:
-    """A sentence, slowly where that is wanted; a call of the first tool where there are tools; the FORMS."""
+    """A sentence, slowly where that is wanted; where there are tools a call, of one that writes if it can be; the FORMS."""
     tokenizer = Tokenizer.load(directory)
-    begin = tokenizer.special(TOOL_CALLS_BEGIN)
+    begin, done = tokenizer.special(TOOL_CALLS_BEGIN), tokenizer.special(TOOL_OUTPUT_BEGIN)
 
     def call(prompt: tuple[int, ...]) -> list[int]:
-        name = re.findall(r"### (\w+)", tokenizer.decode(prompt))[0]
-        calls = [{"function": {"name": name, "arguments": '{"city": "Rome"}'}}]
+        names = re.findall(r"### (\w+)", tokenizer.decode(prompt))
+        name, arguments = names[0], {"city": "Rome"}
+        if "Write" in names:
+            name, arguments = "Write", {"filepath": "sea.md", "content": f"{SAID}\n"}
+        calls = [{"function": {"name": name, "arguments": json.dumps(arguments)}}]
         return [
             token
             for segment in tool_calls("bare", calls)
@@ -200,7 +214,7 @@ def scripts(directory: Path) -> list[Script]:
 
     said = tokenizer.encode(SAID)
     return [
-        Script(tokens=call, when=lambda prompt: begin in prompt),
+        Script(tokens=call, when=lambda prompt: begin in prompt and done not in prompt),
         *(Script(tokens=tokenizer.encode(form), when=asks(words)) for words, form in FORMS.items()),
         Script(tokens=said, when=asks("slowly"), delay_s=0.2),
         Script(tokens=said),

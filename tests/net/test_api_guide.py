@@ -62,7 +62,7 @@ def test_every_client_of_the_guide_has_a_snippet_that_runs() -> None:
     spec.loader.exec_module(clients)
     assert [snippet.packages[0] for snippet in clients.snippets()] == [
         "openai", "openai", "anthropic", "langchain-openai", "langchain-deepseek", "litellm", "instructor", "ai",
-        "aider-chat", "open-webui",
+        "aider-chat", "@continuedev/cli", "open-webui",
     ]  # fmt: skip
     assert [snippet.packages[0] for snippet in clients.snippets() if snippet.quick] == [
         "openai", "openai", "anthropic", "ai",
@@ -79,6 +79,8 @@ def test_every_client_of_the_guide_has_a_snippet_that_runs() -> None:
     with pytest.raises(AssertionError, match="no edit"):
         clients.judge_edit(edited, scripted=True)
     clients.judge_edit(f"{edited}\n{clients.SAID}\n", scripted=True)
+    with pytest.raises(AssertionError, match="not the answers"):
+        clients.judge_write(f"{clients.SAID}\n{clients.SAID}\n", scripted=True)
 
 
 def test_under_an_alias_a_limit_beyond_the_context_means_what_room_there_is(tokenizer: Tokenizer) -> None:
