@@ -150,7 +150,8 @@ def with_alias(spec: str, served: Mapping[str, ServedModel]) -> tuple[str, Serve
     if name in served:
         raise ConfigError(f"--alias {spec}: a model is called {name}", remedy="choose another name")
     thinking = mode == "thinking" if mode else served[model].defaults.thinking
-    return name, replace(served[model], defaults=replace(served[model].defaults, thinking=thinking))
+    defaults = replace(served[model].defaults, thinking=thinking)
+    return name, replace(served[model], defaults=defaults, alias=True)
 
 
 def set_up_logs(form: str) -> None:

@@ -183,10 +183,11 @@ def engine_requests(
 
 def sampling(body: Sampled, served: ServedModel, prompt_tokens: int, settings: Settings) -> SamplingParams:
     defaults, info = served.defaults, served.engine.info
-    max_tokens = body.wanted_tokens
+    max_tokens, room = body.wanted_tokens, max(1, info.max_model_len - prompt_tokens)
     if max_tokens is None:
-        room = max(1, info.max_model_len - prompt_tokens)
         max_tokens = min(room, max(defaults.max_tokens or settings.default_max_tokens, body.min_tokens or 0))
+    elif served.alias:
+        max_tokens = min(room, max_tokens)
     top_k = defaults.top_k if body.top_k is None else body.top_k
     params = SamplingParams(
         temperature=defaults.temperature if body.temperature is None else body.temperature,

@@ -57,6 +57,9 @@ class GenerationDefaults:
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
+    """alias: under a name that programs insist on. They send the limits of the model of that name, so a `max_tokens`
+    beyond this one's context means what room there is."""
+
     engine: Engine
     tokenizer: Tokenizer
     template: ChatTemplate
@@ -64,6 +67,7 @@ class ServedModel:
     created: int
     owned_by: str = "rorqual"
     defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
+    alias: bool = False
 
     @property
     def fingerprint(self) -> str:
