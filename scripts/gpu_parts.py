@@ -32,7 +32,7 @@ def _large(context: int, dtype: str, seconds: int) -> Part:
     new = 64 if context > 4096 else 128
     return _timed(
         "engine", f"v3-16b-{context}{kind}", seconds,
-        f"decode --model v3-16b --prompt {context} --new {new} --dtype {dtype} --no-peer --rounds 3",
+        f"decode --model v3-16b --prompt {context} --new {new} --dtype {dtype} --no-peer --rounds 3 --overlap",
     )  # fmt: skip
 
 
@@ -43,7 +43,7 @@ def _test(file: str, seconds: int, options: str = "", name: str = "", alone: boo
     )  # fmt: skip
 
 
-DECODE = "decode --model bench-gpu --prompt 512 --new 128 --rounds 3 --deterministic"
+DECODE = "decode --model bench-gpu --prompt 512 --new 128 --rounds 3 --deterministic --overlap"
 
 PARITY = "python runs/fp8-parity/compare.py"
 
@@ -120,8 +120,8 @@ ADDED = {
 
 def miniature(part: Part) -> list[str]:
     """The words of the same command line with everything small, for a CPU: the models' shapes are those of `test`, FP8
-    weights are int8, int4 as it is. A GPU's tests skip themselves there."""
-    words = shlex.split(part.command)
+    weights are int8, int4 as it is. A GPU's tests skip themselves there, and no kernels overlap."""
+    words = [word for word in shlex.split(part.command) if word != "--overlap"]
     for i, word in enumerate(words[:-1]):
         if word in SMALL:
             words[i + 1] = SMALL[word]

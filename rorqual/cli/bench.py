@@ -12,7 +12,18 @@ import typer
 
 from rorqual.cli.bench_api import grammar, http
 from rorqual.cli.bench_engine import profile, soak
-from rorqual.cli.bench_options import AlsoDeterministic, Device, Dtype, JsonFile, Llama, Model, Peer, Rounds, Threads
+from rorqual.cli.bench_options import (
+    AlsoDeterministic,
+    AlsoOverlapping,
+    Device,
+    Dtype,
+    JsonFile,
+    Llama,
+    Model,
+    Peer,
+    Rounds,
+    Threads,
+)
 from rorqual.cli.bench_report import environment, finish, interleaved, print_rows, report
 from rorqual.cli.bench_train import train
 
@@ -40,6 +51,7 @@ def decode(
     new: Annotated[int, typer.Option(help="Tokens to generate for each.")] = 64,
     dtype: Dtype = "",
     deterministic: AlsoDeterministic = False,
+    overlap: AlsoOverlapping = False,
     threads: Threads = 0,
     rounds: Rounds = 5,
     peer: Peer = True,
@@ -52,9 +64,8 @@ def decode(
 
         rorqual bench decode --model bench-cpu --prompt 512 --batch 8 --dtype int8
     """
-    _generate(
-        "decode", model, device, (batch, prompt, new), dtype, deterministic, threads, rounds, peer, llama, json_file
-    )
+    more = deterministic, overlap
+    _generate("decode", model, device, (batch, prompt, new), dtype, more, threads, rounds, peer, llama, json_file)
 
 
 @app.command()
@@ -65,6 +76,7 @@ def prefill(
     prompt: Annotated[int, typer.Option(help="Tokens of each.")] = 512,
     dtype: Dtype = "",
     deterministic: AlsoDeterministic = False,
+    overlap: AlsoOverlapping = False,
     threads: Threads = 0,
     rounds: Rounds = 5,
     peer: Peer = True,
@@ -77,9 +89,8 @@ def prefill(
 
         rorqual bench prefill --model bench-cpu --prompt 512
     """
-    _generate(
-        "prefill", model, device, (batch, prompt, 1), dtype, deterministic, threads, rounds, peer, llama, json_file
-    )
+    more = deterministic, overlap
+    _generate("prefill", model, device, (batch, prompt, 1), dtype, more, threads, rounds, peer, llama, json_file)
 
 
 def _generate(
@@ -88,7 +99,7 @@ def _generate(
     device: str,
     shape: tuple[int, int, int],
     dtype: str,
-    deterministic: bool,
+    more: tuple[bool, bool],
     threads: int,
     rounds: int,
     peer: bool,
@@ -108,8 +119,13 @@ def _generate(
     weights.make_room(work.prompt + work.new)
     count = threads or physical_cores()
     engines: dict[str, Callable[[], float | None]] = {"rorqual": b.Generation(weights, device, work, dtype, count).run}
+    deterministic, overlap = more
     if deterministic:
         engines["rorqual deterministic"] = b.Generation(weights, device, work, dtype, count, True).run
+    if overlap:
+        if on_cpu:
+            raise typer.BadParameter("kernels overlap on a GPU", param_hint="--overlap")
+        engines["rorqual overlapping"] = b.Generation(weights, device, work, dtype, count, overlap=True).run
     if llama and on_cpu and dtype in b.LlamaGeneration.KINDS and b.llama_python():
         other = b.LlamaGeneration(weights, work, dtype, count)
         engines[f"llama.cpp {other.kind}"] = other.run

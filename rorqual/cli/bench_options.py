@@ -20,6 +20,9 @@ Deterministic = Annotated[bool, typer.Option("--deterministic", help="On a GPU t
 AlsoDeterministic = Annotated[
     bool, typer.Option("--deterministic", help="Measure `--deterministic` too: the ratio is what it costs.")
 ]
+AlsoOverlapping = Annotated[
+    bool, typer.Option("--overlap", help="Measure overlapping kernels too (`ops.triton.overlap`; on a GPU).")
+]
 Threads = Annotated[
     int,
     typer.Option(help="CPU threads of every engine; 0: all physical cores, in serve and mtp what is fastest.", min=0),

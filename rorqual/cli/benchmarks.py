@@ -129,13 +129,22 @@ class Generation:
     """Our engine core on random prompts of token ids."""
 
     def __init__(
-        self, weights: Weights, device: str, work: Work, dtype: str, threads: int, deterministic: bool = False
-    ) -> None:
-        self.work, self.vocab = work, weights.cfg.vocab_size
+        self, weights: Weights, device: str, work: Work, dtype: str, threads: int, deterministic: bool = False,
+        overlap: bool = False,
+    ) -> None:  # fmt: skip
+        self.work, self.vocab, self.overlap = work, weights.cfg.vocab_size, overlap
         self.core = engine(weights, device, work.batch, dtype, threads, deterministic=deterministic or "auto")
         self.seed = 0
 
     def run(self) -> float:
+        if not self.overlap:
+            return self._run()
+        from rorqual.ops.triton.overlap import overlapping
+
+        with overlapping():
+            return self._run()
+
+    def _run(self) -> float:
         self.seed += 1
         work = self.work
         params = SamplingParams(temperature=0, max_tokens=work.new, ignore_eos=True)

@@ -17,6 +17,7 @@ from rorqual.engine.core import EngineCore
 from rorqual.engine.load import build_core
 from rorqual.engine.settings import EngineSettings
 from rorqual.model.transformer import Transformer
+from rorqual.ops.triton.overlap import overlapping
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
@@ -61,6 +62,23 @@ def test_graphs_give_the_tokens_of_the_plain_computation(q_lora_rank: int | None
     assert captured.runner.graphs.usable and captured.runner.graphs.graphs
     same = sum(a == b for i in want for a, b in zip(want[i], got[i], strict=False)) / sum(map(len, want.values()))
     assert same > 0.97, "fp32: only ties may differ"
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="needs a Hopper card"
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kernels_that_overlap_give_the_same_bits(dtype: torch.dtype) -> None:
+    """The same kernels in the same order: any difference is one that did not wait."""
+    torch.manual_seed(0)
+    model = Transformer(replace(ModelConfig.load("bench-cpu"), num_nextn_predict_layers=0), device="cuda", dtype=dtype)
+    params = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True, logprobs=1)
+    for rows in (1, 5):
+        requests = [Request(str(i), tuple(range(2 + i, 90 + i)), params) for i in range(rows)]
+        want = run(core(model, True), requests)
+        for _ in range(3):
+            with overlapping():
+                assert run(core(model, True), requests) == want
 
 
 def test_sampling_and_logprobs_over_graphs() -> None:

@@ -13,9 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rorqual.ops.triton.overlap import begin, options
+
 
 @triton.jit
 def _add_norm_kernel(x, y, weight, total, out, width, eps, stride_x, stride_y, BLOCK: tl.constexpr):
+    begin()
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
@@ -36,7 +39,7 @@ def add_norm(x_ND: Tensor, y_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[
     block = triton.next_power_of_2(D)
     _add_norm_kernel[(N,)](
         x_ND, y_ND, weight_D, total, out, D, eps, x_ND.stride(0), y_ND.stride(0),
-        BLOCK=block, num_warps=4 if block <= 2048 else 8,
+        BLOCK=block, num_warps=4 if block <= 2048 else 8, **options(),
     )  # fmt: skip
     return total, out
 
@@ -55,6 +58,7 @@ def _queries_kernel(
     w = tl.load(
         w_uk + h * stride_wh + n[:, None] * stride_wn + c[None, :], mask=(n < N)[:, None] & (c < C)[None, :], other=0.0
     ).to(tl.float32)
+    begin()
     for i in tl.static_range(TOKENS):
         t = (tl.program_id(0) * TOKENS + i).to(tl.int64)
         there = t < T
@@ -88,7 +92,7 @@ def absorbed_queries(q_NX: Tensor, w_uk_HNC: Tensor, cos_NR: Tensor, sin_NR: Ten
     _queries_kernel[(triton.cdiv(T, tokens), H, triton.cdiv(C, block_c))](
         q_NX, w_uk_HNC, cos_NR, sin_NR, out, T, q_NX.stride(0), w_uk_HNC.stride(0), w_uk_HNC.stride(1), cos_NR.stride(0),
         H=H, N=N, R=rope_dim, C=C, TOKENS=tokens, BLOCK_N=triton.next_power_of_2(N),
-        BLOCK_R=triton.next_power_of_2(rope_dim // 2), BLOCK_C=block_c, num_warps=4,
+        BLOCK_R=triton.next_power_of_2(rope_dim // 2), BLOCK_C=block_c, num_warps=4, **options(),
     )  # fmt: skip
     return out
 
@@ -104,6 +108,10 @@ def _values_kernel(
     row = (t * H + h).to(tl.int64)
     c, s = tl.arange(0, BLOCK_C), tl.arange(0, MERGED)
     u = tl.program_id(2) * BLOCK_U + tl.arange(0, BLOCK_U)
+    w = tl.load(
+        w_uv + h * stride_wh + u[:, None] * stride_wu + c[None, :], mask=(u < U)[:, None] & (c < C)[None, :], other=0.0
+    )
+    begin()
     last = tl.cdiv(tl.minimum(tl.load(lengths + t).to(tl.int32), width * PAGE), SPLIT)
     largest, total = float("-inf"), 0.0
     acc = tl.zeros((BLOCK_C,), tl.float32)
@@ -117,9 +125,6 @@ def _values_kernel(
         acc = acc * fade + tl.sum(part_sc * weight[:, None], 0)
         largest = now
     o = (acc / tl.where(total > 0, total, 1.0)).to(out.dtype.element_ty).to(tl.float32)
-    w = tl.load(
-        w_uv + h * stride_wh + u[:, None] * stride_wu + c[None, :], mask=(u < U)[:, None] & (c < C)[None, :], other=0.0
-    )
     tl.store(out + row * U + u, tl.sum(w.to(tl.float32) * o[None, :], 1).to(out.dtype.element_ty), mask=u < U)
 
 
@@ -136,13 +141,14 @@ def merged_values(
     _values_kernel[(T, H, triton.cdiv(U, block_u))](
         part, lse, lengths_N, w_uv_HUC, out, keys // page, splits, w_uv_HUC.stride(0), w_uv_HUC.stride(1),
         H=H, C=C, U=U, PAGE=page, SPLIT=split, MERGED=8,
-        BLOCK_C=triton.next_power_of_2(C), BLOCK_U=block_u, num_warps=4,
+        BLOCK_C=triton.next_power_of_2(C), BLOCK_U=block_u, num_warps=4, **options(),
     )  # fmt: skip
     return out
 
 
 @triton.jit
 def _best_kernel(logits, top, best, V, stride, BLOCK: tl.constexpr):
+    begin()
     n, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = block * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(logits + n * stride + at, mask=at < V, other=float("-inf")).to(tl.float32)
@@ -155,6 +161,7 @@ def _best_kernel(logits, top, best, V, stride, BLOCK: tl.constexpr):
 
 @triton.jit
 def _told_kernel(top, best, told, blocks, V, BLOCK: tl.constexpr):
+    begin()
     n, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     value = tl.load(top + n * blocks + i, mask=i < blocks, other=float("-inf"))
     largest = tl.max(value, 0)
@@ -171,6 +178,6 @@ def most_likely(logits_NV: Tensor) -> Tensor:
     top = torch.empty(N, blocks, dtype=torch.float32, device=logits_NV.device)
     best = torch.empty(N, blocks, dtype=torch.int32, device=logits_NV.device)
     told = torch.empty(N, dtype=torch.int64, device=logits_NV.device)
-    _best_kernel[(N, blocks)](logits_NV, top, best, V, logits_NV.stride(0), BLOCK=block, num_warps=8)
-    _told_kernel[(N,)](top, best, told, blocks, V, BLOCK=triton.next_power_of_2(blocks), num_warps=1)
+    _best_kernel[(N, blocks)](logits_NV, top, best, V, logits_NV.stride(0), BLOCK=block, num_warps=8, **options())
+    _told_kernel[(N,)](top, best, told, blocks, V, BLOCK=triton.next_power_of_2(blocks), num_warps=1, **options())
     return told

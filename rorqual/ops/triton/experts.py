@@ -31,6 +31,7 @@ from torch.nn.functional import linear
 from rorqual.ops.formats import FP8, PLAIN, Weight
 from rorqual.ops.triton.fp8 import Tiling, launch, tile_rows
 from rorqual.ops.triton.fused import swiglu
+from rorqual.ops.triton.overlap import begin, options
 from rorqual.ops.triton.stream import add_columns, no_sums
 
 FEW = {PLAIN: 2, FP8: 0.5, 8: 0.5, 4: 0.5}
@@ -68,6 +69,7 @@ def _swiglu_kernel(
 ):  # fmt: skip
     """h[slot, f] = silu(gate_f x) (up_f x), fp32, for ROWS of the f of one slot. A token has K slots of chosen experts and
     then S slots of F rows each of the shared expert (gate and up)."""
+    begin()
     slot = tl.program_id(0)
     token, k = slot // (K + S), slot % (K + S)
     f = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -101,6 +103,7 @@ def _down_kernel(
 ):  # fmt: skip
     """y[n, d] = sum over slots of gate down_d h, for ROWS of the d of one token. One loop over slots and columns, so
     that lanes are added once."""
+    begin()
     n = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row = tl.minimum(d, D - 1).to(tl.int64)
@@ -136,6 +139,7 @@ def _sort_kernel(
 ):  # fmt: skip
     """One expert: where its slots go in the stable order by expert, and its tiles. They stand in the list from
     start / TILE_ROWS + expert on, up to where the next expert's begin, which leaves room that is named nobody's."""
+    begin()
     expert, experts = tl.program_id(0), tl.num_programs(0)
     i = tl.arange(0, BLOCK)
     other = tl.load(chosen + i, mask=i < slots, other=2147483647).to(tl.int32)
@@ -159,6 +163,7 @@ def _combine_kernel(
     y, place, gates, add, more, out, stride_add, K: tl.constexpr, D, ADD: tl.constexpr, MORE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    begin()
     n = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -223,14 +228,14 @@ def few_slots(
         x_ND, w.data, w.scale, gate.data, gate.scale, up.data, up.scale, h_MF, chosen_NK,
         x_ND.stride(0), *w.data.stride()[:3], *w.scale.stride()[:3], gate.data.stride(0), gate.scale.stride(0),
         K=K, S=S, D=D, F=F, KIND=w.kind,
-        ROWS=how.gate_rows, COLUMNS=how.gate_columns, num_warps=how.warps,
+        ROWS=how.gate_rows, COLUMNS=how.gate_columns, num_warps=how.warps, **options(),
     )  # fmt: skip
     _down_kernel[(N, triton.cdiv(D, how.down_rows))](
         h_MF, d.data, d.scale, own.data, own.scale, gates_NK, chosen_NK, add_ND, y_ND,
         *d.data.stride()[:2], *d.scale.stride()[:2], own.data.stride(0), own.scale.stride(0),
         0 if add_ND is None else add_ND.stride(0),
         K=K, S=S, D=D, F=F, KIND=d.kind, ADD=add_ND is not None,
-        ROWS=how.down_rows, COLUMNS=how.down_columns, num_warps=how.warps,
+        ROWS=how.down_rows, COLUMNS=how.down_columns, num_warps=how.warps, **options(),
     )  # fmt: skip
     return y_ND
 
@@ -253,6 +258,7 @@ def many_slots(
     _sort_kernel[(E,)](
         chosen_NK, place_M, token_M, tile_expert, tile_begin, row_end, slots,
         K=K, TILE_ROWS=how.block_m, BLOCK=max(16, triton.next_power_of_2(slots)), num_warps=1 if slots <= 256 else 4,
+        **options(),
     )  # fmt: skip
     listed = tile_expert, tile_begin, row_end
     h_MF = launch(x_ND, gate_up, listed, token_M, slots, how)
@@ -273,6 +279,6 @@ def combine(
     out_ND = torch.empty(N, D, dtype=y_MD.dtype, device=y_MD.device)
     _combine_kernel[(N, triton.cdiv(D, 256))](
         y_MD, place_M, gates_NK, add_ND, more_ND, out_ND, 0 if add_ND is None else add_ND.stride(0),
-        K=K, D=D, ADD=add_ND is not None, MORE=more_ND is not None, BLOCK=256, num_warps=2,
+        K=K, D=D, ADD=add_ND is not None, MORE=more_ND is not None, BLOCK=256, num_warps=2, **options(),
     )  # fmt: skip
     return out_ND

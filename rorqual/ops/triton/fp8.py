@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rorqual.ops.formats import Weight
 from rorqual.ops.fp8 import quantize_tiles
+from rorqual.ops.triton.overlap import begin, options
 
 BLOCK = 128
 
@@ -86,6 +87,7 @@ def _rows_kernel(
     KIND: tl.constexpr, DYNAMIC: tl.constexpr, EXACT: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    begin()
     tile = tl.program_id(1)
     if ONE:
         expert = tile * 0
@@ -120,6 +122,7 @@ def _rows_kernel(
 
 @triton.jit
 def _quantize_kernel(x, codes, scales, rows, k_size, stride_x, stride_s, BLOCK_M: tl.constexpr):
+    begin()
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.program_id(1) * 128 + tl.arange(0, 128)
     inside = (m < rows)[:, None] & (k < k_size)[None, :]
@@ -139,7 +142,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     scales = torch.empty(rows, triton.cdiv(k_size, BLOCK), dtype=torch.float32, device=x.device)
     block_m = 16 if rows > 16 else 1
     grid = (triton.cdiv(rows, block_m), triton.cdiv(k_size, BLOCK))
-    _quantize_kernel[grid](x, codes, scales, rows, k_size, x.stride(0), scales.stride(0), BLOCK_M=block_m)
+    _quantize_kernel[grid](x, codes, scales, rows, k_size, x.stride(0), scales.stride(0), BLOCK_M=block_m, **options())
     return codes, scales
 
 
@@ -213,13 +216,14 @@ def launch(
         scale.stride(0), scale.stride(1), scale.stride(2), y.stride(-2), rows * n_size,
         ONE=tiles is None, GATED=halves == 2, GATHER=gather is not None, KIND=weight.kind, DYNAMIC=weight.dynamic,
         EXACT=exact, EVEN_K=k_size % BLOCK == 0, BLOCK_M=how.block_m, BLOCK_N=how.block_n,
-        num_warps=how.warps, num_stages=how.stages,
+        num_warps=how.warps, num_stages=how.stages, **options(),
     )  # fmt: skip
     return y if how.splits == 1 else _added(y, out_dtype)
 
 
 @triton.jit
 def _added_kernel(part, out, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    begin()
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.load(part + at, mask=at < size, other=0.0)
     for split in tl.static_range(1, SPLITS):
@@ -230,7 +234,9 @@ def _added_kernel(part, out, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
 def _added(part: Tensor, dtype: torch.dtype) -> Tensor:
     """[splits, rows, N] fp32 -> [rows, N], the splits in order."""
     out = torch.empty(part.shape[1:], dtype=dtype, device=part.device)
-    _added_kernel[(triton.cdiv(out.numel(), 1024),)](part, out, out.numel(), SPLITS=len(part), BLOCK=1024, num_warps=4)
+    _added_kernel[(triton.cdiv(out.numel(), 1024),)](
+        part, out, out.numel(), SPLITS=len(part), BLOCK=1024, num_warps=4, **options()
+    )
     return out
 
 

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rorqual.ops.triton.overlap import begin, options
+
 
 @triton.jit
 def _norm(row, weight, width, eps, BLOCK: tl.constexpr):
@@ -26,6 +28,7 @@ def _norm(row, weight, width, eps, BLOCK: tl.constexpr):
 
 @triton.jit
 def _rms_norm_kernel(x, weight, out, width, eps, stride_x, BLOCK: tl.constexpr):
+    begin()
     row = tl.program_id(0).to(tl.int64)
     value, at, inside = _norm(x + row * stride_x, weight, width, eps, BLOCK)
     tl.store(out + row * width + at, value, mask=inside)
@@ -38,13 +41,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
     block = triton.next_power_of_2(width)
     _rms_norm_kernel[(len(rows),)](
-        rows, weight, out, width, eps, rows.stride(0), BLOCK=block, num_warps=4 if block <= 2048 else 8
+        rows, weight, out, width, eps, rows.stride(0), BLOCK=block, num_warps=4 if block <= 2048 else 8, **options()
     )
     return out.view(x.shape)
 
 
 @triton.jit
 def _swiglu_kernel(gate, up, out, width, stride_g, stride_u, BLOCK: tl.constexpr):
+    begin()
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     g = tl.load(gate + row * stride_g + at, mask=at < width, other=0.0)
     u = tl.load(up + row * stride_u + at, mask=at < width, other=0.0)
@@ -60,7 +64,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     if len(g):
         block = min(1024, triton.next_power_of_2(width))
         _swiglu_kernel[(len(g), triton.cdiv(width, block))](
-            g, u, out, width, g.stride(0), u.stride(0), BLOCK=block, num_warps=4
+            g, u, out, width, g.stride(0), u.stride(0), BLOCK=block, num_warps=4, **options()
         )
     return out.view(gate.shape)
 
@@ -70,6 +74,7 @@ def _latents_kernel(
     kv, weight, cos, sin, pages, slots, eps, stride_kv, stride_angle, stride_slot,
     C: tl.constexpr, HALF: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
+    begin()
     n = tl.program_id(0).to(tl.int64)
     to = pages + tl.load(slots + n).to(tl.int64) * stride_slot
     value, at, inside = _norm(kv + n * stride_kv, weight, C, eps, BLOCK_C)
@@ -96,13 +101,14 @@ def write_latents(
     C = weight_C.shape[0]
     _latents_kernel[(n,)](
         kv_NX, weight_C, cos_NR, sin_NR, pages_PSX, slots_N, eps, kv_NX.stride(0), cos_NR.stride(0), pages_PSX.stride(1),
-        C=C, HALF=half, BLOCK_C=triton.next_power_of_2(C), BLOCK_R=triton.next_power_of_2(half), num_warps=1,
+        C=C, HALF=half, BLOCK_C=triton.next_power_of_2(C), BLOCK_R=triton.next_power_of_2(half), num_warps=1, **options(),
     )  # fmt: skip
 
 
 @triton.jit
 def _rotate_kernel(q, cos, sin, stride_q, stride_angle, H, N: tl.constexpr, R: tl.constexpr, BLOCK_H: tl.constexpr,
                    BLOCK_R: tl.constexpr):  # fmt: skip
+    begin()
     n = tl.program_id(0).to(tl.int64)
     h, pair = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_R)
     inside = (h < H)[:, None] & (pair < R // 2)[None, :]
@@ -122,7 +128,7 @@ def rotate_queries_(q_NX: Tensor, cos_NR: Tensor, sin_NR: Tensor, heads: int) ->
     block = min(16, triton.next_power_of_2(heads))
     _rotate_kernel[(len(q_NX), triton.cdiv(heads, block))](
         q_NX, cos_NR, sin_NR, q_NX.stride(0), cos_NR.stride(0), heads, N=nope, R=R, BLOCK_H=block,
-        BLOCK_R=triton.next_power_of_2(R // 2), num_warps=2,
+        BLOCK_R=triton.next_power_of_2(R // 2), num_warps=2, **options(),
     )  # fmt: skip
     return q_NX
 
@@ -164,6 +170,7 @@ def _route_kernel(
     E: tl.constexpr, GROUPS: tl.constexpr, PER: tl.constexpr, KEPT: tl.constexpr, K: tl.constexpr,
     NORMALISE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
+    begin()
     n = tl.program_id(0).to(tl.int64)
     g, p = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_P)
     index = g[:, None] * PER + p[None, :]
@@ -214,6 +221,6 @@ def route(
     _route_kernel[(n,)](
         logits_NE.contiguous(), bias_E, gates, chosen, scores, scale, E=experts, GROUPS=n_group, PER=per, KEPT=topk_group,
         K=top_k, NORMALISE=normalise, BLOCK_G=triton.next_power_of_2(n_group), BLOCK_P=triton.next_power_of_2(per),
-        num_warps=1,
+        num_warps=1, **options(),
     )  # fmt: skip
     return gates, chosen, scores

@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rorqual.ops.triton.overlap import begin, options
+
 SPLIT = 512
 """Keys of one split where nothing else is asked for."""
 PROGRAMS = 2048
@@ -60,6 +62,7 @@ def _split_kernel(
 ):  # fmt: skip
     """Attention of BLOCK_H heads of one row over its splits program_id(1), + num_programs(1), ... DIRECT: there is but
     one split, and out is the result; otherwise out [N, H, splits, C] and lse (to base 2) [N, H, splits] are parts."""
+    begin()
     # Blocks of heads run next to each other: they read the same latents.
     head_blocks: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     n = (tl.program_id(0) // head_blocks).to(tl.int64)
@@ -128,6 +131,7 @@ def _merge_kernel(
     MERGED: tl.constexpr,
 ):  # fmt: skip
     """One head of one row: the splits' parts, weighted by their share of the sum of exponentials."""
+    begin()
     n, row = tl.program_id(0), (tl.program_id(0) * H + tl.program_id(1)).to(tl.int64)
     c, s = tl.arange(0, BLOCK_C), tl.arange(0, MERGED)
     last = tl.cdiv(tl.minimum(tl.load(lengths + n).to(tl.int32), width * PAGE), SPLIT)
@@ -170,6 +174,7 @@ def decode(
     _merge_kernel[(N, H)](
         part, lse, lengths_N, out, width, part.shape[2],
         H=H, C=C, PAGE=page, SPLIT=split, BLOCK_C=max(16, triton.next_power_of_2(C)), MERGED=MERGED, num_warps=4,
+        **options(),
     )  # fmt: skip
     return out
 
@@ -234,5 +239,5 @@ def _launch(
     _split_kernel[(row_programs, min(splits, triton.cdiv(PROGRAMS, row_programs)))](
         *args, H=H, C=C, R=X - C, PAGE=page, SPLIT=split, KEYS=min(page, how.keys), BLOCK_H=how.heads,
         BLOCK_C=max(16, triton.next_power_of_2(C)), BLOCK_R=max(16, triton.next_power_of_2(X - C)), DIRECT=lse is None,
-        LEFT=how.left, num_warps=how.warps, num_stages=how.stages,
+        LEFT=how.left, num_warps=how.warps, num_stages=how.stages, **options(),
     )  # fmt: skip

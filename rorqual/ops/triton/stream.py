@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rorqual.ops.formats import Weight
+from rorqual.ops.triton.overlap import begin, options
 
 TOKENS = 4
 """Up to so many tokens, reading weights once for each beats a product made for many rows."""
@@ -76,6 +77,7 @@ def _rows_dot_kernel(
     D: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """y1[n] = w1 x[n] and y2[n] = w2 x[n]: ROWS of the rows of either, for one token."""
+    begin()
     n = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     first = tl.cdiv(OUT1, ROWS)
@@ -108,6 +110,6 @@ def rows_dot(x_ND: Tensor, *weights: Weight, dtype: torch.dtype | None = None) -
     _rows_dot_kernel[(N, triton.cdiv(outs[0], rows) + triton.cdiv(second, rows))](
         x_ND, a.data, b.data, a.scale, b.scale, ys[0], ys[-1], outs[0], second, x_ND.stride(0),
         a.data.stride(0), b.data.stride(0), a.scale.stride(0), b.scale.stride(0), ys[0].stride(0), ys[-1].stride(0),
-        D=D, KIND=a.kind, ROWS=rows, COLUMNS=columns, num_warps=4,
+        D=D, KIND=a.kind, ROWS=rows, COLUMNS=columns, num_warps=4, **options(),
     )  # fmt: skip
     return ys
