@@ -15,6 +15,7 @@ from rorqual.cli.bench_engine import profile, soak
 from rorqual.cli.bench_options import AlsoDeterministic, Device, Dtype, JsonFile, Llama, Model, Peer, Rounds, Threads
 from rorqual.cli.bench_report import environment, finish, interleaved, print_rows, report
 from rorqual.cli.bench_train import train
+from rorqual.config import DEFAULT_MODEL
 
 app = typer.Typer(help="Measure speed; every figure beside its peer and its physical bound.", no_args_is_help=True)
 app.command()(profile)
@@ -188,7 +189,7 @@ def ready(
 
     Example:
 
-        rorqual bench ready --model models/rorqual-nano --dtype int8
+        rorqual bench ready --model rorqual-nano --dtype int8
     """
     from rorqual.cli import benchmarks as b
     from rorqual.cli import starting
@@ -200,7 +201,7 @@ def ready(
 
 @app.command()
 def mtp(
-    model: Annotated[str, typer.Option(help="A model directory with an MTP module that was trained.")],
+    model: Annotated[str, typer.Option(help="A model with an MTP module that was trained.")] = DEFAULT_MODEL,
     device: Device = "cpu",
     prompts: Annotated[int, typer.Option(help="Prompts: beginnings of paragraphs of --text.", min=1)] = 16,
     new: Annotated[int, typer.Option(help="Tokens after each.", min=2)] = 128,
@@ -213,7 +214,7 @@ def mtp(
 
     Example:
 
-        rorqual bench mtp --model models/rorqual-nano
+        rorqual bench mtp --device cuda
     """
     from rorqual.cli import benchmarks as b
     from rorqual.cli import serving
