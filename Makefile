@@ -58,7 +58,7 @@ bench: setup-dev
 	  $(BIN)/rorqual bench decode --dtype $$dtype --prompt 64 --batch 8 --json benchmarks/cpu-decode-batch8-$$dtype.json; done
 	$(BIN)/rorqual bench serve --dtype int8 --json benchmarks/cpu-serve-int8.json
 	$(BIN)/rorqual bench ready --json benchmarks/cpu-ready.json
-	$(BIN)/rorqual bench mtp --model models/rorqual-nano --json benchmarks/cpu-mtp.json
+	$(BIN)/rorqual bench mtp --dtype auto --json benchmarks/cpu-mtp.json
 	$(BIN)/rorqual bench train --model bench-cpu --batch 8 --seq-len 512 --rounds 3 --json benchmarks/cpu-train.json
 	$(BIN)/rorqual bench http --json benchmarks/http.json
 	for dtype in float32 bfloat16 int8; do \

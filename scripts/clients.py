@@ -224,7 +224,7 @@ def scripts(directory: Path) -> list[Script]:
 @contextlib.contextmanager
 def bundled() -> Iterator[str]:
     """`rorqual serve` with the bundled model, and under a name where it thinks."""
-    alias = "deepseek-reasoner=rorqual-nano:thinking"
+    alias = f"deepseek-reasoner={DEFAULT_MODEL}:thinking"
     serve = [sys.executable, "-m", "rorqual", "serve", "--port", "0", "--alias", alias]
     process = subprocess.Popen(serve, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None

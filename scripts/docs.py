@@ -1,9 +1,11 @@
-"""Generates docs/reference.md (command line, run file, package tree). `--check` fails when it is stale."""
+"""Generates docs/reference.md (command line, run file, package tree), and writes the bundled model's name into guides and
+examples. `--check` fails when one of these is stale."""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
+import re
 import sys
 import typing
 from pathlib import Path
@@ -11,11 +13,13 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from rorqual.cli.main import app
-from rorqual.config import presets
+from rorqual.config import DEFAULT_MODEL, presets
 from rorqual.train.config import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "docs" / "reference.md"
+BUNDLED = re.compile(r"\brorqual-(?:nano|mini)\b")
+"""The names of the models that are, were or will be the bundled one."""
 COMMANDS = (
     "serve", "chat", "generate", "inspect", "convert", "lint", "verify", "handoff", "keys create", "keys list",
     "keys revoke", "conformance server", "tokenizer train", "data clean", "data prepare", "train", "sft",
@@ -99,13 +103,19 @@ What the keys mean stands in `rorqual/train/config.py`.
 """
 
 
+def stale() -> dict[Path, str]:
+    """What has to be written: the reference, and whatever names another bundled model than the default one."""
+    guides = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "rorqual").rglob("*.py")]
+    texts = {path: path.read_text(encoding="utf-8") for path in guides if path.name != "log.md"}
+    wanted = {**texts, TARGET: build()}
+    return {path: new for path, text in wanted.items() if (new := BUNDLED.sub(DEFAULT_MODEL, text)) != texts.get(path)}
+
+
 def main() -> None:
-    text = build()
-    if "--check" in sys.argv:
-        if not TARGET.is_file() or TARGET.read_text(encoding="utf-8") != text:
-            sys.exit("docs/reference.md is stale: run `make docs`")
-    else:
-        TARGET.write_text(text, encoding="utf-8")
+    for path, text in stale().items():
+        if "--check" in sys.argv:
+            sys.exit(f"{path.relative_to(ROOT)} is stale: run `make docs`")
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import shlex
 from dataclasses import dataclass
 from typing import Literal
 
+from rorqual.config import DEFAULT_MODEL
+
 
 @dataclass(frozen=True)
 class Part:
@@ -64,7 +66,7 @@ RECORDS = [  # in the order of what is least known
     _large(32000, "bfloat16", 25),
     _large(1024, "fp8", 20),
     _large(32000, "fp8", 25),
-    _timed("engine", "mtp", 35, "mtp --model models/rorqual-nano"),
+    _timed("engine", "mtp", 35, "mtp --dtype auto"),
     _timed("training", "train-layers", 50, "train --layers deepseek-v3 --batch 2 --seq-len 4096"),
     _timed("engine", "profile-1", 20, "profile --kind decode --model bench-gpu --batch 1"),
     _timed("engine", "profile-32", 20, "profile --kind decode --model bench-gpu --batch 32"),
@@ -82,8 +84,8 @@ RECORDS = [  # in the order of what is least known
         "gpu-soak.json", "beside",
     ),
     Part(
-        "soak-nano", "engine", 90, "rorqual bench soak --model models/rorqual-nano --device cuda --minutes 5",
-        "gpu-soak-nano.json", "beside",
+        "soak-bundled", "engine", 90, f"rorqual bench soak --model {DEFAULT_MODEL} --device cuda --minutes 5",
+        "gpu-soak-bundled.json", "beside",
     ),
 ]  # fmt: skip
 
@@ -109,7 +111,7 @@ SMALL = {
     "--num-layers": "1", "--layers": "test", "--minutes": "0.03",
 }  # fmt: skip
 ADDED = {
-    "serve": "--requests 3", "mtp": "--prompts 1 --new 4", "soak-nano": "--threads 1",
+    "serve": "--requests 3", "mtp": "--prompts 1 --new 4", "soak-bundled": "--threads 1",
     "attention": "--heads 16 --batch 2 --context 64", "layers": "--tokens 4 --batch 2 --context 64",
     "profile-1": "--steps 2", "profile-32": "--steps 2", "profile-prefill": "--steps 2",
     "parity-data": "--characters 4000000 --vocab 512",
@@ -125,7 +127,7 @@ def miniature(part: Part) -> list[str]:
     for i, word in enumerate(words[:-1]):
         if word in SMALL:
             words[i + 1] = SMALL[word]
-        if word == "--model" and not words[i + 1].startswith("models/"):
+        if word == "--model" and words[i + 1] != DEFAULT_MODEL:
             words[i + 1] = "test"
         if word == "--dtype" and words[i + 1] == "fp8":
             words[i + 1] = "int8"

@@ -31,7 +31,7 @@ from rorqual.checkpoint.convert import convert  # noqa: E402
 from rorqual.checkpoint.gguf import export_gguf  # noqa: E402
 from rorqual.checkpoint.source import Source  # noqa: E402
 from rorqual.cli.bench_report import environment  # noqa: E402
-from rorqual.config import ModelConfig  # noqa: E402
+from rorqual.config import ModelConfig, resolve_model  # noqa: E402
 from rorqual.data.tokenizer import Tokenizer  # noqa: E402
 from rorqual.model.transformer import Transformer  # noqa: E402
 from tests.parity import YARN, build, draw, twin  # noqa: E402
@@ -40,7 +40,7 @@ LLAMA = "llama-cpp-python==0.3.36"
 LIMIT = 2e-3
 TOKENS = 81
 """Beyond the 64 positions that the drawn YaRN models call their original context."""
-NANO = ROOT / "models" / "rorqual-nano"
+BUNDLED = resolve_model()
 TRICKY = (
     "Once upon a time there was a whale.",
     "  two spaces,\ttab\n\n\nthree newlines\r\nand a Windows one  ",
@@ -142,7 +142,7 @@ def main() -> None:
             rows.append(drawn_row(python, seed, Path(folder)))
             print(f"{rows[-1]['model']}: {'failed' if rows[-1]['failed'] else 'ok'}", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
-        rows.append(nano_row(python, Path(folder)))
+        rows.append(bundled_row(python, Path(folder)))
     show(rows)
     peers = {"llama-cpp-python": LLAMA.partition("==")[2]}
     result = {"kind": "interop", "limit": LIMIT, "rows": rows, "environment": environment("cpu") | peers}
@@ -219,14 +219,14 @@ def drawn_row(python: Path, seed: int, folder: Path) -> dict[str, Any]:
     return row
 
 
-def nano_row(python: Path, folder: Path) -> dict[str, Any]:
+def bundled_row(python: Path, folder: Path) -> dict[str, Any]:
     """The bundled model: logits, text to tokens, greedy continuations."""
-    model, tokenizer = load_model(NANO, dtype="float32"), Tokenizer.load(NANO)
+    model, tokenizer = load_model(BUNDLED, dtype="float32", dequantize=True), Tokenizer.load(BUNDLED)
     prompts = [[tokenizer.bos_id, *tokenizer.encode(p)] for p in PROMPTS]
     ids = [*prompts[0], *greedy(model, prompts[0], TOKENS - len(prompts[0]))]
     ours = model(torch.tensor([ids]))[0].numpy()
-    row: dict[str, Any] = {"model": NANO.name, **features(model.cfg)}
-    save_model(model, folder / "model", files_from=NANO)
+    row: dict[str, Any] = {"model": BUNDLED.name, **features(model.cfg)}
+    save_model(model, folder / "model", files_from=BUNDLED)
     import transformers
 
     peer = transformers.AutoModelForCausalLM.from_pretrained(

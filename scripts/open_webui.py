@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from clients import SAID, TAG, TITLE
 from playwright.sync_api import Error, Page, expect, sync_playwright
 
+from rorqual.config import DEFAULT_MODEL
 from tests.web.conftest import FLAGS, chromium
 
 PORT = "8080"  # the guide's
@@ -99,8 +100,8 @@ def its_api(page: Page) -> None:
     signed = page.request.post("/api/v1/auths/signin", data={"email": "", "password": ""})
     headers = {"Authorization": f"Bearer {signed.json()['token']}"}
     listed = page.request.get("/api/models", headers=headers).json()["data"]
-    assert "rorqual-nano" in [model["id"] for model in listed], listed
-    ask = {"model": "rorqual-nano", "stream": True, "messages": [{"role": "user", "content": "Why is the sea salty?"}]}
+    assert DEFAULT_MODEL in [model["id"] for model in listed], listed
+    ask = {"model": DEFAULT_MODEL, "stream": True, "messages": [{"role": "user", "content": "Why is the sea salty?"}]}
     text = page.request.post("/api/chat/completions", headers=headers, data=ask).text()
     events = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
     deltas = [json.loads(event)["choices"][0]["delta"] for event in events[:-1] if json.loads(event)["choices"]]
@@ -121,7 +122,7 @@ def ask(page: Page, model: str, text: str) -> None:
 
 def grows(page: Page) -> None:
     """The scripted answer, which comes word by word, is seen to."""
-    ask(page, "rorqual-nano", "Say slowly why the sea is salty.")
+    ask(page, DEFAULT_MODEL, "Say slowly why the sea is salty.")
     answer, seen = page.locator("#response-content-container"), set()
     end = time.monotonic() + 30
     while SAID not in seen:

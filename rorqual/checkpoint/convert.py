@@ -68,10 +68,11 @@ def is_quantised(name: str, form: WeightFormat | None, embeddings: bool = True) 
 
 
 def plan(
-    source: Source, to: str, *, scale_fmt: str | None = None, embeddings: bool = True,
+    source: Source, to: str, *, scale_fmt: str | None = None, embeddings: bool = True, untie: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Conversion:  # fmt: skip
-    """The output of a conversion to one of TARGETS, from headers alone. Raises CheckpointError for an unknown target."""
+    """The output of a conversion to one of TARGETS, from headers alone. untie: a tied embedding is stored as the head,
+    too. Raises CheckpointError for an unknown target."""
     if to not in TARGETS:
         raise CheckpointError(f"cannot convert to {to!r}", remedy=f"choose {', '.join(TARGETS)} or gguf")
     if scale_fmt not in (None, "ue8m0"):
@@ -81,10 +82,13 @@ def plan(
     planned: list[Planned] = []
     makers: dict[str, tuple[str, str]] = {}
     ragged = []
-    for name in sorted(source.names, key=_order):
+    untied = untie and source.cfg.tie_word_embeddings
+    origins = {"lm_head.weight": "model.embed_tokens.weight"} if untied else {}
+    for name in sorted({*source.names, *origins}, key=_order):
         if name.endswith("rotary_emb.inv_freq"):  # some converters left it; it follows from the config
             continue
-        shape, base = source.shape(name), name.rpartition(".")[0]
+        origin, base = origins.get(name, name), name.rpartition(".")[0]
+        shape = source.shape(origin)
         wanted = is_quantised(name, form, embeddings)
         if wanted and isinstance(form, PackedIntegers) and shape[-1] % GROUP:
             ragged.append(name)
@@ -95,14 +99,16 @@ def plan(
                 parts["weight_shape"] = (torch.int64, (2,))
             for suffix, (part_dtype, part_shape) in parts.items():
                 planned.append(Planned(f"{base}.{suffix}", part_dtype, part_shape))
-                makers[f"{base}.{suffix}"] = (name, suffix)
+                makers[f"{base}.{suffix}"] = (origin, suffix)
         else:
             keep = torch.float32 if name.endswith("e_score_correction_bias") else dtype
             planned.append(Planned(name, keep, shape))
-            makers[name] = (name, "")
+            makers[name] = (origin, "")
     shards = plan_shards(planned, max_shard_bytes)
     quantization = None if form is None else form.describe(plain_modules(planned))
-    cfg = source.cfg.replace(quantization_config=quantization)
+    cfg = source.cfg.replace(
+        quantization_config=quantization, tie_word_embeddings=source.cfg.tie_word_embeddings and not untied
+    )
     files = dict(zip(shard_names(len(shards)), shards, strict=True))
     return Conversion(files, cfg, makers, form, dtype, tuple(ragged))
 
@@ -119,7 +125,7 @@ def _order(name: str) -> tuple[Any, ...]:
 
 def convert(
     src: str | Path, dst: str | Path, to: str, *, scale_fmt: str | None = None, embeddings: bool = True,
-    max_shard_bytes: int = MAX_SHARD_BYTES, progress: Progress | None = None,
+    untie: bool = False, max_shard_bytes: int = MAX_SHARD_BYTES, progress: Progress | None = None,
 ) -> Conversion:  # fmt: skip
     """Write checkpoint `src` as directory `dst` in the storage `to`; resumes what a killed call left beside `dst`.
 
@@ -131,7 +137,9 @@ def convert(
         raise CheckpointError(f"{dst} exists", remedy="choose another name or remove it")
     source = Source.open(src)
     check(source)
-    conversion = plan(source, to, scale_fmt=scale_fmt, embeddings=embeddings, max_shard_bytes=max_shard_bytes)
+    conversion = plan(
+        source, to, scale_fmt=scale_fmt, embeddings=embeddings, untie=untie, max_shard_bytes=max_shard_bytes
+    )
     building = dst.with_name(f".{dst.name}.converting")
     try:
         building.mkdir(parents=True, exist_ok=True)
@@ -162,9 +170,10 @@ def _values(
     for tensor in tensors:
         weights.setdefault(conversion.makers[tensor.name][0], []).append(tensor)
     for name in sorted(weights, key=_order):
-        wanted = {conversion.makers[t.name][1]: t for t in weights[name]}
-        parts = _pack(source, conversion.form, name) if set(wanted) - {"", "weight_shape"} else {}
-        for suffix, tensor in wanted.items():
+        wanted = [(conversion.makers[t.name][1], t) for t in weights[name]]
+        packed = any(suffix not in ("", "weight_shape") for suffix, _ in wanted)
+        parts = _pack(source, conversion.form, name) if packed else {}
+        for suffix, tensor in wanted:
             if suffix == "":
                 yield tensor.name, source.dense(name, tensor.dtype)
             elif suffix == "weight_shape":

@@ -26,6 +26,7 @@ from rorqual.cli.bench_options import (
 )
 from rorqual.cli.bench_report import environment, finish, interleaved, print_rows, report
 from rorqual.cli.bench_train import train
+from rorqual.config import DEFAULT_MODEL
 
 app = typer.Typer(help="Measure speed; every figure beside its peer and its physical bound.", no_args_is_help=True)
 app.command()(profile)
@@ -204,7 +205,7 @@ def ready(
 
     Example:
 
-        rorqual bench ready --model models/rorqual-nano --dtype int8
+        rorqual bench ready --model rorqual-nano --dtype int8
     """
     from rorqual.cli import benchmarks as b
     from rorqual.cli import starting
@@ -216,7 +217,7 @@ def ready(
 
 @app.command()
 def mtp(
-    model: Annotated[str, typer.Option(help="A model directory with an MTP module that was trained.")],
+    model: Annotated[str, typer.Option(help="A model with an MTP module that was trained.")] = DEFAULT_MODEL,
     device: Device = "cpu",
     prompts: Annotated[int, typer.Option(help="Prompts: beginnings of paragraphs of --text.", min=1)] = 16,
     new: Annotated[int, typer.Option(help="Tokens after each.", min=2)] = 128,
@@ -229,7 +230,7 @@ def mtp(
 
     Example:
 
-        rorqual bench mtp --model models/rorqual-nano
+        rorqual bench mtp --device cuda
     """
     from rorqual.cli import benchmarks as b
     from rorqual.cli import serving

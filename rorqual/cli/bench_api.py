@@ -8,10 +8,11 @@ import typer
 
 from rorqual.cli.bench_options import Dtype, JsonFile, Rounds, Threads
 from rorqual.cli.bench_report import finish
+from rorqual.config import DEFAULT_MODEL
 
 
 def http(
-    model: Annotated[str, typer.Option(help="Whose tokenizer and template; no weights are read.")] = "rorqual-nano",
+    model: Annotated[str, typer.Option(help="Whose tokenizer and template; no weights are read.")] = DEFAULT_MODEL,
     streams: Annotated[int, typer.Option(help="Streamed answers at once.", min=1)] = 32,
     tokens: Annotated[int, typer.Option(help="Tokens of each.", min=8)] = 1000,
     rate: Annotated[float, typer.Option(help="Tokens/s of each in the steady load.", min=0.1)] = 62.5,
@@ -40,7 +41,7 @@ def http(
 
 
 def grammar(
-    model: Annotated[str, typer.Option(help="A model directory.")] = "models/rorqual-nano",
+    model: Annotated[str, typer.Option(help="A model directory or bundled name.")] = DEFAULT_MODEL,
     batch: Annotated[list[int] | None, typer.Option(help="Requests at once; default 1 and 8.")] = None,
     new: Annotated[int, typer.Option(help="Tokens of each.", min=8)] = 256,
     dtype: Dtype = "",
@@ -53,7 +54,7 @@ def grammar(
 
     Example:
 
-        rorqual bench grammar --model models/rorqual-nano --dtype bfloat16 --json benchmarks/grammar-bfloat16.json
+        rorqual bench grammar --dtype bfloat16 --json benchmarks/grammar-bfloat16.json
     """
     from rorqual.cli import benchmarks as b
     from rorqual.cli import grammar_load

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the result as JSON.", metavar="FILE")]
-Model = Annotated[str, typer.Option(help="A preset (random weights by seed) or a model directory.")]
+Model = Annotated[str, typer.Option(help="A preset (random weights by seed), a model directory or a bundled model.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Rounds = Annotated[int, typer.Option(help="Rounds; the engines take turns in each, medians are reported.", min=1)]
 Peer = Annotated[bool, typer.Option("--peer/--no-peer", help="Measure transformers in the same run, where installed.")]

@@ -20,7 +20,7 @@ import torch
 from rorqual.checkpoint import save_model
 from rorqual.checkpoint.convert import FORMATS, is_quantised
 from rorqual.cli.serving import Served
-from rorqual.config import ModelConfig
+from rorqual.config import ModelConfig, models_dir
 from rorqual.engine.api import Request, SamplingParams
 from rorqual.engine.core import EngineCore
 from rorqual.engine.settings import EngineSettings
@@ -60,15 +60,15 @@ class Work(NamedTuple):
 
 
 class Weights:
-    """One checkpoint for every engine: a directory, or a preset's random weights by seed, in bf16, drawn on `device`.
-    A preset is written to disk when somebody reads it from there (`path`)."""
+    """One checkpoint for every engine: a directory, a bundled model, or a preset's random weights by seed, in bf16, drawn
+    on `device`. A preset is written to disk when somebody reads it from there (`path`)."""
 
     def __init__(self, model: str, device: str = "cpu") -> None:
         self.device = device
         self.folder: tempfile.TemporaryDirectory[str] | None = None
-        self.preset = None if Path(model).is_dir() else model
-        self.cfg = ModelConfig.load(model)
-        self._given = Path(model)
+        self._given = Path(model) if Path(model).is_dir() else models_dir() / model
+        self.preset = None if self._given.is_dir() else model
+        self.cfg = ModelConfig.load(self.preset or self._given)
 
     def make_room(self, positions: int) -> None:
         """Random weights take contexts of any length: let them be so long."""

@@ -21,6 +21,7 @@ def convert(
     embeddings: Annotated[
         bool, typer.Option("--embeddings/--no-embeddings", help="For int8 and int4: quantise embedding and head too.")
     ] = True,
+    untie: Annotated[bool, typer.Option("--untie", help="Store a tied embedding a second time, as the head.")] = False,
     text: Annotated[
         Path | None, typer.Option(help="Print perplexity on this text before and after.", metavar="FILE")
     ] = None,
@@ -32,15 +33,16 @@ def convert(
     was interrupted, even by kill -9, goes on when the same command is given again. The result carries SHA256SUMS.
 
     int8 and int4 are compressed-tensors' pack-quantized (symmetric, groups of 32). Some engines read no quantised
-    embedding: --no-embeddings leaves embedding and head plain for them.
+    embedding: --no-embeddings leaves embedding and head plain for them. vLLM and SGLang tie none of this architecture:
+    --untie writes the head for them.
 
     Examples:
 
         rorqual convert DeepSeek-V3 DeepSeek-V3-bf16 --to bf16
 
-        rorqual convert rorqual-nano nano-int4 --to int4 --text README.md
+        rorqual convert rorqual-nano out/bf16 --to bf16 --text README.md
 
-        rorqual convert rorqual-nano nano.gguf --to gguf --gguf-type q8_0
+        rorqual convert rorqual-nano out/model.gguf --to gguf --gguf-type q8_0
     """
     from rorqual.checkpoint.convert import TARGETS
     from rorqual.checkpoint.convert import convert as run
@@ -68,8 +70,8 @@ def convert(
         return
     with byte_bar(f"writing {dst}") as progress:
         done = run(
-            path, dst, to, scale_fmt=scale_fmt, embeddings=embeddings, max_shard_bytes=int(max_shard_gb * 1e9),
-            progress=progress,
+            path, dst, to, scale_fmt=scale_fmt, embeddings=embeddings, untie=untie,
+            max_shard_bytes=int(max_shard_gb * 1e9), progress=progress,
         )  # fmt: skip
     if done.kept_plain:
         typer.secho(

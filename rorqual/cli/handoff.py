@@ -20,7 +20,7 @@ def handoff(
 
     Examples:
 
-        rorqual handoff models/rorqual-nano
+        rorqual handoff rorqual-nano
 
         rorqual handoff /models/DeepSeek-V3 --gpu-gb 141
 

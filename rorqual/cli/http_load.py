@@ -97,7 +97,7 @@ async def _stream(server: ScriptedServer, tokens: int) -> int:
     address = urlsplit(server.url)
     reader, writer = await asyncio.open_connection(address.hostname, address.port)
     question = [{"role": "user", "content": "What do rorquals eat?"}]
-    body = json.dumps({"model": "rorqual-nano", "messages": question, "max_tokens": tokens, "stream": True}).encode()
+    body = json.dumps({"model": server.model, "messages": question, "max_tokens": tokens, "stream": True}).encode()
     head = (
         "POST /v1/chat/completions HTTP/1.1\r\nhost: rorqual\r\nconnection: close\r\ncontent-type: application/json\r\n"
     )

@@ -37,7 +37,7 @@ def lint(
 
     Examples:
 
-        rorqual lint models/rorqual-nano
+        rorqual lint rorqual-nano
 
         rorqual lint /models/my-v3 --engine vllm
 

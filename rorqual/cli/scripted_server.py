@@ -25,9 +25,10 @@ Scripts = Callable[[Path], list[Script]]
 
 @dataclass(frozen=True, slots=True)
 class ScriptedServer:
-    """url: where it listens; process: what serves."""
+    """url: where it listens; model: by which name; process: what serves."""
 
     url: str
+    model: str
     process: multiprocessing.process.BaseProcess
     _pipe: Connection
 
@@ -59,7 +60,7 @@ def scripted_server(
     process.start()
     theirs.close()
     try:
-        yield ScriptedServer(str(ours.recv()), process, ours)
+        yield ScriptedServer(str(ours.recv()), directory.name, process, ours)
     finally:
         process.terminate()
         process.join(10)
@@ -78,8 +79,8 @@ def _serve(pipe: Connection, directory: Path, scripts: Scripts, core: int | None
     tokenizer = Tokenizer.load(directory)
     info = EngineInfo("scripted", 1 << 16, tokenizer.vocab_size, (tokenizer.eos_id,), cache_tokens=1 << 20)
     engine = ScriptedEngine(scripts(directory), info)
-    served = ServedModel(engine, tokenizer, ChatTemplate.load(directory), name="rorqual-nano", created=0)
-    app = create_app({"rorqual-nano": served}, Settings(max_body_bytes=max_body_bytes))
+    served = ServedModel(engine, tokenizer, ChatTemplate.load(directory), name=directory.name, created=0)
+    app = create_app({served.name: served}, Settings(max_body_bytes=max_body_bytes))
 
     def memory() -> float:
         engine.forget()  # its records are a test's matter and not the server's

@@ -64,7 +64,7 @@ def verify(
 
         rorqual verify rorqual-nano --against transformers
 
-        rorqual verify nano-int4 --against llama.cpp --peer-python ~/llama/bin/python
+        rorqual verify out/int4 --against llama.cpp --peer-python ~/llama/bin/python
 
         rorqual verify DeepSeek-V3 --against http://127.0.0.1:8000/v1 --device cuda --dtype auto --json verify.json
     """

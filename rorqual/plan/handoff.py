@@ -210,7 +210,7 @@ def _vllm(c: Checkpoint, split: GPUs | None) -> Launch:
 
 def _sglang(c: Checkpoint, split: GPUs | None) -> Launch:
     launch = Launch("SGLang", "http://127.0.0.1:30000/v1")
-    if (refused := _refused(c, split)) or split is None:
+    if (refused := _refused(c, split, packed_embedding=False)) or split is None:
         launch.refused = refused
         return launch
     cfg = c.cfg
@@ -300,15 +300,22 @@ def _odd_latent(cfg: ModelConfig) -> str:
     return f"the latent is {cfg.kv_lora_rank} + {cfg.qk_rope_head_dim}, the fast MLA kernels are built for 512 + 64"
 
 
-def _refused(c: Checkpoint, split: GPUs | None) -> str | None:
-    """Why neither of the GPU engines can serve it, if so."""
+def _refused(c: Checkpoint, split: GPUs | None, packed_embedding: bool = True) -> str | None:
+    """Why a GPU engine cannot serve it, if so. packed_embedding: whether it reads one."""
     if (fault := _mislabelled(c)) is not None:
         return fault
+    tied = c.cfg.tie_word_embeddings and not any(name.startswith("lm_head.") for name in c.weights.names)
+    dense = f"{c.path}-bf16"
+    convert = ["rorqual", "convert", str(c.path), dense, "--to", "bf16", *(["--untie"] if tied else [])]
+    first = f"first `{shell([convert])}`, then `{shell([['rorqual', 'handoff', dense]])}`"
+    if tied and c.weights.names:
+        return f"the embedding is the head too, and its class of this architecture ties none; {first}"
+    if not packed_embedding and "model.embed_tokens.weight_packed" in c.weights.names:
+        return f"the embedding is packed, which it does not read; {first}"
     if split is None:
-        convert = shell([["rorqual", "convert", str(c.path), f"{c.path}-bf16", "--to", "bf16"]])
         return (
             f"no tensor-parallel size works, 1 included: with {c.form} weights every feed-forward width must be a "
-            f"multiple of {c.block}; first `{convert}`"
+            f"multiple of {c.block}; {first}"
         )
     return None
 

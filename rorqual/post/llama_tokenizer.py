@@ -4,6 +4,8 @@ The words stay the source's own, every id included: a converted model has the so
 the special tokens are spelled. Beginning, end and padding take DeepSeek's spelling; special tokens the source never
 uses in a conversation (`<repo_name>` and the like) become `<｜User｜>`, `<｜Assistant｜>`, `<think>` and `</think>`, and
 those still spare become the bytes that the vocabulary lacks, where it lacks some, so that every text can be encoded.
+The markers of tool calls, without which an engine can hold no answer to a call, take what is spare then, and where that
+is too little the words learned last, the rarest: such a word is two tokens from then on.
 Their embedding rows keep the values they had until training teaches them their new part.
 
 A GGUF file names its pre-tokenizer instead of describing it; those of the Llama family are spelled out here.
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +29,11 @@ from rorqual.data.tokenizer import SPLITS, begin_with, missing_bytes
 from rorqual.errors import ConfigError
 
 MARKERS = (special.USER, special.ASSISTANT, special.THINK, special.END_THINK)
+TOOLS = (
+    special.TOOL_CALLS_BEGIN, special.TOOL_CALLS_END, special.TOOL_CALL_BEGIN, special.TOOL_CALL_END, special.TOOL_SEP,
+    special.TOOL_OUTPUT_BEGIN, special.TOOL_OUTPUT_END,
+)  # fmt: skip
+"""What the template of DeepSeek-V3.1 needs."""
 _CONTROL = 3
 """Token type of a special token in a GGUF file."""
 _LLAMA3 = (
@@ -53,7 +61,7 @@ class TokenizerFiles:
 
 
 def with_markers(files: TokenizerFiles, bos: int | None, eos: int | None, pad: int | None) -> TokenizerFiles | None:
-    """The tokenizer with DeepSeek's markers and template, or None where it has too few special tokens to spare.
+    """The tokenizer with DeepSeek's markers and template, or None where it has too few tokens to spare.
 
     bos, eos, pad: the ids the source's config gives. Padding that is another's token too gets one of its own if there
     is one to spare."""
@@ -75,13 +83,19 @@ def with_markers(files: TokenizerFiles, bos: int | None, eos: int | None, pad: i
         return None
     new |= dict(zip(spare, MARKERS, strict=False))
     letters = dict(zip(spare[len(MARKERS) :], lacking, strict=False))
-    spellings = {**new, **letters}
-    for i, name in spellings.items():
-        vocab.pop(added[i], None)
+    free = spare[len(MARKERS) + len(letters) :][: len(TOOLS)]
+    merges, words = _without_last(spec["model"]["merges"], vocab, len(TOOLS) - len(free))
+    if len(free) + len(words) < len(TOOLS):
+        return None
+    tools = dict(zip([*free, *words.values()], TOOLS, strict=True))
+    for i, name in {**new, **letters, **tools}.items():
+        vocab.pop(added.get(i, ""), None)
         vocab[name] = i
-    spec["model"] = {**spec["model"], "vocab": dict(sorted(vocab.items(), key=lambda item: item[1]))}
+    vocab = {word: i for word, i in vocab.items() if word not in words}
+    spec["model"] |= {"vocab": dict(sorted(vocab.items(), key=lambda item: item[1])), "merges": merges}
     entries = [t for t in spec["added_tokens"] if int(t["id"]) not in letters]
-    spec["added_tokens"] = [_renamed(t, new.get(int(t["id"]))) for t in entries]
+    entries += [{**entries[0], "id": i} for i in words.values()]
+    spec["added_tokens"] = [_renamed(t, (new | tools).get(int(t["id"]))) for t in entries]
     spec["post_processor"] = begin_with(special.BOS, bos)
     config = {
         "add_bos_token": True, "add_eos_token": False, "bos_token": special.BOS, "eos_token": special.EOS,
@@ -90,6 +104,18 @@ def with_markers(files: TokenizerFiles, bos: int | None, eos: int | None, pad: i
         "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": ChatTemplate("v3.1").jinja,
     }  # fmt: skip
     return TokenizerFiles(spec, config)
+
+
+def _without_last(merges: list[Any], vocab: Mapping[str, int], count: int) -> tuple[list[Any], dict[str, int]]:
+    """(merges that are left, words that go with their ids): the last words of which no other word is made."""
+    pairs = [merge.split(" ", 1) if isinstance(merge, str) else list(merge) for merge in merges]
+    used = Counter(part for pair in pairs for part in (*pair, "".join(pair)))
+    gone: dict[str, int] = {}
+    for pair in reversed(pairs):
+        word = "".join(pair)
+        if len(gone) < count and used[word] == 1:  # as what this merge makes
+            gone[word] = vocab[word]
+    return [merge for merge, pair in zip(merges, pairs, strict=True) if "".join(pair) not in gone], gone
 
 
 def _renamed(entry: Mapping[str, Any], name: str | None) -> dict[str, Any]:

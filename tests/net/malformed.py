@@ -14,6 +14,8 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
+from rorqual.config import DEFAULT_MODEL
+
 PATHS = (
     "/v1/chat/completions",
     "/v1/completions",
@@ -24,10 +26,10 @@ PATHS = (
 )
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 VALID: list[dict[str, Any]] = [
-    {"model": "rorqual-nano", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "tools": [TOOL]},
-    {"model": "rorqual-nano", "prompt": "hi", "max_tokens": 3, "logit_bias": {"5": 1.0}, "stop": ["x"]},
+    {"model": DEFAULT_MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "tools": [TOOL]},
+    {"model": DEFAULT_MODEL, "prompt": "hi", "max_tokens": 3, "logit_bias": {"5": 1.0}, "stop": ["x"]},
     {
-        "model": "rorqual-nano",
+        "model": DEFAULT_MODEL,
         "input": [{"role": "user", "content": "hi"}],
         "max_output_tokens": 3,
         "text": {"format": {"type": "text"}},
@@ -98,7 +100,7 @@ def wrong_values(rng: random.Random) -> bytes:
 def deep(rng: random.Random) -> bytes:
     depth = rng.choice((100, 1000, 20_000))
     inner = rng.choice((b"[" * depth, b"[" * depth + b"]" * depth, b'{"a":' * depth + b"1" + b"}" * depth))
-    return rng.choice((inner, b'{"model":"rorqual-nano","messages":' + inner + b"}"))
+    return rng.choice((inner, b'{"model":"%s","messages":' % DEFAULT_MODEL.encode() + inner + b"}"))
 
 
 def no_json(rng: random.Random) -> bytes:

@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+from rorqual.config import DEFAULT_MODEL
 from tests.net.test_bundled import Serving, children, eventually
 
-MODEL = "rorqual-nano"
 ENDS = {  # what the last words of a stream look like: (all is well, it failed)
     "/v1/chat/completions": (rb'"finish_reason":"(stop|length|tool_calls)"', rb'data: \{"error":'),
     "/v1/completions": (rb'"finish_reason":"(stop|length|tool_calls)"', rb'data: \{"error":'),
@@ -51,7 +51,7 @@ def body_for(path: str, rng: random.Random) -> dict[str, Any]:
         rng.choice(("", "Please listen to this. " * rng.choice((1, 20, 60)))) + f"Tell me about {rng.choice(TOPICS)}."
     )
     limit = rng.choice((1, 8, 40, 120))
-    shared = {"model": MODEL, "stream": rng.random() < 0.9, "temperature": rng.choice((0, 1))}
+    shared = {"model": DEFAULT_MODEL, "stream": rng.random() < 0.9, "temperature": rng.choice((0, 1))}
     if path == "/v1/completions":
         return {**shared, "prompt": text, "max_tokens": limit, "n": rng.choice((1, 1, 3))}
     if path == "/v1/responses":

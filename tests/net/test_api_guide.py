@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from rorqual.cli.serve import with_alias
+from rorqual.config import DEFAULT_MODEL
 from rorqual.data.template import ChatTemplate
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.engine.scripted import ScriptedEngine
@@ -48,7 +49,7 @@ def test_snippets_run(server: Harness, capsys: pytest.CaptureFixture[str]) -> No
     snippets = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
     assert len(snippets) == 2
     for snippet in snippets:
-        code = snippet.replace("http://127.0.0.1:8000", server.url).replace("rorqual-nano", "tiny")
+        code = snippet.replace("http://127.0.0.1:8000", server.url).replace(DEFAULT_MODEL, "tiny")
         exec(compile(code, "docs/api.md", "exec"), {})
         assert "It is." in capsys.readouterr().out
 

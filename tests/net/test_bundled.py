@@ -1,4 +1,7 @@
-"""The bundled model behind the real `rorqual serve`: a process of its own, its engine's child, OpenAI's own client."""
+"""The bundled model behind the real `rorqual serve`: a process of its own, its engine's child, OpenAI's own client.
+
+`test_it_knows_its_name_and_adds_when_it_thinks` is the one test of what the model can do; whatever else is asserted here
+and in tests/web holds for any model that ends its thoughts."""
 
 from __future__ import annotations
 
@@ -21,13 +24,17 @@ import jsonschema
 import pytest
 from openai import BadRequestError, NotFoundError, OpenAI
 
+from rorqual.config import DEFAULT_MODEL, ModelConfig, resolve_model
 from rorqual.conformance.server import grade
+from rorqual.data.special import FIM_HOLE
+from rorqual.data.tokenizer import Tokenizer
 from tests.net.harness import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
 READY = re.compile(r"chat: (http://127\.0\.0\.1:\d+)   API: (http://127\.0\.0\.1:\d+/v1)   \(Ctrl-C stops\)")
 SERVE = (sys.executable, "-m", "rorqual", "serve", "--port", "0")
-GREEDY: dict[str, Any] = {"model": "rorqual-nano", "temperature": 0}
+GREEDY: dict[str, Any] = {"model": DEFAULT_MODEL, "temperature": 0}
+CONTEXT = ModelConfig.load(resolve_model()).max_position_embeddings
 
 
 @dataclass
@@ -39,7 +46,7 @@ class Serving:
     lines: list[str] = field(default_factory=list)
 
     def client(self) -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=300)
 
 
 @contextlib.contextmanager
@@ -100,26 +107,26 @@ def texts(chunks: list[Any], name: str = "content") -> list[str]:
 def test_the_model_is_listed(bundled: Serving) -> None:
     """By its name, with its context, and as one that can think."""
     [model] = bundled.client().models.list().data
-    assert (model.id, model.object, model.owned_by) == ("rorqual-nano", "model", "rorqual")
+    assert (model.id, model.object, model.owned_by) == (DEFAULT_MODEL, "model", "rorqual")
     facts = model.to_dict()
-    assert facts["max_model_len"] == 2048 and facts["thinking"] is True
+    assert facts["max_model_len"] == CONTEXT and facts["thinking"] is True
 
 
 def test_an_answer_is_streamed_and_counted(bundled: Serving) -> None:
     """Text in several chunks, one finish reason, and usage whose parts add up."""
     chunks = stream(bundled.client(), said("Who are you?"), max_tokens=200)
-    assert len(texts(chunks)) > 3 and "rorqual" in "".join(texts(chunks))
-    assert not texts(chunks, "reasoning_content")
-    assert [r for c in chunks if c.choices if (r := c.choices[0].finish_reason)] == ["stop"]
+    assert len(texts(chunks)) > 3 and not texts(chunks, "reasoning_content")
+    [reason] = [r for c in chunks if c.choices if (r := c.choices[0].finish_reason)]
+    assert reason in ("stop", "length")
     usage = chunks[-1].usage
-    assert usage.prompt_tokens > 0 and usage.completion_tokens >= len(texts(chunks))
+    assert usage.prompt_tokens > 0 and len(texts(chunks)) <= usage.completion_tokens <= 200
     assert usage.prompt_cache_hit_tokens + usage.prompt_cache_miss_tokens == usage.prompt_tokens
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
 
 
 def test_thinking_comes_first_and_apart(bundled: Serving) -> None:
-    """DeepThink on: reasoning_content, then content, and the tokens of the thought are counted; the sum is right."""
-    chunks = stream(bundled.client(), said("What is 12 + 35?"), thinking=True, max_tokens=400)
+    """DeepThink on: reasoning_content, then content, and the tokens of the thought are counted."""
+    chunks = stream(bundled.client(), said("What is 12 + 35?"), thinking=True, max_tokens=700)
     kinds = [
         "thought" if getattr(c.choices[0].delta, "reasoning_content", None) else "text"
         for c in chunks
@@ -127,10 +134,17 @@ def test_thinking_comes_first_and_apart(bundled: Serving) -> None:
     ]
     assert "thought" in kinds and "text" in kinds and kinds == sorted(kinds, reverse=True)
     thought, text = "".join(texts(chunks, "reasoning_content")), "".join(texts(chunks))
-    assert "47" in thought and "47" in text
+    assert thought.strip() and text.strip()
     assert "<think>" not in thought + text and "</think>" not in thought + text
     usage = chunks[-1].usage
     assert 0 < usage.completion_tokens_details.reasoning_tokens < usage.completion_tokens
+
+
+def test_it_knows_its_name_and_adds_when_it_thinks(bundled: Serving) -> None:
+    name = stream(bundled.client(), said("Who are you?"), max_tokens=400)
+    assert "rorqual" in "".join(texts(name)).lower() and name[-2].choices[0].finish_reason == "stop"
+    total = stream(bundled.client(), said("What is 12 + 35?"), thinking=True, max_tokens=700)
+    assert "47" in "".join(texts(total, "reasoning_content")) and "47" in "".join(texts(total))
 
 
 def test_the_second_turn_of_a_conversation_is_read_from_the_cache(bundled: Serving) -> None:
@@ -186,7 +200,7 @@ def test_an_answer_keeps_to_its_schema_and_a_call_to_its_tool(bundled: Serving, 
 
 
 def test_a_seed_says_the_same_twice(bundled: Serving) -> None:
-    ask = {"model": "rorqual-nano", "messages": said("Tell me a story."), "max_tokens": 40, "temperature": 1.0}
+    ask = {"model": DEFAULT_MODEL, "messages": said("Tell me a story."), "max_tokens": 40, "temperature": 1.0}
     one, two = (bundled.client().chat.completions.create(**ask, seed=11).choices[0].message.content for _ in range(2))
     assert one and one == two
 
@@ -203,8 +217,8 @@ def test_two_streams_at_once_say_what_each_says_alone(bundled: Serving) -> None:
 def test_what_does_not_fit_is_refused(bundled: Serving) -> None:
     """A prompt beyond the context is 400 with OpenAI's code, an unknown model 404; the server goes on."""
     client = bundled.client()
-    with pytest.raises(BadRequestError, match="maximum context length is 2048 tokens") as too_long:
-        client.chat.completions.create(**GREEDY, messages=said("whale " * 3000))
+    with pytest.raises(BadRequestError, match=f"maximum context length is {CONTEXT} tokens") as too_long:
+        client.chat.completions.create(**GREEDY, messages=said("whale " * (CONTEXT + 1)))
     assert too_long.value.status_code == 400 and too_long.value.code == "context_length_exceeded"
     with pytest.raises(NotFoundError, match="gpt-4o") as unknown:
         client.chat.completions.create(model="gpt-4o", messages=said("hi"))
@@ -223,10 +237,11 @@ def test_the_readmes_client_example_runs(bundled: Serving, capsys: pytest.Captur
 
 
 def test_our_server_passes_everything_that_it_grades_others_by() -> None:
-    """With a key, as it would stand on a network."""
+    """With a key, as it would stand on a network; a vocabulary without the markers of holes fills none."""
     with serving([*SERVE, "--api-key", "k"]) as server:
         lines = asyncio.run(grade(f"{server.url}/v1", api_key="k"))
-    assert [line for line in lines if line.verdict != "pass"] == []
+    cannot = () if Tokenizer.load(resolve_model()).has_special(FIM_HOLE) else ("fill in the middle",)
+    assert [line for line in lines if line.verdict != "pass" and line.feature not in cannot] == []
 
 
 # ---- starting and stopping --------------------------------------------------------------------------------------
@@ -297,4 +312,4 @@ def test_make_serve_prints_the_url() -> None:
         pytest.skip("`make setup` has not been run")
     with serving(command) as server:
         assert READY.fullmatch(server.lines[-1])
-        assert server.client().models.list().data[0].id == "rorqual-nano"
+        assert server.client().models.list().data[0].id == DEFAULT_MODEL

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rorqual.config import (
+    DEFAULT_MODEL,
     ModelConfig,
     dump_toml,
     from_dict,
@@ -419,7 +420,7 @@ def test_a_name_that_nothing_has_tells_the_nearest(tmp_path: Path) -> None:
 
 def test_bundled_models_are_found_by_name() -> None:
     path = resolve_model()
-    assert path == resolve_model("rorqual-nano") == models_dir() / "rorqual-nano"
+    assert path == resolve_model(DEFAULT_MODEL) == models_dir() / DEFAULT_MODEL
     assert ModelConfig.load(path).vocab_size > 0
 
 

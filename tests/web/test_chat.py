@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Locator, Page, expect
 
 from tests.web.steps import ask, new_chat
 from tests.web.world import Killable, World
@@ -104,14 +104,20 @@ def test_settings_belong_to_the_conversation(page: Page) -> None:
     page.get_by_test_id("temperature").fill("0.7")
     page.keyboard.press("Escape")
     page.get_by_test_id("model").click()
-    page.get_by_test_id("model-choice").filter(has_text="mini").click()
+    page.get_by_test_id("model-choice").filter(has_text="another").click()
     ask(page, "hello")
-    expect(page.get_by_test_id("stats")).to_contain_text("rorqual-mini")
+    expect(page.get_by_test_id("stats")).to_contain_text("another-model")
     page.reload()
-    expect(page.get_by_test_id("model")).to_contain_text("rorqual-mini")
+    expect(page.get_by_test_id("model")).to_contain_text("another-model")
     page.get_by_test_id("parameters-button").click()
     expect(page.get_by_test_id("system")).to_have_value("Be brief.")
     expect(page.get_by_test_id("temperature")).to_have_value("0.7")
+
+
+def every_word_in_its_place(answer: Locator) -> None:
+    """But for the last one, which may be cut: a tokenizer may give each digit a token."""
+    words = re.findall(r"word\d+(?=\s)", answer.get_by_test_id("answer-text").inner_text())
+    assert len(words) > 8 and words == [f"word{n}" for n in range(len(words))]
 
 
 def test_a_reload_in_mid_answer_loses_nothing(page: Page) -> None:
@@ -122,8 +128,7 @@ def test_a_reload_in_mid_answer_loses_nothing(page: Page) -> None:
     expect(answer).to_contain_text("word30")
     page.get_by_test_id("stop").click()
     expect(answer).to_have_attribute("data-status", "stopped")
-    words = re.findall(r"word\d+", answer.get_by_test_id("answer-text").inner_text())
-    assert words == [f"word{n}" for n in range(len(words))]
+    every_word_in_its_place(answer)
 
 
 def test_a_lost_connection_is_taken_up_again(page: Page) -> None:
@@ -135,8 +140,7 @@ def test_a_lost_connection_is_taken_up_again(page: Page) -> None:
     expect(page.get_by_test_id("notice")).to_have_count(0)
     page.get_by_test_id("stop").click()
     expect(answer).to_have_attribute("data-status", "stopped")
-    words = re.findall(r"word\d+", answer.get_by_test_id("answer-text").inner_text())
-    assert words == [f"word{n}" for n in range(len(words))]
+    every_word_in_its_place(answer)
 
 
 def test_a_chat_goes_on_while_another_is_looked_at(page: Page) -> None:
@@ -190,8 +194,7 @@ def test_a_killed_server_leaves_a_cut_answer_that_goes_on(browser: Browser, tmp_
         expect(answer).to_contain_text("word25 ")
         page.get_by_test_id("stop").click()
         expect(answer).to_have_attribute("data-status", "stopped")
-        words = re.findall(r"word\d+", answer.get_by_test_id("answer-text").inner_text())
-        assert words == [f"word{n}" for n in range(len(words))]
+        every_word_in_its_place(answer)
     finally:
         page.context.close()
         server.kill()

@@ -23,6 +23,7 @@ from urllib.request import Request, urlopen
 
 from fastapi import FastAPI
 
+from rorqual.config import DEFAULT_MODEL, resolve_model
 from rorqual.data.special import END_THINK, THINK
 from rorqual.data.template import ChatTemplate
 from rorqual.data.tokenizer import Tokenizer
@@ -164,13 +165,13 @@ def built(folder: Path, key: str | None = None) -> tuple[World, FastAPI]:
     """A world and its server, which keeps its data in the folder. Raises NotBuiltError without a page."""
     if not (PAGE / "index.html").is_file():
         raise NotBuiltError("The chat page is not built: run `npm ci && npm run build` in web/ (Node 20 or newer).")
-    tokenizer = Tokenizer.load(ROOT / "models" / "rorqual-nano")
+    tokenizer = Tokenizer.load(resolve_model())
     world = World(tokenizer)
     world.reset()
     info = EngineInfo("scripted", 1 << 16, tokenizer.vocab_size, (tokenizer.eos_id,), cache_tokens=1 << 20)
     engine = world.engine = ScriptedEngine(world.scripts(), info)
-    nano = ServedModel(engine, tokenizer, ChatTemplate("v3.1"), name="rorqual-nano", created=7)
-    models = {"rorqual-nano": nano, "rorqual-mini": replace(nano, name="rorqual-mini")}
+    model = ServedModel(engine, tokenizer, ChatTemplate("v3.1"), name=DEFAULT_MODEL, created=7)
+    models = {DEFAULT_MODEL: model, "another-model": replace(model, name="another-model")}
     settings = Settings(database_url=database_url(folder), page_dir=PAGE, api_keys=(key,) if key else (), heartbeat_s=2)
     return world, create_app(models, settings, searcher=Searcher(world, SafeFetcher()))
 

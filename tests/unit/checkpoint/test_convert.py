@@ -161,6 +161,27 @@ def test_embeddings_may_stay_plain(made: Made, tmp_path: Path) -> None:
     load_model(tmp_path / "out")
 
 
+@pytest.mark.parametrize("to", ["bf16", "int4"])
+def test_a_tied_embedding_may_be_stored_as_the_head_too(to: str, made: Made, tmp_path: Path) -> None:
+    """Which changes no logit; where nothing is tied, it does nothing."""
+    tied, untied = (
+        convert(made("bf16", -1, tie_word_embeddings=True), tmp_path / f"{untie}", to, untie=untie)
+        for untie in (False, True)
+    )
+    assert tied.cfg.tie_word_embeddings and not config_of(tmp_path / "True")["tie_word_embeddings"]
+    assert {t.name.rpartition(".")[0] for t in _added(tied, untied)} == {"lm_head"}
+    tokens = torch.arange(3, 20)[None]
+    with torch.inference_mode():
+        ours, theirs = (load_model(tmp_path / f"{untie}", dtype="float32")(tokens) for untie in (False, True))
+    assert torch.equal(ours, theirs)
+    assert not _added(*(convert(made("bf16", -1), tmp_path / f"plain {u}", to, untie=u) for u in (False, True)))
+
+
+def _added(less: module.Conversion, more: module.Conversion) -> list[module.Planned]:
+    one, other = ([t for planned in c.files.values() for t in planned] for c in (less, more))
+    return [t for t in other if t not in one]
+
+
 def test_what_is_ignored_is_what_is_plain(made: Made) -> None:
     """Engines decide by this list which layers they build packed; a wrong entry is a wrong model there."""
     for seed in (0, 1):

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,13 +18,14 @@ from rorqual.checkpoint import load_model, save_model
 from rorqual.checkpoint.gguf import KINDS, export_gguf, verify_gguf
 from rorqual.checkpoint.names import released_tensors
 from rorqual.checkpoint.source import Source
-from rorqual.config import ModelConfig
-from rorqual.data.tokenizer import Tokenizer
+from rorqual.config import ModelConfig, resolve_model
+from rorqual.data.tokenizer import Tokenizer, train_tokenizer
 from rorqual.errors import CheckpointError
 from tests.parity import YARN, build, draw
 
 gguf = pytest.importorskip("gguf")
-NANO = Path(__file__).parents[3] / "models" / "rorqual-nano"
+ROOT = Path(__file__).parents[3]
+BUNDLED = resolve_model()
 Fields = dict[str, Any]
 Tensors = dict[str, np.ndarray[Any, Any]]
 
@@ -260,21 +260,22 @@ def test_another_conversion_is_not_resumed(tmp_path: Path) -> None:
 
 
 def test_killed_by_the_system_and_resumed(tmp_path: Path) -> None:
-    source, target = Source.open(NANO), tmp_path / "nano.gguf"
+    saved(plain(num_hidden_layers=40), tmp_path / "model")  # so many tensors that it is killed among them
+    source, target = Source.open(tmp_path / "model"), tmp_path / "m.gguf"
     script = (
         "import sys, time; from rorqual.checkpoint.gguf import export_gguf; from rorqual.checkpoint.source import Source\n"
         "export_gguf(Source.open(sys.argv[1]), sys.argv[2], 'bf16', lambda d, t: time.sleep(0.02))"
     )
-    environment = os.environ | {"PYTHONPATH": str(NANO.parents[1])}
-    process = subprocess.Popen([sys.executable, "-c", script, str(NANO), str(target)], env=environment)
-    journal = tmp_path / "nano.gguf.journal"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", script, str(source.directory), str(target)], env=environment)
+    journal = tmp_path / "m.gguf.journal"
     deadline = time.monotonic() + 120
     while not journal.exists() or journal.read_bytes().count(b"\n") < 12:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not target.exists() and (tmp_path / "nano.gguf.part").exists()
+    assert not target.exists() and (tmp_path / "m.gguf.part").exists()
     written: list[int] = []
     export_gguf(source, target, "bf16", lambda done, total: written.append(done))
     export_gguf(source, tmp_path / "whole.gguf", "bf16")
@@ -295,14 +296,20 @@ def test_a_cut_file_is_found(tmp_path: Path) -> None:
 # ---- tokenizer ----------------------------------------------------------------------------------------------------
 
 
-def test_the_bundled_tokenizer_comes_along(tmp_path: Path) -> None:
-    spec = json.loads((NANO / "tokenizer.json").read_text())
-    tokenizer = Tokenizer.load(NANO)
-    warnings = export_gguf(Source.open(NANO), tmp_path / "m.gguf", "q8_0")
-    assert not any("vocabulary" in w for w in warnings)
-    fields, _ = read(tmp_path / "m.gguf")
+@pytest.fixture(scope="module")
+def bundled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Fields, Tensors]:
+    path = tmp_path_factory.mktemp("bundled") / "m.gguf"
+    assert not any("vocabulary" in warning for warning in export_gguf(Source.open(BUNDLED), path, "bf16"))
+    return read(path)
+
+
+def test_the_bundled_tokenizer_comes_along(bundled: tuple[Fields, Tensors]) -> None:
+    spec = json.loads((BUNDLED / "tokenizer.json").read_text())
+    tokenizer = Tokenizer.load(BUNDLED)
+    fields, _ = bundled
     key = {k.removeprefix("tokenizer.ggml."): v for k, v in fields.items()}
-    assert (key["model"], key["pre"]) == ("gpt2", "deepseek-v3")
+    [*_, last] = spec["pre_tokenizer"]["pretokenizers"]
+    assert key["model"] == "gpt2" and key["pre"] == ("smollm" if last["use_regex"] else "deepseek-v3")
     assert [key["tokens"][i] for i in spec["model"]["vocab"].values()] == list(spec["model"]["vocab"])
     assert key["merges"] == [" ".join(pair) for pair in spec["model"]["merges"]]
     types = {token: key["token_type"][i] for i, token in enumerate(key["tokens"])}
@@ -312,14 +319,14 @@ def test_the_bundled_tokenizer_comes_along(tmp_path: Path) -> None:
         tokenizer.eos_id,
         True,
     )
-    assert key["padding_token_id"] == 2
+    assert key["padding_token_id"] == tokenizer.pad_id
     assert fields["tokenizer.chat_template"] == tokenizer.config["chat_template"]
 
 
-def with_tokenizer(directory: Path, change: Callable[[dict[str, Any]], None], rows: int = 6150) -> None:
+def with_tokenizer(directory: Path, change: Callable[[dict[str, Any]], None], rows: int = 306) -> None:
+    """One of 300 words."""
     saved(plain(vocab_size=rows), directory)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(NANO / name, directory / name)
+    train_tokenizer([(ROOT / "README.md").read_text(encoding="utf-8")], 300).save(directory)
     spec = json.loads((directory / "tokenizer.json").read_text())
     change(spec)
     (directory / "tokenizer.json").write_text(json.dumps(spec))
@@ -329,8 +336,8 @@ def test_rows_without_a_token_are_unused(tmp_path: Path) -> None:
     with_tokenizer(tmp_path / "model", lambda spec: None)
     export_gguf(Source.open(tmp_path / "model"), tmp_path / "m.gguf")
     fields, _ = read(tmp_path / "m.gguf")
-    assert len(fields["tokenizer.ggml.tokens"]) == 6150
-    assert fields["tokenizer.ggml.tokens"][-6:] == [f"[PAD{i}]" for i in range(6144, 6150)]
+    assert len(fields["tokenizer.ggml.tokens"]) == 306
+    assert fields["tokenizer.ggml.tokens"][-6:] == [f"[PAD{i}]" for i in range(300, 306)]
     assert fields["tokenizer.ggml.token_type"][-6:] == [5] * 6
 
 
@@ -350,12 +357,12 @@ def test_another_pre_tokenizer_is_named_or_refused(tmp_path: Path) -> None:
     for change, match in ((digits, "pre-tokenizer"), (lower, "normalises")):
         with_tokenizer(tmp_path / "model", change)
         refuses(tmp_path / "model", tmp_path / "m.gguf", match)
-    with_tokenizer(tmp_path / "model", lambda spec: None, rows=6000)
+    with_tokenizer(tmp_path / "model", lambda spec: None, rows=290)
     refuses(tmp_path / "model", tmp_path / "m.gguf", "rows")
 
 
-def test_the_bundled_model_keeps_its_weights(tmp_path: Path) -> None:
-    export_gguf(Source.open(NANO), tmp_path / "m.gguf", "bf16")
-    _, tensors = read(tmp_path / "m.gguf")
-    weights = dict(released_tensors(load_model(NANO)))
+def test_the_bundled_model_keeps_its_weights(bundled: tuple[Fields, Tensors]) -> None:
+    """Four-bit ones as what they stand for."""
+    _, tensors = bundled
+    weights = dict(released_tensors(load_model(BUNDLED, dequantize=True)))
     equal(tensors["blk.3.attn_output.weight"], weights["model.layers.3.self_attn.o_proj.weight"])

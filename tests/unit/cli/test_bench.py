@@ -12,8 +12,9 @@ import torch
 
 from rorqual.checkpoint import save_model
 from rorqual.cli import serving
+from rorqual.cli.benchmarks import Weights
 from rorqual.cli.main import main
-from rorqual.config import ModelConfig
+from rorqual.config import DEFAULT_MODEL, ModelConfig, resolve_model
 from rorqual.engine.api import Output
 from rorqual.engine.core import EngineCore
 from rorqual.engine.scheduler import Job, Scheduler
@@ -44,6 +45,16 @@ def test_loading_is_compared_with_reading(
     assert rows["load_model"]["warm_ratio"] == 1
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("warm_ratio", "load_model", result["environment"]["commit"]))
+
+
+def test_a_bundled_model_is_measured_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From wherever the command is given."""
+    monkeypatch.chdir(tmp_path)
+    weights = Weights(DEFAULT_MODEL)
+    assert weights.preset is None and weights.path == resolve_model() and weights.cfg == ModelConfig.load(weights.path)
+    (tmp_path / DEFAULT_MODEL).mkdir()  # a directory of that name comes first, as everywhere
+    save_model(Transformer(ModelConfig.load("test")), tmp_path / DEFAULT_MODEL)
+    assert Weights(DEFAULT_MODEL).cfg.hidden_size == ModelConfig.load("test").hidden_size
 
 
 def test_training_in_two_precisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from rorqual.cli.main import main
+from rorqual.config import DEFAULT_MODEL, resolve_model
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -198,14 +199,8 @@ def test_inspect_shows_a_table(rorqual: Run) -> None:
 
 
 def test_inspect_takes_presets_directories_and_bundled_names(rorqual: Run) -> None:
-    by_name, by_path = (json.loads(rorqual("inspect", name, "--json").out) for name in ("rorqual-nano", bundled()))
+    by_name, by_path = (json.loads(rorqual("inspect", name, "--json").out) for name in (DEFAULT_MODEL, resolve_model()))
     assert by_name["parameters"] == by_path["parameters"]
-
-
-def bundled() -> Path:
-    from rorqual.config import resolve_model
-
-    return resolve_model()
 
 
 def test_inspect_of_an_unknown_preset_names_the_nearest(rorqual: Run) -> None:
@@ -241,7 +236,7 @@ def test_an_unknown_model_names_the_bundled_ones(verb: str, rorqual: Run, tmp_pa
     inputs.write_text('{"prompt": "hi"}\n')
     words = {"chat": ["chat", "hi"], "generate": ["generate", inputs], "serve": ["serve", "--port", "0"]}[verb]
     line = rorqual(*words, "--model", "rorqual-giga").complaint()
-    assert "'rorqual-giga'" in line and "bundled model: " in line and "rorqual-nano" in line
+    assert "'rorqual-giga'" in line and "bundled model: " in line and DEFAULT_MODEL in line
 
 
 def test_a_damaged_model_is_one_line(toy: Toy, rorqual: Run, tmp_path: Path) -> None:
@@ -339,7 +334,7 @@ def test_serving_others_without_a_key_is_refused(rorqual: Run, monkeypatch: pyte
     """In one line, with the way out, and before a model is loaded."""
     monkeypatch.delenv("RORQUAL_API_KEY", raising=False)
     done = rorqual("serve", "--host", "0.0.0.0", "--port", "0")
-    line = Done(done.code, done.out, done.err.replace("loading rorqual-nano …\n", "")).complaint()
+    line = Done(done.code, done.out, done.err.replace(f"loading {DEFAULT_MODEL} …\n", "")).complaint()
     assert "0.0.0.0 can be reached from other machines" in line and "keys create" in line and "127.0.0.1" in line
 
 
@@ -347,7 +342,7 @@ def test_serving_on_a_used_port_is_refused(rorqual: Run) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         done = rorqual("serve", "--port", port)
-    line = Done(done.code, done.out, done.err.replace("loading rorqual-nano …\n", "")).complaint()
+    line = Done(done.code, done.out, done.err.replace(f"loading {DEFAULT_MODEL} …\n", "")).complaint()
     assert f"port {port} on 127.0.0.1 is in use" in line and "--port" in line
 
 

@@ -15,8 +15,8 @@ import pytest
 import typer
 
 from rorqual.cli.bench_report import commit
+from rorqual.cli.inspect import find
 from rorqual.cli.main import app
-from rorqual.config import ModelConfig
 
 ROOT = Path(__file__).parents[3]
 
@@ -49,7 +49,7 @@ def test_every_command_line_is_understood(small: bool, records: ModuleType) -> N
             assert told["device"] == ("cpu" if small else "cuda"), part.name
             assert told["json_file"] == Path("out") / part.record
             if name := told.get("layers") or told.get("model"):
-                assert ModelConfig.load(name).num_hidden_layers
+                assert find(name).num_hidden_layers
         elif words[1].endswith("compare.py"):
             assert module.arguments().parse_args(words[2:]).out == Path("out/parity")
         else:

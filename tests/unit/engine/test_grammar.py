@@ -6,6 +6,7 @@ import builtins
 import json
 import random
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from rorqual.config import resolve_model
-from rorqual.data.tokenizer import Tokenizer
+from rorqual.data.tokenizer import train_tokenizer
 from rorqual.data.tools import shape
 from rorqual.engine.api import Grammar
 from rorqual.engine.grammar import GrammarCompiler, Matcher
 from rorqual.errors import BackendUnavailable, DataError, RequestError
 
-NANO = resolve_model("rorqual-nano")
-TOKENIZER = Tokenizer.load(NANO)
+ROOT = Path(__file__).resolve().parents[3]
+TOKENIZER = train_tokenizer([file.read_text(encoding="utf-8") for file in sorted(ROOT.glob("docs/*.md"))], 3072)
+FOLDER = tempfile.TemporaryDirectory()
+TOKENIZER.save(Path(FOLDER.name))
+FILE = Path(FOLDER.name) / "tokenizer.json"
 PADDING = 37
 VOCAB = TOKENIZER.vocab_size + PADDING
 EOS = TOKENIZER.eos_id
@@ -53,7 +56,7 @@ NUMBER: /[0-9]{1,3}/
 """
 
 
-COMPILER = GrammarCompiler(NANO / "tokenizer.json", VOCAB, (EOS, HOLE))
+COMPILER = GrammarCompiler(FILE, VOCAB, (EOS, HOLE))
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +289,7 @@ def test_a_missing_package_and_a_useless_file_are_told(monkeypatch: pytest.Monke
     with pytest.raises(DataError):
         GrammarCompiler(tmp_path / "tokenizer.json", VOCAB, (EOS,))
     with pytest.raises(DataError):
-        GrammarCompiler(NANO / "tokenizer.json", 100, (EOS,))
+        GrammarCompiler(FILE, 100, (EOS,))
 
     found = builtins.__import__
 
@@ -297,7 +300,7 @@ def test_a_missing_package_and_a_useless_file_are_told(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(BackendUnavailable) as caught:
-        GrammarCompiler(NANO / "tokenizer.json", VOCAB, (EOS,))
+        GrammarCompiler(FILE, VOCAB, (EOS,))
     assert "pip install" in str(caught.value)
 
 

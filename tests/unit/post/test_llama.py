@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig as TheirConfig
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.errors import CheckpointError, ConfigError
 from rorqual.model.batch import Batch
 from rorqual.post.llama import halve, names
 from rorqual.post.llama_files import build_llama, load_llama, open_llama, save_llama
-from rorqual.post.llama_tokenizer import TokenizerFiles, with_markers
+from rorqual.post.llama_tokenizer import TOOLS, TokenizerFiles, with_markers
 from tests.unit.post.conftest import TINY, make_llama
 
 TOKENS = torch.randint(0, TINY.vocab_size, (2, 40), generator=torch.Generator().manual_seed(3))
@@ -142,6 +142,32 @@ def test_bytes_a_vocabulary_lacks_get_a_spare_token(tokenizer_files: TokenizerFi
     assert marked is not None
     tokenizer = Tokenizer(dict(marked.spec), dict(marked.config))
     assert tokenizer.decode(tokenizer.encode("a\x04b")) == "a\x04b"
+
+
+def test_where_special_tokens_are_few_the_last_words_make_room_for_tool_calls(
+    tmp_path: Path, tokenizer_files: TokenizerFiles
+) -> None:
+    """Every text is still encoded and read back, by transformers as well; other words keep their ids."""
+    spec = json.loads(json.dumps(tokenizer_files.spec))
+    spare = spec["added_tokens"][8:]
+    spec["added_tokens"] = spec["added_tokens"][:8]  # beginning, end, padding, four markers, one left
+    for token in spare:
+        spec["model"]["vocab"] = {word: i for word, i in spec["model"]["vocab"].items() if i != token["id"]}
+    marked = with_markers(TokenizerFiles(spec, tokenizer_files.config), 0, 1, 2)
+    assert marked is not None
+    marked.save(tmp_path)
+    before, after = Tokenizer(spec, dict(tokenizer_files.config)), Tokenizer.load(tmp_path)
+    ids = [after.special(name) for name in TOOLS]
+    assert len({*ids, after.special("<｜User｜>"), 0, 1, 2}) == len(TOOLS) + 4 and after.vocab_size == TINY.vocab_size
+    lost = [before.token_bytes(i).decode() for i in ids if i > 255 and i != 7]
+    assert len(lost) == len(TOOLS) - 1
+    peer = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    for text in (*lost, (Path(__file__).parent / "test_upcycle.py").read_text()):
+        got = after.encode(text)
+        assert after.decode(got) == text and got == peer.encode(text, add_special_tokens=False)
+        if text in lost:
+            assert len(before.encode(text)) == 1 and len(got) > 1
+    assert after.encode("def ") == before.encode("def ")
 
 
 def test_without_spare_tokens_there_are_no_markers(tokenizer_files: TokenizerFiles) -> None:
