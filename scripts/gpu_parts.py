@@ -50,8 +50,8 @@ DECODE = "decode --model bench-gpu --prompt 512 --new 128 --rounds 3 --determini
 PARITY = "python runs/fp8-parity/compare.py"
 
 RECORDS = [  # in the order of what is least known
-    _timed("engine", "decode-1", 60, f"{DECODE} --batch 1"),
-    _timed("engine", "decode-32", 60, f"{DECODE} --batch 32"),
+    _timed("engine", "decode-1", 75, f"{DECODE} --batch 1"),
+    _timed("engine", "decode-32", 75, f"{DECODE} --batch 32"),
     _timed("engine", "serve", 75, "serve --model bench-gpu --seconds 50"),
     _timed(
         "training", "train-v3-16b", 55,
@@ -59,13 +59,13 @@ RECORDS = [  # in the order of what is least known
     ),
     _timed("engine", "prefill", 50, "prefill --model bench-gpu --batch 16 --prompt 2048 --rounds 3 --deterministic"),
     _timed("engine", "layers", 40, "layer --model deepseek-v3 --no-peer"),
-    _large(4096, "bfloat16", 20),
-    _large(4096, "fp8", 20),
-    _large(4096, "int4", 25),
-    _large(1024, "bfloat16", 20),
-    _large(32000, "bfloat16", 25),
-    _large(1024, "fp8", 20),
-    _large(32000, "fp8", 25),
+    _large(4096, "bfloat16", 30),
+    _large(4096, "fp8", 30),
+    _large(4096, "int4", 35),
+    _large(1024, "bfloat16", 30),
+    _large(32000, "bfloat16", 35),
+    _large(1024, "fp8", 30),
+    _large(32000, "fp8", 35),
     _timed("engine", "mtp", 35, "mtp --dtype auto"),
     _timed("training", "train-layers", 50, "train --layers deepseek-v3 --batch 2 --seq-len 4096"),
     _timed("engine", "profile-1", 20, "profile --kind decode --model bench-gpu --batch 1"),

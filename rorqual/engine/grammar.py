@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 CACHED_GRAMMARS = 64
-JSON_WHITE_SPACE = r"[ \t\r\n]{1,64}"
-"""Between two parts of a document: room for a line break and the indentation of 16 levels of 4."""
+JSON_WHITE_SPACE = r" |\n[ \t]{0,64}"
+"""Between two parts of a document: a blank, or a new line and the indentation of 16 levels of 4."""
 
 
 class GrammarCompiler:

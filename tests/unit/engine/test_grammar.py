@@ -186,11 +186,13 @@ def test_any_json_is_accepted(compiler: GrammarCompiler, value: Any, indent: int
 
 
 def test_blanks_do_not_go_on_for_ever(compiler: GrammarCompiler) -> None:
+    """One between two parts, or a new line and the indentation of 16 levels."""
     matcher = compiler.matcher(Grammar("json_object"))
     blank = TOKENIZER.encode(" ")
-    tokens = [*TOKENIZER.encode("{"), *blank * 200]
-    taken = sum(bool(allowed(mask)) for mask in matcher.masks(tokens)) - 1
-    assert 30 < taken < 100
+    for begin, most in (("{", 1), ("{\n", 64)):
+        tokens = [*TOKENIZER.encode(begin), *blank * 200]
+        taken = sum(bool(allowed(mask)) for mask in matcher.masks(tokens)) - 1 - len(TOKENIZER.encode(begin))
+        assert taken == most, begin
 
 
 @pytest.mark.parametrize(
