@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,3 +80,28 @@ def test_overlapping_ends_where_it_was_asked_for(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
     with overlap.overlapping():
         assert overlap.options() == {}, "an older card cannot"
+
+
+COMPILES = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+card = GPUTarget("cuda", 90, 32)
+triton.runtime.driver.set_active(type("Card", (), {"get_current_target": lambda self: card})())
+from rorqual.ops.triton.decode import _add_norm_kernel as kernel
+
+signature = {p.name: "*bf16" if p.name in ("x", "y", "weight", "total", "out") else "i32" for p in kernel.params}
+signature |= {"eps": "fp32", "BLOCK": "constexpr"}
+source = ASTSource(kernel, signature, {([p.name for p in kernel.params].index("BLOCK"),): 512})
+code = triton.compile(source, target=card).asm["ptx"]
+print(code.index("griddepcontrol.launch_dependents") < code.index("griddepcontrol.wait") < code.index("ld.global"))
+"""
+
+
+def test_the_wait_is_in_the_code_for_hopper_before_the_first_read(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = FOLDER.parents[2]
+    environment |= {"PYTHONPATH": str(root), "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", COMPILES], cwd=root, env=environment, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr[-3000:]
