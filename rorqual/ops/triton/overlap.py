@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import triton
@@ -20,23 +21,22 @@ from triton import knobs
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
-_on = False
+_on = ContextVar("overlapping kernels", default=False)
 
 
 @contextmanager
 def overlapping(on: bool = True) -> Iterator[None]:
     """Kernels launched or captured meanwhile overlap, where the card can."""
-    global _on
-    before, _on = _on, on
+    before = _on.set(on)
     try:
         yield
     finally:
-        _on = before
+        _on.reset(before)
 
 
 def options() -> dict[str, bool]:
     """Of the launch of a kernel that calls `begin`."""
-    return {"launch_pdl": True} if _on and torch.cuda.get_device_capability()[0] >= 9 else {}
+    return {"launch_pdl": True} if _on.get() and torch.cuda.get_device_capability()[0] >= 9 else {}
 
 
 @triton.jit
