@@ -104,14 +104,11 @@ def _values_kernel(
     BLOCK_C: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
     """One head of one row: the splits' parts merged, rounded as they would be stored, and BLOCK_U rows of W_UV applied."""
+    begin()
     t, h = tl.program_id(0), tl.program_id(1)
     row = (t * H + h).to(tl.int64)
     c, s = tl.arange(0, BLOCK_C), tl.arange(0, MERGED)
     u = tl.program_id(2) * BLOCK_U + tl.arange(0, BLOCK_U)
-    w = tl.load(
-        w_uv + h * stride_wh + u[:, None] * stride_wu + c[None, :], mask=(u < U)[:, None] & (c < C)[None, :], other=0.0
-    )
-    begin()
     last = tl.cdiv(tl.minimum(tl.load(lengths + t).to(tl.int32), width * PAGE), SPLIT)
     largest, total = float("-inf"), 0.0
     acc = tl.zeros((BLOCK_C,), tl.float32)
@@ -125,6 +122,9 @@ def _values_kernel(
         acc = acc * fade + tl.sum(part_sc * weight[:, None], 0)
         largest = now
     o = (acc / tl.where(total > 0, total, 1.0)).to(out.dtype.element_ty).to(tl.float32)
+    w = tl.load(
+        w_uv + h * stride_wh + u[:, None] * stride_wu + c[None, :], mask=(u < U)[:, None] & (c < C)[None, :], other=0.0
+    )
     tl.store(out + row * U + u, tl.sum(w.to(tl.float32) * o[None, :], 1).to(out.dtype.element_ty), mask=u < U)
 
 

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from rorqual.ops.triton import overlap
 
 FOLDER = Path(overlap.__file__).parent
-WEIGHTS = {"w_uk", "w_uv"}
+WEIGHTS = {"w_uk"}
 """What may be loaded before `begin`: nobody writes it."""
 
 
