@@ -1,7 +1,7 @@
 """The bundled model behind the real `rorqual serve`: a process of its own, its engine's child, OpenAI's own client.
 
-`test_it_knows_its_name_and_adds_when_it_thinks` is the one test of what the model can do; whatever else is asserted here
-and in tests/web holds for any model that ends its thoughts."""
+`test_it_knows_its_name_and_adds_when_it_thinks` says what the model can do, tests/web/test_bundled.py and the README's
+commands ask the same of it; whatever else is asserted here holds for any model that ends its thoughts."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Serving:
     lines: list[str] = field(default_factory=list)
 
     def client(self) -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=300)
+        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
 
 
 @contextlib.contextmanager

@@ -99,7 +99,8 @@ class World:
         for chat in chats:
             urlopen(Request(f"{self.url}/chats/{chat['id']}", method="DELETE"), timeout=10).close()
         end = time.monotonic() + 20
-        while self.engine is not None and self.engine.stats.running and time.monotonic() < end:
+        while self.engine is not None and self.engine.stats.running:
+            assert time.monotonic() < end, "an answer of the test before does not end"
             time.sleep(0.01)
 
     async def search(self, query: str, count: int) -> list[Result]:
