@@ -89,7 +89,9 @@ def listed(parts: Sequence[Part]) -> None:
 
 
 def gpus() -> int:
-    """How many there are, without loading torch; 0 where the driver's tool is missing."""
+    """How many there are for us, without loading torch; 0 where the driver's tool is missing."""
+    if chosen := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return len(chosen.split(","))
     try:
         told = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):

@@ -54,7 +54,7 @@ rates() { # RUN: what `first` and `second` plan by
 }
 metered() { # notes the GPU's power each second until this step ends
   command -v nvidia-smi > /dev/null || return 0
-  nvidia-smi --query-gpu=power.draw --format=csv,noheader,nounits -l 1 >> "$out/power.csv" 2> /dev/null &
+  nvidia-smi -i "${CUDA_VISIBLE_DEVICES:-0}" --query-gpu=power.draw --format=csv,noheader,nounits -l 1 >> "$out/power.csv" 2> /dev/null &
   trap "kill $! 2> /dev/null || true" EXIT
 }
 show() { # what matters of a run's metrics
@@ -127,16 +127,18 @@ case $step in
     say "written"; wait $beside || { cat "$out"/{lessons,convert,prepare}.log; exit 1; }
     say "converted, text and lessons prepared"
     prepare written "$out/written/text" --val-fraction 0.01 --overwrite & other=$!
-    prepare chat "$out/written/chat" --val-fraction 0.01 --overwrite; wait $other ;;
-  first) # SECONDS WRITING [options of heal]: from the source to healed int4 weights in that time; results to $OUT
+    prepare chat "$out/written/chat" --val-fraction 0.01 --overwrite; wait $other; touch "$out/ready" ;;
+  first) # SECONDS WRITING [options of heal]: from the source to healed int4 weights in that time; results to $OUT. HEALING=S
+    # plans for S seconds of healing instead: what does not fit goes on when `first` is given again.
     total=$1 writing=$2; shift 2
     if [ -f "$out/stand-in" ]; then rm -rf "$out"; mkdir -p "$out"; fi # of a rehearsal that did not end
-    metered; [ -f "$out/heal/config.toml" ] || $me ready "$writing"
-    speed=$(figure rate "${RATE:-150000}") left=$((total - SECONDS - ${RESERVE:-65}))
-    count=$(steps heal $left "$speed" 60)
+    metered; [ -f "$out/ready" ] || $me ready "$writing"
+    speed=$(figure rate "${RATE:-150000}") left=${HEALING:-$((total - SECONDS - ${RESERVE:-65}))}
+    count=$(steps heal "$left" "$speed" 60)
     say "healing: $count steps in $left s at $speed tokens/s"
     limited $((total - SECONDS - 40)) $me heal --set steps="$count" "$@"
-    say "healed"; $me back; say "done" ;;
+    if [ -z "${HEALING:-}" ] || [ -f "$out/heal/model/config.json" ]; then say "healed"; $me back; say "done"
+    else say "healing is to go on"; fi ;;
   second) # SECONDS HEALING: healing goes on for HEALING s (0: not), then the MTP module alone; the teacher's answers, the table
     total=$1 healing=$2; shift 2; metered
     $me answer > "$out/answer.log" 2>&1 & answering=$!
