@@ -126,7 +126,7 @@ def _generate(
     if overlap:
         if on_cpu:
             raise typer.BadParameter("kernels overlap on a GPU", param_hint="--overlap")
-        engines["rorqual overlapping"] = b.Generation(weights, device, work, dtype, count, overlap=True).run
+        engines["rorqual one by one"] = b.Generation(weights, device, work, dtype, count, overlap=False).run
     if llama and on_cpu and dtype in b.LlamaGeneration.KINDS and b.llama_python():
         other = b.LlamaGeneration(weights, work, dtype, count)
         engines[f"llama.cpp {other.kind}"] = other.run

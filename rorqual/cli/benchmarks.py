@@ -130,18 +130,18 @@ class Generation:
 
     def __init__(
         self, weights: Weights, device: str, work: Work, dtype: str, threads: int, deterministic: bool = False,
-        overlap: bool = False,
+        overlap: bool = True,
     ) -> None:  # fmt: skip
         self.work, self.vocab, self.overlap = work, weights.cfg.vocab_size, overlap
         self.core = engine(weights, device, work.batch, dtype, threads, deterministic=deterministic or "auto")
         self.seed = 0
 
     def run(self) -> float:
-        if not self.overlap:
+        if self.overlap:
             return self._run()
         from rorqual.ops.triton.overlap import overlapping
 
-        with overlapping():
+        with overlapping(False):
             return self._run()
 
     def _run(self) -> float:

@@ -283,7 +283,7 @@ def copy_bandwidth(device: str, size: int = 1 << 30) -> float:
 def attention(device: str, heads: list[int], batches: list[int], context: int) -> list[dict[str, Any]]:
     """The paged kernels at the released latent's size, every row `context` tokens long."""
     from rorqual.ops.attention import attend_pages
-    from rorqual.ops.triton.mla import busy_split, decode, wide_missing
+    from rorqual.ops.triton.mla import Tiles, busy_split, decode, tiles, wide_missing
 
     C, R, page = 512, 64, 64
     width, bandwidth, out = -(-context // page), copy_bandwidth(device), []
@@ -295,13 +295,15 @@ def attention(device: str, heads: list[int], batches: list[int], context: int) -
             q = torch.randn(batch, H, C + R, device=device, dtype=torch.bfloat16)
             split = busy_split(batch, H, width * page)
             want = attend_pages(q[:1], pages, table[:1], lengths[:1], C, (C + R) ** -0.5, "reference").float()
-            hows: list[Literal["wide"] | None] = [None] if wide_missing(q, pages, C) else [None, "wide"]
+            hows: list[Tiles | Literal["wide"]] = [tiles(H, q.dtype)]
+            if wide_missing(q, pages, C) is None:
+                hows.append("wide")
             for how in hows:
                 run = partial(decode, q, pages, table, lengths, C, (C + R) ** -0.5, split=split, how=how)
                 error, seconds = float((run()[:1].float() - want).norm() / want.norm()), timed(run)
                 rate = batch * context * (C + R) * pages.itemsize / seconds
                 out.append({
-                    "heads": H, "batch": batch, "kernel": how or "tiles", "split": split, "microseconds": 1e6 * seconds,
+                    "heads": H, "batch": batch, "kernel": "wide" if how == "wide" else "tiles", "split": split, "microseconds": 1e6 * seconds,
                     "tflops": 2 * batch * context * H * (2 * C + R) / seconds / 1e12, "gigabytes_per_s": rate / 1e9,
                     "of_bandwidth": rate / bandwidth, "error": error,
                 })  # fmt: skip

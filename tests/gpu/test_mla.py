@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rorqual.ops.attention import PAGES_BOUND, attend_pages
-from rorqual.ops.triton.mla import decode, wide_missing
+from rorqual.ops.triton.mla import decode, tiles, wide_missing
 
 CUDA = torch.device("cuda")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -102,7 +102,7 @@ def test_the_kernel_for_many_heads_equals_the_other_one(heads: int, dtype: torch
     ):
         q, pages, table, lens = case((heads, 512, 64), lengths, dtype, width=-(-max(lengths) // 64))
         assert wide_missing(q, pages, 512) is None
-        want = decode(q, pages, table, lens, 512, scale, split=split)
+        want = decode(q, pages, table, lens, 512, scale, split=split, how=tiles(heads, dtype))
         first = decode(q, pages, table, lens, 512, scale, split=split, how="wide")
         agree(first, want.float(), dtype)
         for _ in range(20):

@@ -158,8 +158,8 @@ def decode(
 
     Nothing comes back to the host, and scratch is allocated inside, so the call can be captured in a CUDA graph. Entries
     of the table beyond a row's length are never read. page_size: a power of two, 16 or more; 64 is what this is made
-    for. out: contiguous, in q's dtype. split: keys of one split, a multiple of the page. how: the first kernel's tiles, by
-    default `tiles`; "wide": `mla_wide`'s kernel, where `wide_missing` has nothing against it.
+    for. out: contiguous, in q's dtype. split: keys of one split, a multiple of the page. how: the first kernel's tiles, or
+    "wide": `mla_wide`'s kernel; by default the latter where `wide_missing` has nothing against it, else `tiles`.
     """
     (N, H, _), page, width, C = q_NHX.shape, pages_PSX.shape[1], table_NP.shape[1], latent_dim
     if out is None:
@@ -225,7 +225,7 @@ def _launch(
     splits = max(1, triton.cdiv(width * page, split))
     strides = table_NP.stride(0), width, splits
     args = (q_NHX.contiguous(), pages_PSX, table_NP, lengths_N, out, lse, scale * LOG2_E, *strides)
-    if how == "wide":
+    if how == "wide" or (how is None and wide_missing(q_NHX, pages_PSX, C) is None):
         from rorqual.ops.triton import mla_wide
 
         row_programs = N * (H // mla_wide.HEADS)

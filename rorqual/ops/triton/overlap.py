@@ -21,12 +21,12 @@ from triton import knobs
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
-_on = ContextVar("overlapping kernels", default=False)
+_on = ContextVar("overlapping kernels", default=True)
 
 
 @contextmanager
-def overlapping(on: bool = True) -> Iterator[None]:
-    """Kernels launched or captured meanwhile overlap, where the card can."""
+def overlapping(on: bool) -> Iterator[None]:
+    """Whether kernels launched or captured meanwhile overlap, where the card can; by default they do."""
     before = _on.set(on)
     try:
         yield

@@ -70,16 +70,15 @@ def test_no_kernel_begins_that_is_launched_without_the_options() -> None:
 
 def test_overlapping_ends_where_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    assert overlap.options() == {}
-    with pytest.raises(KeyError), overlap.overlapping():
-        assert overlap.options() == {"launch_pdl": True}
-        with overlap.overlapping(False):
-            assert overlap.options() == {}
+    assert overlap.options() == {"launch_pdl": True}
+    with pytest.raises(KeyError), overlap.overlapping(False):
+        assert overlap.options() == {}
+        with overlap.overlapping(True):
+            assert overlap.options() == {"launch_pdl": True}
         raise KeyError
-    assert overlap.options() == {}
+    assert overlap.options() == {"launch_pdl": True}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
-    with overlap.overlapping():
-        assert overlap.options() == {}, "an older card cannot"
+    assert overlap.options() == {}, "an older card cannot"
 
 
 COMPILES = """
