@@ -303,7 +303,8 @@ def attention(device: str, heads: list[int], batches: list[int], context: int) -
                 error, seconds = float((run()[:1].float() - want).norm() / want.norm()), timed(run)
                 rate = batch * context * (C + R) * pages.itemsize / seconds
                 out.append({
-                    "heads": H, "batch": batch, "kernel": "wide" if how == "wide" else "tiles", "split": split, "microseconds": 1e6 * seconds,
+                    "heads": H, "batch": batch, "kernel": how if how == "wide" else "tiles", "split": split,
+                    "microseconds": 1e6 * seconds,
                     "tflops": 2 * batch * context * H * (2 * C + R) / seconds / 1e12, "gigabytes_per_s": rate / 1e9,
                     "of_bandwidth": rate / bandwidth, "error": error,
                 })  # fmt: skip

@@ -115,14 +115,16 @@ def read_tokenizer(meta: dict[str, Any]) -> Tokenizer:
 if triton is not None:
 
     @triton.jit
-    def _decode_kernel(q, k, v, pos, out, cache_len, scale, GROUP: tl.constexpr, KV: tl.constexpr, BLOCK: tl.constexpr):
+    def _decode_kernel(
+        q, k, v, pos, pos_stride, out, cache_len, scale, GROUP: tl.constexpr, KV: tl.constexpr, BLOCK: tl.constexpr
+    ):
         """One program = one row and one key/value head: its GROUP queries over keys 0..pos[row], online softmax.
 
-        q, out [B, KV*GROUP, 64]; k, v [B, KV, cache_len, 64]; all contiguous. Queries are padded to 16 for tl.dot.
+        q, out [B, KV*GROUP, 64]; k, v [B, KV, cache_len, 64]; contiguous, pos need not be. Queries are padded to 16 for tl.dot.
         """
         pid = tl.program_id(0)
         row, head = pid // KV, pid % KV
-        n = tl.load(pos + row) + 1
+        n = tl.load(pos + row * pos_stride) + 1
         g, d = tl.arange(0, 16), tl.arange(0, 64)
         q_at = (row * KV * GROUP + head * GROUP + g)[:, None] * 64 + d[None, :]
         query = tl.load(q + q_at, mask=(g < GROUP)[:, None], other=0.0)
@@ -150,7 +152,7 @@ def attend_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pos: torch.
     rows, kv, length, width = k.shape
     out = torch.empty_like(q)
     _decode_kernel[(rows * kv,)](
-        q, k, v, pos, out, length, width**-0.5, GROUP=q.shape[1] // kv, KV=kv, BLOCK=64, num_warps=4
+        q, k, v, pos, pos.stride(0), out, length, width**-0.5, GROUP=q.shape[1] // kv, KV=kv, BLOCK=64, num_warps=4
     )
     return out
 
