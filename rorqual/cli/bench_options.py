@@ -21,7 +21,7 @@ AlsoDeterministic = Annotated[
     bool, typer.Option("--deterministic", help="Measure `--deterministic` too: the ratio is what it costs.")
 ]
 AlsoOverlapping = Annotated[
-    bool, typer.Option("--overlap", help="Measure kernels that wait for each other too: what overlap gains (on a GPU).")
+    bool, typer.Option("--overlap", help="Measure kernels that never overlap too: what overlapping gains (on a GPU).")
 ]
 Threads = Annotated[
     int,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -77,8 +78,9 @@ def test_kernels_that_overlap_give_the_same_bits(dtype: torch.dtype) -> None:
         requests = [Request(str(i), tuple(range(2 + i, 90 + i)), params) for i in range(rows)]
         with overlapping(False):
             want = run(core(model, True), requests)
-        for _ in range(3):
-            assert run(core(model, True), requests) == want
+        for on in (True, True, None):
+            with nullcontext() if on is None else overlapping(on):
+                assert run(core(model, True), requests) == want
 
 
 def test_sampling_and_logprobs_over_graphs() -> None:

@@ -70,15 +70,17 @@ def test_no_kernel_begins_that_is_launched_without_the_options() -> None:
 
 def test_overlapping_ends_where_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    assert overlap.options() == {"launch_pdl": True}
-    with pytest.raises(KeyError), overlap.overlapping(False):
-        assert overlap.options() == {}
-        with overlap.overlapping(True):
-            assert overlap.options() == {"launch_pdl": True}
+    assert overlap.options() == {} and overlap.choices() == (False, True)
+    with pytest.raises(KeyError), overlap.overlapping(True):
+        assert overlap.options() == {"launch_pdl": True} and overlap.choices() == (True,)
+        with overlap.overlapping(False):
+            assert overlap.options() == {} and overlap.choices() == (False,)
         raise KeyError
-    assert overlap.options() == {"launch_pdl": True}
+    assert overlap.options() == {} and overlap.choices() == (False, True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
-    assert overlap.options() == {}, "an older card cannot"
+    assert overlap.choices() == (False,)
+    with overlap.overlapping(True):
+        assert overlap.options() == {}, "an older card cannot"
 
 
 COMPILES = """
