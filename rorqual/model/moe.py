@@ -10,7 +10,7 @@ from rorqual.config import ModelConfig
 from rorqual.model.batch import Routing
 from rorqual.model.layers import MLP
 from rorqual.ops import training
-from rorqual.ops.experts import experts_backends, experts_fused
+from rorqual.ops.experts import experts_backends, experts_fused, narrow
 from rorqual.ops.formats import Weight
 from rorqual.ops.fused import fuses, trains
 from rorqual.ops.router import route
@@ -105,7 +105,8 @@ class MoE(nn.Module):
                 add_ND, own = shared(x_ND) if add_ND is None else add_ND + shared(x_ND), None
             out_ND = routed_experts(x_ND, *weights, gates_NK, chosen_NK, add_ND, own)
             return out_ND.view_as(x_BTD), Routing(scores_NE, chosen_NK)
-        if trains(x_ND) and isinstance(experts, RoutedExperts) and experts.run is experts_fused:
+        fused = isinstance(experts, RoutedExperts) and experts.run is experts_fused
+        if trains(x_ND) and fused and not narrow(experts.down_proj, chosen_NK.shape[1]):
             add_ND, more_ND = None if add_BTD is None else add_BTD.flatten(0, 1), shared(x_ND)
             pair = experts.gate_up_proj, experts.down_proj
             out_ND = training.experts(x_ND, *pair, gates_NK, chosen_NK, add_ND, more_ND)

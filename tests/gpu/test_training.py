@@ -27,14 +27,15 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("shape", [(1, 64, 32, 8, 2), (700, 256, 80, 12, 4), (4096, 1024, 512, 64, 6)])
-def test_fused_experts_equal_the_loop_in_fp64(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("run", [training.experts, experts.experts_dense])
+def test_experts_equal_the_loop_in_fp64(run: experts.Experts, shape: tuple[int, ...]) -> None:
     n, d, width, e, k = shape
     x, up = torch.randn(n, d, device=CUDA), torch.randn(e, 2 * width, d, device=CUDA) / d**0.5
     down, gates = torch.randn(e, d, width, device=CUDA) / width**0.5, torch.rand(n, k, device=CUDA)
     chosen = torch.rand(n, e, device=CUDA).topk(k).indices
     leaves = [t.bfloat16().requires_grad_() for t in (x, up, down)] + [gates.clone().requires_grad_()]
     doubles = [t.detach().double().requires_grad_() for t in leaves]
-    out, exact = experts.experts_fused(*leaves, chosen), experts.experts_loop(*doubles, chosen)
+    out, exact = run(*leaves, chosen), experts.experts_loop(*doubles, chosen)
     cotangent = torch.randn_like(out)
     out.backward(cotangent)
     exact.backward(cotangent.double())

@@ -7,9 +7,9 @@ kernel therefore runs beside the kernel before: nothing there may read what a st
 written. Every program of such a kernel calls `begin`, also one that has nothing to do, because the kernel after it relies on
 it for all that was before. Between other kernels and these nothing changes: they wait for one another whole.
 
-Whether that pays depends on the kernels (on an H200, at batch 1: bench-gpu 5 % faster, v3-16b in FP8 8 %, in bf16 4 % slower,
-in int4 24 %): programs that wait already hold a multiprocessor's registers, and lie where there was room, not where it would
-be best. So a step that is captured is captured both ways, and what is faster is kept (`engine.replay`).
+Whether that pays depends on the kernels (on an H200, at batch 1: bench-gpu 5 % faster, v3-16b in FP8 8 %, in bf16 4 %
+slower, in int4 24 %): programs that wait already hold a multiprocessor's registers, and lie where there was room, not
+where it would be best. So a step that is captured is captured both ways, and what is faster is kept (`engine.replay`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _on: ContextVar[bool | None] = ContextVar("overlapping kernels", default=None)
 
 @contextmanager
 def overlapping(on: bool) -> Iterator[None]:
-    """Whether kernels launched or captured meanwhile overlap, where the card can. Else they do not, or where it was measured."""
+    """Whether kernels launched or captured meanwhile overlap, where the card can, whatever was measured."""
     before = _on.set(on)
     try:
         yield
