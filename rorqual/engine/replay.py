@@ -1,6 +1,6 @@
 """A computation over static buffers that is launched again and again: a CUDA graph where there is CUDA.
 
-Where kernels can overlap (`ops.triton.overlap`) the graph is made both ways and the faster one is kept; the bits are the same.
+Where kernels can overlap (`ops.triton.overlap`) the graph is made both ways and the faster one kept; the bits are the same.
 """
 
 from __future__ import annotations

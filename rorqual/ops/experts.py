@@ -4,9 +4,9 @@
 kernels for what stands between its products. `grouped` sorts the (token, slot) pairs by expert and runs two grouped matrix
 products, with no loop and no wait for the device, so that a step can be compiled or captured. `fused` is the same for
 training, with a backward of its own that keeps and moves less. `dense` computes every expert for every token and lets the
-gates silence those not chosen: for a few narrow experts that is less than moving rows about. `triton` is for decoding: few tokens, where all that counts
-is how fast the chosen experts' weights are read. All add a token's experts in fp32 in slot order, never by atomics, so a
-row does not depend on the other rows of its batch.
+gates silence those not chosen: for a few narrow experts that is less than moving rows about. `triton` is for decoding: few
+tokens, where all that counts is how fast the chosen experts' weights are read. All but `dense` add a token's experts in
+fp32 in slot order; none adds by atomics, so a row does not depend on the other rows of its batch.
 """
 
 from __future__ import annotations
