@@ -117,7 +117,10 @@ class Trainer:
         cfg, E = self.cfg, self.model.cfg.n_routed_experts
         documents = bool(cfg.data.mask_documents)
         out = self.losses(self.model, part, counts, mask_documents=documents, balance_share=share)
-        (out.lm + weight * out.mtp + cfg.balance.alpha * out.balance).backward()
+        total = out.lm + weight * out.mtp
+        if cfg.balance.alpha:  # else it is only told: no way back through every gate for gradients of zero
+            total = total + cfg.balance.alpha * out.balance
+        total.backward()
         values = torch.stack((out.lm.detach(), out.mtp.detach(), out.balance.detach()))
         loads = [load(r.chosen_NK, E) for r in out.routings]
         return values, torch.stack(loads) if loads else torch.zeros(0, E, dtype=torch.int64, device=values.device)
