@@ -52,12 +52,12 @@ PARITY = "python runs/fp8-parity/compare.py"
 RECORDS = [  # in the order of what is least known
     _timed("engine", "decode-1", 75, f"{DECODE} --batch 1"),
     _timed("engine", "decode-32", 75, f"{DECODE} --batch 32"),
-    _timed("engine", "serve", 75, "serve --model bench-gpu --seconds 50"),
+    _timed("engine", "serve", 75, "serve --model bench-gpu --seconds 50 --prompt-graphs"),
     _timed(
         "training", "train-v3-16b", 55,
         "train --model v3-16b --num-layers 4 --batch 4 --seq-len 4096 --precision bf16 --precision fp8 --no-peer --rounds 4",
     ),
-    _timed("engine", "prefill", 50, "prefill --model bench-gpu --batch 16 --prompt 2048 --rounds 3 --deterministic"),
+    _timed("engine", "prefill", 50, "prefill --model bench-gpu --batch 16 --prompt 2048 --rounds 3 --prompt-graphs"),
     _timed("engine", "layers", 40, "layer --model deepseek-v3 --no-peer"),
     _large(4096, "bfloat16", 30),
     _large(4096, "fp8", 30),

@@ -15,6 +15,7 @@ from rorqual.cli.bench_engine import profile, soak
 from rorqual.cli.bench_options import (
     AlsoDeterministic,
     AlsoOverlapping,
+    AlsoPromptGraphs,
     Device,
     Dtype,
     JsonFile,
@@ -65,7 +66,7 @@ def decode(
 
         rorqual bench decode --model bench-cpu --prompt 512 --batch 8 --dtype int8
     """
-    more = deterministic, overlap
+    more = deterministic, overlap, False
     _generate("decode", model, device, (batch, prompt, new), dtype, more, threads, rounds, peer, llama, json_file)
 
 
@@ -78,6 +79,7 @@ def prefill(
     dtype: Dtype = "",
     deterministic: AlsoDeterministic = False,
     overlap: AlsoOverlapping = False,
+    prompt_graphs: AlsoPromptGraphs = False,
     threads: Threads = 0,
     rounds: Rounds = 5,
     peer: Peer = True,
@@ -90,7 +92,7 @@ def prefill(
 
         rorqual bench prefill --model bench-cpu --prompt 512
     """
-    more = deterministic, overlap
+    more = deterministic, overlap, prompt_graphs
     _generate("prefill", model, device, (batch, prompt, 1), dtype, more, threads, rounds, peer, llama, json_file)
 
 
@@ -100,7 +102,7 @@ def _generate(
     device: str,
     shape: tuple[int, int, int],
     dtype: str,
-    more: tuple[bool, bool],
+    more: tuple[bool, bool, bool],
     threads: int,
     rounds: int,
     peer: bool,
@@ -120,13 +122,15 @@ def _generate(
     weights.make_room(work.prompt + work.new)
     count = threads or physical_cores()
     engines: dict[str, Callable[[], float | None]] = {"rorqual": b.Generation(weights, device, work, dtype, count).run}
-    deterministic, overlap = more
+    deterministic, overlap, prompt_graphs = more
     if deterministic:
         engines["rorqual deterministic"] = b.Generation(weights, device, work, dtype, count, True).run
     if overlap:
         if on_cpu:
             raise typer.BadParameter("kernels overlap on a GPU", param_hint="--overlap")
         engines["rorqual one by one"] = b.Generation(weights, device, work, dtype, count, overlap=False).run
+    if prompt_graphs:
+        engines["rorqual captured"] = b.Generation(weights, device, work, dtype, count, prompt_graphs=True).run
     if llama and on_cpu and dtype in b.LlamaGeneration.KINDS and b.llama_python():
         other = b.LlamaGeneration(weights, work, dtype, count)
         engines[f"llama.cpp {other.kind}"] = other.run
@@ -156,6 +160,7 @@ def serve(
     seconds: Annotated[
         float, typer.Option(help="All rounds end within so many; whole ones count. 0: no bound.", min=0)
     ] = 0,
+    prompt_graphs: AlsoPromptGraphs = False,
     llama: Llama = True,
     json_file: JsonFile = None,
 ) -> None:
@@ -178,6 +183,9 @@ def serve(
     weights.make_room(traffic.prompt[1] + traffic.new[1])
     core = b.engine(weights, device, max_num_seqs, dtype, threads)
     engines: dict[str, serving.Serve] = {"rorqual": partial(serving.serve, core, traffic)}
+    if prompt_graphs:
+        captured = b.engine(weights, device, max_num_seqs, dtype, threads, prompt_graphs=True)
+        engines["rorqual captured"] = partial(serving.serve, captured, traffic)
     if llama and device == "cpu" and dtype in b.LlamaGeneration.KINDS and b.llama_python():
         room = b.Work(max_num_seqs, traffic.prompt[1], traffic.new[1])
         peer = b.LlamaGeneration(weights, room, dtype, threads or physical_cores())

@@ -23,6 +23,9 @@ AlsoDeterministic = Annotated[
 AlsoOverlapping = Annotated[
     bool, typer.Option("--overlap", help="Measure kernels that never overlap too: what overlapping gains (on a GPU).")
 ]
+AlsoPromptGraphs = Annotated[
+    bool, typer.Option("--prompt-graphs", help="Measure captured prompts too (`engine.prompts`; on a GPU).")
+]
 Threads = Annotated[
     int,
     typer.Option(help="CPU threads of every engine; 0: all physical cores, in serve and mtp what is fastest.", min=0),

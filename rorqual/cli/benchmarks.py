@@ -130,10 +130,11 @@ class Generation:
 
     def __init__(
         self, weights: Weights, device: str, work: Work, dtype: str, threads: int, deterministic: bool = False,
-        overlap: bool = True,
+        overlap: bool = True, **settings: Any,
     ) -> None:  # fmt: skip
         self.work, self.vocab, self.overlap = work, weights.cfg.vocab_size, overlap
-        self.core = engine(weights, device, work.batch, dtype, threads, deterministic=deterministic or "auto")
+        told = {"deterministic": deterministic or "auto", **settings}
+        self.core = engine(weights, device, work.batch, dtype, threads, **told)
         self.seed = 0
 
     def run(self) -> float:

@@ -10,7 +10,7 @@ Built on the host and moved at once: the shapes are small, launches are not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -31,9 +31,14 @@ class Span(NamedTuple):
         return Span(self.tokens[begin:end], self.start + begin, self.pages)
 
 
+def pages_of(span: Span, page_size: int) -> int:
+    """Up to its end."""
+    return -(-(span.start + len(span.tokens)) // page_size)
+
+
 def page_table(spans: Sequence[Span], page_size: int) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
     """[B, P]: the pages that hold each sequence up to the end of its span, padded with the scrap page."""
-    needed = [-(-(s.start + len(s.tokens)) // page_size) for s in spans]
+    needed = [pages_of(s, page_size) for s in spans]
     table = np.zeros((len(spans), max(needed)), np.int64)
     for row, span, n in zip(table, spans, needed, strict=True):
         row[:n] = span.pages[:n]
@@ -61,25 +66,63 @@ def bucket(length: int) -> int:
     return -(-length // step) * step
 
 
+class Shape(NamedTuple):
+    """Of a chunk: rows, tokens of each and pages of each, padding included; fresh: all rows begin their sequences."""
+
+    rows: int
+    length: int
+    width: int
+    fresh: bool
+
+    @classmethod
+    def of(cls, spans: Sequence[Span], page_size: int, rounded: Callable[[int], int] | None = None) -> Shape:
+        """The smallest that holds the spans, lengths and pages `rounded` up."""
+        length, width = (max(len(s.tokens) for s in spans), max(pages_of(s, page_size) for s in spans))
+        fresh = all(s.start == 0 for s in spans)
+        if rounded is not None:
+            # What is fresh attends to its tokens, not to its pages; there must be as many.
+            length = rounded(length)
+            width = max(-(-length // page_size), 1 if fresh else rounded(width))
+        return cls(len(spans), length, width, fresh)
+
+    @property
+    def numbers(self) -> int:
+        return self.rows * (3 * self.length + self.width + 1)
+
+
+def chunk_numbers(spans: Sequence[Span], shape: Shape, page_size: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """All that a chunk is made of, to be moved at once: tokens, positions and slots [B, T] each, page table [B, P], each
+    row's last place [B]."""
+    B, T, P, _ = shape
+    out = np.zeros(shape.numbers, np.int64)
+    tokens, positions, slots = out[: 3 * B * T].reshape(3, B, T)
+    table, last = out[3 * B * T : -B].reshape(B, P), out[-B:]
+    offsets = np.arange(T)
+    slots[:] = offsets % page_size  # of the scrap page
+    for i, (said, start, pages) in enumerate(spans):
+        n, needed = len(said), pages_of(spans[i], page_size)
+        mine = offsets[:n] + start
+        table[i, :needed] = pages[:needed]
+        tokens[i, :n], positions[i, :n], last[i] = said, mine, n - 1
+        slots[i, :n] = table[i, mine // page_size] * page_size + mine % page_size
+    return out
+
+
+def chunk_batch(numbers: Tensor, shape: Shape, latents: Tensor) -> tuple[Tensor, Batch, Tensor]:
+    """tokens [B, T], their batch, and each row's last place [B], as views of `chunk_numbers`."""
+    B, T, P, fresh = shape
+    tokens, positions, slots = numbers[: 3 * B * T].view(3, B, T)
+    table, last = numbers[3 * B * T : -B].view(B, P), numbers[-B:]
+    return tokens, Batch(positions, cache=LatentPages(latents, table, slots, fresh=fresh)), last
+
+
 def as_chunk(
     spans: Sequence[Span], latents: Tensor, page_size: int, buckets: bool = False
 ) -> tuple[Tensor, Batch, Tensor]:
-    """tokens [B, T], padded at the end, their batch, and each row's last place [B]. buckets: T is a `bucket`, for a device
-    that makes a new attention plan for every length (cuDNN: tens of milliseconds)."""
-    T, device = max(len(s.tokens) for s in spans), latents.device
-    T = bucket(T) if buckets else T
-    starts = torch.tensor([s.start for s in spans])[:, None]
-    counts = torch.tensor([len(s.tokens) for s in spans])[:, None]
-    offsets = torch.arange(T)[None]
-    real_BT = offsets < counts
-    positions_BT = torch.where(real_BT, starts + offsets, 0)
-    table_BP = torch.from_numpy(page_table(spans, page_size))
-    pages_BT = table_BP.gather(1, positions_BT // page_size)
-    slots_BT = torch.where(real_BT, pages_BT * page_size + positions_BT % page_size, offsets % page_size)
-    tokens_BT = torch.tensor([[*s.tokens, *[0] * (T - len(s.tokens))] for s in spans])
-    fresh = all(s.start == 0 for s in spans)
-    cache = LatentPages(latents, table_BP.to(device), slots_BT.to(device), fresh=fresh)
-    return tokens_BT.to(device), Batch(positions_BT.to(device), cache=cache), (counts[:, 0] - 1).to(device)
+    """tokens [B, T], padded at the end, their batch, and each row's last place [B]. buckets: T and the pages are `bucket`s,
+    for a device that makes a new attention plan for every length (cuDNN: tens of milliseconds)."""
+    shape = Shape.of(spans, page_size, bucket if buckets else None)
+    return chunk_batch(torch.from_numpy(chunk_numbers(spans, shape, page_size)).to(latents.device), shape, latents)
 
 
 def pieces(spans: Sequence[Span], limit: int) -> Iterator[list[Span]]:

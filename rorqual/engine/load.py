@@ -102,7 +102,10 @@ def build_core(
         make_fixed(model)
 
     def make(pages: int) -> ModelRunner:
-        return ModelRunner(model, pages, PAGE_SIZE, eos_token_ids, drafts=settings.speculation != 0, fixed=fixed)
+        return ModelRunner(
+            model, pages, PAGE_SIZE, eos_token_ids, drafts=settings.speculation != 0, fixed=fixed,
+            prompt_graphs=settings.prompt_graphs,
+        )  # fmt: skip
 
     budget, room = _room(model, settings, make)
     page = page_bytes(model, PAGE_SIZE, settings.speculation != 0)

@@ -1,8 +1,8 @@
 """From a planned step to tensors, through the model, to the draws of each slice, and on to drafts.
 
 A step becomes few forwards (`inputs`): slices of one token, with their drafts, together in rows form, and prompt chunks of
-similar length together as [B, T]. Only positions that draw go through the head, all of them in one multiplication. On a
-GPU decoding slices go through captured graphs (`graphs`, with drafts `verification`).
+similar length together as [B, T] (`prompts`). Only positions that draw go through the head, all of them in one
+multiplication. On a GPU decoding slices go through captured graphs (`graphs`, with drafts `verification`).
 
 Drafts come from the model's MTP module: it reads the hidden state at a position and the token after it, and keeps latents
 of its own in the same pages, behind the layers'; chained drafts feed its output back. A position whose step was not
@@ -32,6 +32,7 @@ from torch import Tensor
 from rorqual.engine.core import Draw, Masks, OutOfMemory
 from rorqual.engine.graphs import DecodeGraphs
 from rorqual.engine.inputs import Span, as_chunk, as_rows, pieces
+from rorqual.engine.prompts import Prompts
 from rorqual.engine.sampler import Row, is_greedy, is_simple, sample
 from rorqual.engine.scheduler import Slice
 from rorqual.model.transformer import Transformer
@@ -57,7 +58,8 @@ class _Kept(NamedTuple):
 
 class ModelRunner:
     """Owns the latent cache of `model`; satisfies `core.Runner`. eos: ids that `min_tokens` holds back; drafts: whether to
-    draft, where the model has an MTP module; fixed: rows form throughout, for a model that `model.fixed` has changed."""
+    draft, where the model has an MTP module; fixed: rows form throughout, for a model that `model.fixed` has changed;
+    prompt_graphs: see `EngineSettings`."""
 
     read_bytes = 0.0
 
@@ -70,12 +72,14 @@ class ModelRunner:
         *,
         drafts: bool = True,
         fixed: bool = False,
+        prompt_graphs: bool = False,
     ) -> None:
         self.model, self.page_size, self.eos, self.fixed = model, page_size, eos, fixed
         self.draft_depth = DEPTH if drafts and len(model.mtp) else 0
         self.page_bytes = page_bytes(model, page_size, drafts)
         self.on_device = self.buckets = model.device.type == "cuda"
         self.graphs: DecodeGraphs | None = None
+        self.prompt_graphs = prompt_graphs
         self._kept: list[_Kept] = []
         self._depth = 0  # of the drafts that were asked for after the last step
         self._shrunk = 0
@@ -87,6 +91,8 @@ class ModelRunner:
         self.latents = zeros(shape, self.model.compute_dtype or self.model.dtype, self.model.device)
         if self.latents.is_cuda and not attend_pages_missing():
             self.graphs = DecodeGraphs(self.model, self.latents, self.page_size)
+        captures = self.prompt_graphs and self._shrunk <= 2
+        self.prompts = Prompts(self.model, self.latents, self.buckets, captures)
 
     @torch.inference_mode()
     def run(self, plan: Sequence[Slice], masks: Masks | None = None) -> list[list[Draw]]:
@@ -150,12 +156,9 @@ class ModelRunner:
                 ends |= zip(group, (h[s.count - 1 :] for s, h in parts), strict=True)
                 self._keep(slices, h_ND)
             else:
-                tokens_BT, batch, last_B = as_chunk(
-                    [_span(s) for s in slices], self.latents, self.page_size, self.buckets
-                )
-                h_BTD = self.model.hidden(tokens_BT, batch)[0]
-                ends |= zip(group, h_BTD[torch.arange(len(slices), device=h_BTD.device), last_B][:, None], strict=True)
-                self._keep(slices, h_BTD)
+                computed = self.prompts.run([_span(s) for s in slices])
+                ends |= zip(group, computed.ends_BD[:, None], strict=True)
+                self._keep(slices, computed.h_BTD)
         # A fault anywhere in a slice reaches its last position through attention, so looking there is enough, and
         # looking at slices that draw nothing keeps faulty pages from being shared.
         flat = iter(torch.cat([ends[i] for i in which]).isfinite().all(-1).tolist())
@@ -309,7 +312,8 @@ class ModelRunner:
         if self.latents.is_cuda:
             torch.cuda.synchronize()  # a step that was begun ahead may be under way
         self._kept, self.graphs = [], None
-        self.latents = self.latents.new_empty(0)
+        self.latents = self.latents.new_empty(0, 0, 0, 0)
+        self.prompts = Prompts(self.model, self.latents, self.buckets, False)
         while pages >= 2:
             gc.collect()
             if self.latents.is_cuda:

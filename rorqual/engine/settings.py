@@ -24,7 +24,8 @@ class EngineSettings:
     whatever is computed beside it, bit for bit ("auto": where the engine's own CPU kernels run, which always do; true on
     a GPU costs speed, of prompts above all);
     kernels: those, or torch ("auto": native on a CPU with a compiler); cache_dir: where pages of the prefix cache are
-    also kept on disk, surviving restarts (None: nowhere), at most cache_disk_bytes of them.
+    also kept on disk, surviving restarts (None: nowhere), at most cache_disk_bytes of them; prompt_graphs: on a GPU, also
+    capture prompts' forwards whose shape comes again (`engine.prompts`; off until it is measured on a GPU).
     """
 
     model: str
@@ -42,6 +43,7 @@ class EngineSettings:
     kernels: Literal["auto", "native", "torch"] = "auto"
     cache_dir: str | None = None
     cache_disk_bytes: int = 10 * 2**30
+    prompt_graphs: bool = False
 
     def __post_init__(self) -> None:
         """Raises ConfigError naming the field that is out of range."""

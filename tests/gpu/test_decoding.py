@@ -83,6 +83,23 @@ def test_kernels_that_overlap_give_the_same_bits(dtype: torch.dtype) -> None:
                 assert run(core(model, True), requests) == want
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_captured_prompts_give_the_bits_of_eager_ones(dtype: torch.dtype) -> None:
+    """The same kernels over the same shapes; a prefix that is cached makes chunks that do not begin their sequence."""
+    torch.manual_seed(0)
+    model = Transformer(replace(ModelConfig.load("bench-cpu"), num_nextn_predict_layers=0), device="cuda", dtype=dtype)
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, logprobs=1)
+    prompts = [tuple(torch.randint(2, 512, (n,)).tolist()) for n in (5, 8, 64, 300, 301, 900)]
+    requests = [Request(str(i), p, params) for i, p in enumerate(prompts + [prompts[-1] + p for p in prompts[:3]])]
+    settings = {"max_model_len": 2048, "max_batched_tokens": 512}
+    eager, captured = (core(model, True, prompt_graphs=on, **settings) for on in (False, True))
+    for _ in range(3):
+        want = [run(eager, [r]) for r in requests]
+        assert [run(captured, [r]) for r in requests] == want
+        run(captured, requests)  # several at once: other shapes in between
+    assert captured.runner.prompts.graphs
+
+
 def test_sampling_and_logprobs_over_graphs() -> None:
     torch.manual_seed(1)
     model = Transformer(replace(ModelConfig.load("test"), num_nextn_predict_layers=0), device="cuda")

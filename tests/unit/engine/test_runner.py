@@ -21,6 +21,7 @@ from rorqual.engine.graphs import DecodeGraphs
 from rorqual.engine.inputs import Span, as_chunk, bucket, pieces
 from rorqual.engine.load import build_core
 from rorqual.engine.memory import measured_room
+from rorqual.engine.prompts import Prompts
 from rorqual.engine.runner import ModelRunner
 from rorqual.engine.sampler import Row, sample
 from rorqual.engine.settings import EngineSettings
@@ -76,6 +77,7 @@ def engine(model: Transformer, captured: bool = False, **settings: Any) -> Engin
         assert isinstance(core.runner, ModelRunner)
         core.runner.graphs = DecodeGraphs(model, core.runner.latents, 64)
         core.scheduler.lookahead = core.runner.buckets = True
+        core.runner.prompts = Prompts(model, core.runner.latents, True, captures=True)
     return core
 
 
@@ -100,6 +102,37 @@ def run(core: EngineCore, requests: list[Request]) -> dict[str, list[int]]:
 @pytest.fixture(scope="module")
 def plain(model: Transformer, requests: list[Request]) -> dict[str, list[int]]:
     return run(engine(model), requests)
+
+
+def test_a_prompt_whose_shape_comes_again_is_captured(model: Transformer, requests: list[Request]) -> None:
+    """The first two times, the third (over what the second left in the buffers), with a shared prefix, in chunks."""
+    core = engine(model, captured=True, prefix_cache=True, max_batched_tokens=128)
+    assert isinstance(core.runner, ModelRunner)
+    longer = [replace(r, prompt=(*requests[3].prompt[:130], *r.prompt)) for r in requests]
+    want = [run(engine(model), batch) for batch in (requests, longer)]
+    for _ in range(3):
+        for batch, answers in zip((requests, longer), want, strict=True):
+            assert run(core, batch) == answers
+    made = core.runner.prompts.graphs
+    assert len(made) > 5 and {shape.fresh for shape in made} == {True, False}
+
+
+def test_groups_of_one_shape_in_a_step_keep_their_own_results(model: Transformer) -> None:
+    """Lengths of 8 and 5 are one bucket and two groups: the second must not overwrite the first's end."""
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    pair = [Request("a", tuple(range(2, 10)), params), Request("b", tuple(range(20, 25)), params)]
+    core, want = engine(model, captured=True), run(engine(model), pair)
+    assert all(run(core, pair) == want for _ in range(3))
+
+
+def test_prompts_that_cannot_be_captured_are_computed_all_the_same(
+    model: Transformer, requests: list[Request], plain: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = engine(model, captured=True)
+    assert isinstance(core.runner, ModelRunner)
+    monkeypatch.setattr("rorqual.engine.prompts._Prompt", lambda *_: 1 / 0)
+    assert run(core, requests) == run(core, requests) == plain
+    assert not core.runner.prompts.graphs and core.runner.prompts.most < 64
 
 
 def test_prompts_come_in_few_lengths() -> None:
