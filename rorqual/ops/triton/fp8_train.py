@@ -21,9 +21,24 @@ Quantised = tuple[Tensor, Tensor]
 
 
 @triton.jit
-def _scale(largest, POWER: tl.constexpr):
+def _over(value, divisor, inverse, ROUND: tl.constexpr):
+    """The rounded quotient. A division for each number would cost more than the memory it comes from: a product with the
+    divisor's inverse, itself rounded, and a step of correction (Markstein) are a division wherever the remainder is not
+    below the smallest number. ROUND: Triton's interpreter, whose fused product rounds twice, divides."""
+    if ROUND:
+        quotient = tl.div_rn(value, divisor)
+    else:
+        near = value * inverse
+        quotient = tl.fma(tl.fma(-near, divisor, value), inverse, near)
+    return quotient
+
+
+@triton.jit
+def _scale(largest, POWER: tl.constexpr, ROUND: tl.constexpr):
     """`ops.fp8._scale` to the bit: the largest magnitude over 448, 1 where all is zero; rounded up to a power of two."""
-    scale = tl.where(largest > 0, tl.maximum(tl.div_rn(largest, 448.0), 1.1754943508222875e-38), 1.0)
+    most = tl.full(largest.shape, 448.0, tl.float32)
+    part = _over(largest, most, tl.full(largest.shape, 1 / 448, tl.float32), ROUND)
+    scale = tl.where(largest > 0, tl.maximum(part, 1.1754943508222875e-38), 1.0)
     if POWER:
         bits = scale.to(tl.int32, bitcast=True)
         bits = tl.where((bits & 0x7FFFFF) != 0, (bits & 0x7F800000) + 0x800000, bits)
@@ -32,16 +47,22 @@ def _scale(largest, POWER: tl.constexpr):
 
 
 @triton.jit
-def _codes(value, scale, ROUND: tl.constexpr):
-    """What conversion to E4M3 then takes as it is. ROUND: by arithmetic, for Triton's interpreter, whose own conversion is
-    wrong where a carry reaches the exponent (3.8): to three bits of mantissa, ties to even, below 2^-6 to steps of 2^-9."""
-    scaled = tl.div_rn(value, tl.broadcast_to(scale, value.shape))
-    scaled = tl.minimum(tl.maximum(scaled, -448.0), 448.0)
+def _codes(value, scale, POWER: tl.constexpr, ROUND: tl.constexpr):
+    """value / scale, which conversion to E4M3 then takes as it is (it saturates). POWER: scale is a power of two. ROUND: by
+    arithmetic, for Triton's interpreter, whose own conversion is wrong where a carry reaches the exponent (3.8): to three
+    bits of mantissa, ties to even, below 2^-6 to steps of 2^-9."""
+    wide = tl.broadcast_to(scale, value.shape)
     if ROUND:
+        scaled = tl.minimum(tl.maximum(tl.div_rn(value, wide), -448.0), 448.0)
         bits = scaled.to(tl.int32, bitcast=True)
         normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
         small = (scaled * 512.0 + 12582912.0 - 12582912.0) / 512.0
         scaled = tl.where(tl.abs(scaled) < 0.015625, small, normal)
+    elif POWER:
+        scaled = value * (0x7F000000 - wide.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    else:
+        inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+        scaled = _over(value, wide, tl.broadcast_to(inverse, value.shape), False)
     return scaled
 
 
@@ -58,20 +79,17 @@ def _tile_kernel(
     if SCALED:
         value *= tl.load(x_scale + kb * stride_xs + m, mask=m < M, other=0.0)[:, None]
     if ROWS:
-        scale = _scale(tl.max(tl.abs(value), 1), POWER)
+        scale = _scale(tl.max(tl.abs(value), 1), POWER, ROUND)
         tl.store(
             codes + m64[:, None] * K + k[None, :],
-            _codes(value, scale[:, None], ROUND).to(codes.dtype.element_ty),
+            _codes(value, scale[:, None], POWER, ROUND).to(codes.dtype.element_ty),
             mask=inside,
         )
         tl.store(scales + kb * M + m, scale, mask=m < M)
     if COLUMNS:
-        scale = _scale(tl.max(tl.abs(value), 0), POWER)
-        turned = tl.trans(_codes(value, scale[None, :], ROUND))
-        tl.store(
-            codes_t + k64[:, None] * M + m[None, :], turned.to(codes_t.dtype.element_ty),
-            mask=(k < K)[:, None] & (m < M)[None, :],
-        )  # fmt: skip
+        scale = _scale(tl.max(tl.abs(value), 0), POWER, ROUND)
+        turned = tl.trans(_codes(value, scale[None, :], POWER, ROUND).to(codes_t.dtype.element_ty))
+        tl.store(codes_t + k64[:, None] * M + m[None, :], turned, mask=(k < K)[:, None] & (m < M)[None, :])
         tl.store(scales_t + mb * K + k, scale, mask=k < K)
 
 
@@ -108,14 +126,12 @@ def _block_kernel(w, codes, codes_t, scales, N, K, stride_we, GN, GK, TURNED: tl
     # The largest of the block once for each row and once for each column, and codes from either: reduced to one number and
     # used twice, they came out wrong on an H200 (Triton 3.6) where rows are vectors of 16 bytes.
     rows = tl.max(tl.abs(value), 1)
-    scale = _scale(tl.max(tl.broadcast_to(rows[None, :], (128, 128)), 1), False)
-    code = _codes(value, scale[:, None], ROUND)
-    tl.store(codes + e * N * K + n64[:, None] * K + k[None, :], code.to(codes.dtype.element_ty), mask=inside)
+    scale = _scale(tl.max(tl.broadcast_to(rows[None, :], (128, 128)), 1), False, ROUND)
+    code = _codes(value, scale[:, None], False, ROUND).to(codes.dtype.element_ty)
+    tl.store(codes + e * N * K + n64[:, None] * K + k[None, :], code, mask=inside)
     if TURNED:
-        columns = _scale(tl.max(tl.broadcast_to(rows[:, None], (128, 128)), 0), False)
-        turned = tl.trans(_codes(value, columns[None, :], ROUND))
         tl.store(
-            codes_t + e * N * K + k64[:, None] * N + n[None, :], turned.to(codes.dtype.element_ty),
+            codes_t + e * N * K + k64[:, None] * N + n[None, :], tl.trans(code),
             mask=(k < K)[:, None] & (n < N)[None, :],
         )  # fmt: skip
     one = tl.arange(0, 128)
