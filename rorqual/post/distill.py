@@ -29,7 +29,7 @@ from rorqual.data.tokenizer import Tokenizer, read_json
 from rorqual.errors import ConfigError
 from rorqual.model.batch import Batch, Routing
 from rorqual.model.transformer import Transformer
-from rorqual.post.distill_loss import Target, divergence, either, taught
+from rorqual.post.distill_loss import Target, divergence
 from rorqual.post.expand import Expansion
 from rorqual.post.llama_files import load_llama, open_llama
 from rorqual.post.llama_tokenizer import TokenizerFiles
@@ -63,7 +63,7 @@ def make_loss(cfg: RunConfig, model: Transformer) -> Distillation:
     own = [name for name, _ in model.named_parameters() if not name.startswith("mtp.")]
     needed = not all(any(fnmatch(name, pattern) for pattern in cfg.freeze) for name in own)
     if not needed:
-        return Distillation(settings, None, None, bool(cfg.compile))
+        return Distillation(settings, None, None)
     if not settings.teacher:
         raise ConfigError("distill.teacher is empty", remedy="name a teacher, or freeze all but mtp.*")
     dtype = DTYPES[cfg.dtype if settings.teacher_dtype == "auto" else settings.teacher_dtype]
@@ -73,7 +73,7 @@ def make_loss(cfg: RunConfig, model: Transformer) -> Distillation:
             f"the teacher has {vocab} words, the model {model.cfg.vocab_size}", remedy="distil within one vocabulary"
         )
     table = expansion_table(settings, cfg.data.tokenizer or cfg.init_from)
-    return Distillation(settings, teacher, Expansion(table, model.cfg.vocab_size, model.device), bool(cfg.compile))
+    return Distillation(settings, teacher, Expansion(table, model.cfg.vocab_size, model.device))
 
 
 def load_teacher(path: str, dtype: torch.dtype, device: torch.device) -> tuple[Teacher, int]:
@@ -113,10 +113,8 @@ def _is_llama(path: str) -> bool:
 class Distillation:
     """A step's loss, called as `train.loss.losses` is. teacher None: only MTP modules are trained."""
 
-    def __init__(
-        self, settings: DistillConfig, teacher: Teacher | None, expansion: Expansion | None, compiled: bool = False
-    ) -> None:
-        self.chunk, self.teacher, self.expansion, self.compiled = settings.chunk, teacher, expansion, compiled
+    def __init__(self, settings: DistillConfig, teacher: Teacher | None, expansion: Expansion | None) -> None:
+        self.chunk, self.teacher, self.expansion = settings.chunk, teacher, expansion
 
     def __call__(
         self, model: Transformer, rows: Targets, counts: Tensor, *, mask_documents: bool, balance_share: float
@@ -146,11 +144,8 @@ class Distillation:
             taught_h = taught_h.gather(1, places[..., None].expand(-1, -1, taught_h.shape[-1]))
         weights = rows.weights(1, T, masked).flatten()
         learned = weights.nonzero().squeeze(1)
-        target = taught(taught_h.flatten(0, 1)[learned], self.teacher.head)
-        own = (rows.mask[:, 1 : T + 1] == 2).flatten()[learned]
-        if bool(own.any()):
-            words = rows.tokens[:, 1 : T + 1].flatten()[learned]
-            target = either(words, own, model.cfg.vocab_size, target)
+        words = rows.tokens[:, 1 : T + 1].where(rows.mask[:, 1 : T + 1] == 2, -1).flatten()[learned]
+        target = Target(taught_h.flatten(0, 1)[learned], self.teacher.head, words)
         return self._divergence(model, h_BTD.flatten(0, 1)[learned], weights[learned], target)
 
     def _draft(self, model: Transformer, h_BTD: Tensor, draft_BTD: Tensor, rows: Targets, k: int) -> Tensor:
@@ -158,9 +153,9 @@ class Distillation:
         T = h_BTD.shape[1] - 1 - k
         weights = rows.weights(2 + k, T, True).flatten()
         learned = weights.nonzero().squeeze(1)
-        own = taught(h_BTD.detach()[:, 1 + k :].flatten(0, 1)[learned], model.head)
+        own = Target(h_BTD.detach()[:, 1 + k :].flatten(0, 1)[learned], model.head)
         draft = draft_BTD[:, :T].flatten(0, 1)[learned]
         return self._divergence(model, draft, weights[learned], own)
 
     def _divergence(self, model: Transformer, h_ND: Tensor, weights_N: Tensor, target: Target) -> Tensor:
-        return divergence(h_ND, model.head_weight, weights_N, target, self.chunk, self.compiled)
+        return divergence(h_ND, model.head_weight, weights_N, target, self.chunk)

@@ -10,9 +10,11 @@ import torch
 from rorqual.config import ModelConfig
 from rorqual.data.packing import Rows
 from rorqual.ops import cross_entropy as loss_room
+from rorqual.ops import divergence as teacher_room
 from rorqual.ops import experts, training
 from rorqual.ops.adamw import adamw_backends
 from rorqual.ops.cross_entropy import cross_entropy
+from rorqual.post.distill_loss import Target, divergence
 from rorqual.train.config import DataConfig, OptimConfig, RunConfig, Source
 from rorqual.train.pretrain import build_model
 from rorqual.train.trainer import Trainer
@@ -61,6 +63,35 @@ def test_the_loss_and_its_gradients(n: int, d: int, v: int) -> None:
         seen.append([value.detach(), *(t.grad for t in leaves)])
     for ours, exact in zip(*seen, strict=True):
         assert relative(ours, exact) <= loss_room.BOUND[torch.bfloat16]
+
+
+@pytest.mark.parametrize(("n", "v", "w", "chunk"), [(5000, 49152, 49152, 2048), (300, 32001, 32000, 128)])
+def test_the_divergence_and_its_gradients(n: int, v: int, w: int, chunk: int) -> None:
+    """bf16 by the kernel, which a GPU chooses by itself, and fp32 as defined; a vocabulary whose rows are not aligned."""
+    h, head = torch.randn(n, 256, device=CUDA).bfloat16(), torch.randn(v, 256, device=CUDA) / 16
+    taught = torch.randn(n, 192, device=CUDA).bfloat16(), (torch.randn(w, 192, device=CUDA) / 12).bfloat16()
+    words = torch.randint(0, v, (n,), device=CUDA).where(torch.rand(n, device=CUDA) < 0.2, -1)
+    weights = torch.rand(n, device=CUDA) * (torch.rand(n, device=CUDA) < 0.8) / n
+    seen = []
+    for backend, dtype in (("auto", torch.bfloat16), ("reference", torch.float32)):
+        leaves = [h.detach().to(dtype).requires_grad_(), head.clone().requires_grad_()]
+        target = Target(taught[0].to(dtype), lambda t: t @ taught[1].to(t.dtype).T, words)
+        value = divergence(*leaves, weights, target, chunk, backend)
+        value.backward()
+        seen.append([value.detach(), *(t.grad for t in leaves)])
+    for ours, exact in zip(*seen, strict=True):
+        assert relative(ours, exact) <= teacher_room.BOUND[torch.bfloat16]
+
+
+def test_the_divergence_never_waits_for_the_gpu() -> None:
+    h, head = (torch.randn(shape, device=CUDA, requires_grad=True) for shape in ((300, 64), (1000, 64)))
+    words = torch.arange(300, device=CUDA).where(torch.rand(300, device=CUDA) < 0.5, -1)
+    weights, target = torch.rand(300, device=CUDA), Target(torch.randn(300, 900, device=CUDA), lambda t: t, words)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        divergence(h, head, weights, target, 128).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_an_update_equals_the_reference() -> None:

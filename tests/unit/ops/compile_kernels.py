@@ -34,6 +34,7 @@ from rorqual.ops.triton import (
     adamw,
     cross_entropy,
     decode,
+    divergence,
     experts,
     fp8,
     fp8_products,
@@ -160,6 +161,16 @@ def of_decode() -> None:
         decode.absorbed_queries(empty(dtype, T, H * 192), w_uk, angles, angles, 64)
         decode.merged_values(fp32(T, H, 8, 512), fp32(T, H, 8), int32(T), w_uv, dtype, 4096, 64, 512)
         decode.most_likely(empty(dtype, T, 129280))
+
+
+def of_divergence() -> None:
+    for logits, teacher in (
+        (bf16(8, 49152), bf16(8, 49152)),
+        (bf16(8, 102400), fp32(8, 32001)),
+        (fp32(8, 129280),) * 2,
+    ):
+        for words in (int64(8), None):
+            divergence.divergence_and_slope_(logits, teacher, words, fp32(8))
 
 
 def of_experts() -> None:
@@ -293,7 +304,7 @@ def of_training() -> None:
 # Two processes take every second one: the longest stand first.
 CASES: list[Callable[[], None]] = [
     of_fp8, of_experts, of_routing, of_mla, of_fp8_products, of_decode, of_fp8_train, of_fused, of_training, of_adamw,
-    of_stream, of_grouped, of_cross_entropy,
+    of_stream, of_grouped, of_cross_entropy, of_divergence,
 ]  # fmt: skip
 
 
