@@ -139,9 +139,13 @@ class Distillation:
         """Sum over the learned positions: divergence from the teacher, or from the token itself where the mask says 2."""
         assert self.teacher is not None and self.expansion is not None
         with torch.no_grad():
-            tokens, documents, places = self.expansion(rows.tokens[:, :T], rows.documents[:, :T])
-            taught_h, _ = self.teacher.hidden(tokens, Batch(documents_BT=documents) if masked else None)
-            taught_h = taught_h.gather(1, places[..., None].expand(-1, -1, taught_h.shape[-1]))
+            # A row of lessons alone asks the teacher nothing, and would be the longest in its spelling.
+            asking = (rows.mask[:, 1 : T + 1] == 1).any(1).nonzero().squeeze(1)
+            asking = asking if len(asking) else torch.zeros_like(rows.tokens[:1, 0])
+            tokens, documents, places = self.expansion(rows.tokens[asking, :T], rows.documents[asking, :T])
+            some_h, _ = self.teacher.hidden(tokens, Batch(documents_BT=documents) if masked else None)
+            some_h = some_h.gather(1, places[..., None].expand(-1, -1, some_h.shape[-1]))
+            taught_h = some_h.new_zeros(len(rows.tokens), *some_h.shape[1:]).index_copy(0, asking, some_h)
         weights = rows.weights(1, T, masked).flatten()
         learned = weights.nonzero().squeeze(1)
         words = rows.tokens[:, 1 : T + 1].where(rows.mask[:, 1 : T + 1] == 2, -1).flatten()[learned]

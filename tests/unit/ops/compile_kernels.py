@@ -265,7 +265,8 @@ def of_mla() -> None:
     for H, dtype in ((16, BF16), (32, BF16), (128, BF16), (16, FP32)):
         for width in (8, 64):  # one split, several
             pages, table = empty(dtype, 9, 64, 576), int64(4, width)
-            mla.decode(empty(dtype, 4, H, 576), pages, table, int32(4), 512, 0.1)
+            for how in (None, mla.tiles(H, dtype)):
+                mla.decode(empty(dtype, 4, H, 576), pages, table, int32(4), 512, 0.1, how=how)
 
 
 def of_routing() -> None:

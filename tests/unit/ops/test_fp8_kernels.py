@@ -142,8 +142,8 @@ def test_grouped_experts_are_the_loop(skew: bool) -> None:
 
 @pytest.mark.parametrize("constant", [True, False])
 def test_a_product_and_its_correction_are_a_division(constant: bool) -> None:
-    """`fp8_train._over` as the card computes it, its fused products in 64 bits of mantissa here: the rounded quotient for any
-    mantissas, near a tie of E4M3 too. Without the correction it often is not."""
+    """`fp8_train._over` as the card computes it, its fused products in 64 bits of mantissa here: the rounded quotient for
+    any mantissas, near a tie of E4M3 too. Without the correction it often is not."""
     random = np.random.default_rng()
     count = 1 << 20
     divisor = np.full(count, 448, np.float32) if constant else np.float32(2.0) ** random.uniform(-60, 20, count)

@@ -19,12 +19,14 @@ from rorqual.data.prepare import prepare
 from rorqual.data.template import ChatTemplate
 from rorqual.data.tokenizer import Tokenizer
 from rorqual.errors import ConfigError
-from rorqual.post.distill import distill
+from rorqual.post.distill import distill, make_loss
+from rorqual.post.llama import Llama
 from rorqual.post.llama_files import save_llama
 from rorqual.post.llama_tokenizer import TokenizerFiles
 from rorqual.post.upcycle import UpcycleConfig, upcycle
 from rorqual.train import checkpoints
 from rorqual.train.config import RunConfig
+from rorqual.train.loss import Targets
 from rorqual.train.pretrain import pretrain
 from rorqual.train.quantise import ShippedWeights
 from rorqual.train.record import read_metrics
@@ -100,6 +102,27 @@ def test_lessons_are_learned_from_their_own_words(ground: Path, tmp_path: Path) 
             logs = load_model(name, torch.float32)(torch.tensor([ids]))[0, :-1].log_softmax(-1)
         nll[name] = -sum(logs[i, ids[i + 1]].item() for i in range(len(ids) - 1) if mask[i + 1])
     assert nll[record.model] < 0.5 * nll[ground / "student"]
+
+
+def test_rows_of_lessons_alone_do_not_ask_the_teacher(ground: Path, tmp_path: Path) -> None:
+    """And the step's loss is the sum of its rows', whatever lies beside them."""
+    cfg = load_toml(RunConfig, run_file(ground, tmp_path / "rows"), ["distill.teacher_dtype=float32"])
+    model = load_model(ground / "student")
+    loss = make_loss(cfg, model)
+    assert isinstance(loss.teacher, Llama)
+    tokens, mask = torch.randint(20, 200, (4, 34)), torch.ones(4, 34, dtype=torch.int64)
+    mask[1], mask[2, 10:20], mask[3, :30] = 2, 2, 0
+    rows, counts, asked = Targets(tokens, torch.zeros_like(tokens), mask), torch.ones(2), list[int]()
+    hidden = loss.teacher.hidden
+    loss.teacher.hidden = lambda tokens, batch=None: asked.append(len(tokens)) or hidden(tokens, batch)  # type: ignore[method-assign]
+
+    def of(part: Targets) -> float:
+        return loss(model, part, counts, mask_documents=False, balance_share=1.0).lm.item()
+
+    together = of(rows)
+    assert asked == [3]
+    each = [of(Targets(*(t[i : i + 1] for t in rows))) for i in range(4)]
+    assert together == pytest.approx(sum(each), rel=1e-5) and min(each) > 0.01
 
 
 def test_mtp_alone_leaves_the_model_as_it_was(ground: Path, tmp_path: Path) -> None:
