@@ -129,7 +129,9 @@ def card(back: Path, model: Path) -> str:
     models, cfg = evaluation["models"], ModelConfig.load(model)
     recorded = {n: lines(f) for n in ("heal", "again", "mtp") if (f := back / n / "metrics.jsonl").is_file()}
     heals, mtp = [r for n, r in recorded.items() if n != "mtp" and r], recorded["mtp"]  # one killed at once has no line
-    written = json.loads((back / "written" / "generate.json").read_text())
+    each = [json.loads(f.read_text()) for f in sorted((back / "written").glob("generate-*.json"))]  # of every GPU
+    written = {k: sum(x[k] for x in each) for k in ("tokens", "conversations", "texts")}
+    longest, cards = max(x["seconds"] for x in each), "One H200" if len(each) == 1 else f"{len(each)} H200s"
     total, active = count.totals(cfg)
     exam = judged["exam"]
     gain, width = exam["on_minus_off"]
@@ -182,7 +184,7 @@ The teacher at temperature 0.7 with min_p 0.02 and no penalty; it stopped by its
 
 ## Training
 
-One H200. The teacher wrote {written["tokens"]:,} tokens in {written["seconds"]:.0f} s ({written["conversations"]:,} conversations, {written["texts"]:,} texts kept).
+{cards}. The teacher wrote {written["tokens"]:,} tokens in {longest:.0f} s ({written["conversations"]:,} conversations, {written["texts"]:,} texts kept).
 {healing(heals)}
 The MTP module alone: {mtp[-1]["step"]:,} steps in {mtp[-1]["elapsed_s"]:.0f} s.{energy(back)}
 {speed(back)}

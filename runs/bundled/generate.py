@@ -194,7 +194,7 @@ def conversation(text: str) -> list[dict[str, str]]:
     return messages
 
 
-def keep(tok_json: str, kinds: list[str], tokens: np.ndarray, folder: str, wave: int) -> tuple[int, int]:
+def keep(tok_json: str, kinds: list[str], tokens: np.ndarray, folder: str, wave: str) -> tuple[int, int]:
     """Write a wave's lines: conversations and texts in files of their own. (conversations, texts)."""
     tok = Tokenizer.from_str(tok_json)
     rows = tok.decode_batch(tokens.tolist(), skip_special_tokens=False)
@@ -204,7 +204,7 @@ def keep(tok_json: str, kinds: list[str], tokens: np.ndarray, folder: str, wave:
         for t in re.split(r"<\|endoftext\|>|<\|im_end\|>", row) if len(t) > 200 and not repeats(t)
     ]  # fmt: skip
     for name, lines in (("chat", [{"messages": m} for m in chats]), ("text", [{"text": t} for t in texts])):
-        path = Path(folder) / name / f"wave-{wave:03}.jsonl"
+        path = Path(folder) / name / f"wave-{wave}.jsonl"
         path.with_suffix(".part").write_text("".join(json.dumps(x) + "\n" for x in lines), encoding="utf-8")
         path.with_suffix(".part").rename(path)
     return len(chats), len(texts)
@@ -214,12 +214,11 @@ def keep(tok_json: str, kinds: list[str], tokens: np.ndarray, folder: str, wave:
 
 
 def generate(
-    waves: Waves, tok: Tokenizer, make: Callable[[], tuple[str, list[str]]], o: argparse.Namespace
+    waves: Waves, tok: Tokenizer, make: Callable[[], tuple[str, list[str]]], first: int, o: argparse.Namespace
 ) -> dict[str, Any]:
     """Waves until the time is up (never a new one that would end after it). Returns what is worth recording."""
     for name in ("chat", "text"):
         (o.out / name).mkdir(parents=True, exist_ok=True)
-    first = len(list((o.out / "chat").glob("wave-*.jsonl")))
     began, each, done, stored = time.monotonic(), 0.0, 0, list[Future[tuple[int, int]]]()
     rows, spelled = waves.teacher.rows, tok.to_str()
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
@@ -233,7 +232,7 @@ def generate(
             start = time.monotonic()
             tokens = waves.run(queue)
             each, done = time.monotonic() - start, done + 1
-            stored.append(pool.submit(keep, spelled, kinds, tokens, str(o.out), first + done))
+            stored.append(pool.submit(keep, spelled, kinds, tokens, str(o.out), f"{o.seed:02}-{first + done:03}"))
             say(
                 f"{time.monotonic() - began:6.1f} s  wave {done}: {each:.2f} s, {rows * o.length / each:,.0f} tokens/s, "
                 f"{waves.mode}, {waves.teacher.attention}"
@@ -289,21 +288,23 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     o = parser.parse_args()
-    torch.manual_seed(o.seed)
+    # Another writer has another seed, and one that goes on does not begin again.
+    first = len(list((o.out / "chat").glob(f"wave-{o.seed:02}-*.jsonl"))) if not o.answer else 0
+    torch.manual_seed(1000 * o.seed + first)
     device = torch.device(o.device)
     gguf = GGUFReader(o.gguf)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     tok = read_tokenizer(gguf.meta)
-    rng = random.Random(o.seed)
+    rng = random.Random(f"{o.seed}/{first}")
     if o.answer:
         waves = Waves(Teacher(gguf, o.rows, 0, o.length, device, dtype), o.length, [0.7], o.min_p)
         answer(waves, tok, o.answer, o.out)
         return
     asks, texts = read_asks(o.asks, rng), read_texts(o.text)
     waves = Waves(Teacher(gguf, o.rows, 0, o.length, device, dtype), o.length, o.temperatures, o.min_p)
-    record = generate(waves, tok, lambda: script(rng, asks, texts), o)
+    record = generate(waves, tok, lambda: script(rng, asks, texts), first, o)
     record["options"] = {k: str(v) for k, v in vars(o).items()}
-    (o.out / "generate.json").write_text(json.dumps(record, indent=1) + "\n")
+    (o.out / f"generate-{o.seed}.json").write_text(json.dumps(record, indent=1) + "\n")
     say(json.dumps(record))
 
 

@@ -3,14 +3,15 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 step=$1; shift
-python=${PYTHON:-python3} data=${DATA:-data/bundled} out=${OUT_DIR:-out/bundled}
+python=${PYTHON:-python3} data=${DATA:-data/bundled} out=${OUT_DIR:-out/bundled} gpus=${GPUS:-1}
 me="bash runs/bundled/gpu.sh" # by its path from here, and whether or not the copy kept its mode
 export PYTHONPATH=.:$data/site OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 rorqual() { "$python" -m rorqual "$@"; }
-train() { # in place of this shell, so that a signal reaches it; with what the rehearsal found fastest
-  local more=(); [ ! -f "$kept/options" ] || read -ra more < "$kept/options"
-  if [ -f "$kept/attention" ]; then exec "$python" runs/bundled/attention.py with "$(cat "$kept/attention")" "$@" "${more[@]}"; fi
-  exec "$python" -m rorqual "$@" "${more[@]}"
+train() { # in place of this shell, so that a signal reaches it; on $GPUS of them, with what was found fastest
+  local more=() run=("$python"); [ ! -f "$kept/options" ] || read -ra more < "$kept/options"
+  [ "$gpus" -eq 1 ] || run+=(-m torch.distributed.run --standalone --nproc-per-node "$gpus")
+  if [ -f "$kept/attention" ]; then exec "${run[@]}" runs/bundled/attention.py with "$(cat "$kept/attention")" "$@" "${more[@]}"; fi
+  exec "${run[@]}" -m rorqual "$@" "${more[@]}"
 }
 say() { printf '== %4d s  %s\n' "$SECONDS" "$*"; }
 mkdir -p "$out"
@@ -54,7 +55,7 @@ rates() { # RUN: what `first` and `second` plan by
 }
 metered() { # notes the GPU's power each second until this step ends
   command -v nvidia-smi > /dev/null || return 0
-  nvidia-smi -i "${CUDA_VISIBLE_DEVICES:-0}" --query-gpu=power.draw --format=csv,noheader,nounits -l 1 >> "$out/power.csv" 2> /dev/null &
+  nvidia-smi -i "${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((gpus - 1)))}" --query-gpu=power.draw --format=csv,noheader,nounits -l 1 >> "$out/power.csv" 2> /dev/null &
   trap "kill $! 2> /dev/null || true" EXIT
 }
 show() { # what matters of a run's metrics
@@ -66,8 +67,9 @@ for r in map(json.loads, open(sys.argv[1])):
 notes() { # small files as one archive beside the weights; the held-out shards too, so that the table can be made elsewhere
   local back=${OUT:-$out/back} f some=()
   mv "$back/side.json.xz" "$out/"
-  for f in side.json.xz {heal,again,mtp}/{metrics.jsonl,config.toml} {convert,prepare,lessons,answer}.log power.csv written/generate.json \
+  for f in side.json.xz {heal,again,mtp}/{metrics.jsonl,config.toml} {convert,prepare,lessons,answer}.log power.csv \
     converted/config.json teacher-answers.jsonl shards/{chat,text}/val; do [ ! -e "$out/$f" ] || some+=("$f"); done
+  for f in "$out"/written/generate-*.json; do [ ! -e "$f" ] || some+=("${f#"$out"/}"); done
   tar -C "$out" -cJf "$back/notes.tar.xz" "${some[@]}"
 }
 
@@ -101,6 +103,12 @@ case $step in
     train distill runs/bundled/heal.toml --set out="$out/again" --set init_from="$from" --set optim.lr=5e-4 \
       --set quantise.fraction=1.0 --set seed=3 "$@" ;;
   mtp) from=$(newest again heal); train distill runs/bundled/mtp.toml --set init_from="$from" "$@" ;;
+  measure) # after `ready`: what `first` plans by, from some steps of healing on its own data
+    "$python" runs/bundled/attention.py choose > "$kept/attention" || rm "$kept/attention"
+    echo "--set compile=true" > "$kept/options"; rm -rf "$out/trial"
+    $me heal --set out="$out/trial" --set steps=40 --set optim.warmup_steps=4 --set eval_every=99 --set eval_rows=32 \
+      --set checkpoint_seconds=9999 --set quantise.fraction=0.5 --set report=false "$@" | tail -n 4
+    rates trial; show trial; rm -rf "$out/trial"; say "healing: $(cat "$kept/rate") tokens/s" ;;
   answer)
     [ -f "$out/teacher-answers.jsonl" ] || "$python" runs/bundled/generate.py --gguf "$source" \
       --answer runs/bundled/{held-out,fixed,exam}.jsonl --rows 640 --length 768 --out "$out/teacher-answers.jsonl" "$@" ;;
@@ -123,7 +131,12 @@ case $step in
      $me convert > "$out/convert.log" 2>&1; wait $lessons
      prepare text "$data/text" --val-fraction "${VAL:-0.005}"; prepare lessons "$out/lessons.jsonl" --val-fraction 0.01
      [ ! -f "$data/books.txt" ] || prepare books "$data/books.txt") > "$out/prepare.log" 2>&1 & beside=$!
-    $me generate --seconds "$1"
+    writers=()
+    for i in $(seq "$gpus"); do # each GPU writes
+      (if [ "$gpus" -gt 1 ]; then export CUDA_VISIBLE_DEVICES=$((i - 1)); fi
+       exec $me generate --seconds "$1" --seed "$i") & writers+=($!)
+    done
+    for writer in "${writers[@]}"; do wait "$writer"; done
     say "written"; wait $beside || { cat "$out"/{lessons,convert,prepare}.log; exit 1; }
     say "converted, text and lessons prepared"
     prepare written "$out/written/text" --val-fraction 0.01 --overwrite & other=$!

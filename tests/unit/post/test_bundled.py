@@ -164,7 +164,7 @@ def test_the_card_says_what_holds_and_what_was_missed(tmp_path: Path, again: boo
         (back / run).mkdir(parents=True)
         (back / run / "metrics.jsonl").write_text(json.dumps(step) + "\n" if again or run != "again" else "")
     written = {"tokens": 9000, "seconds": 150.0, "conversations": 30, "texts": 4}
-    for name, content in (("judged", judged), ("evaluation", {"models": models}), ("written/generate", written)):
+    for name, content in (("judged", judged), ("evaluation", {"models": models}), ("written/generate-1", written)):
         (back / f"{name}.json").write_text(json.dumps(content))
     model.mkdir()
     (model / "config.json").write_text(json.dumps(ModelConfig.load("test").to_json()))
