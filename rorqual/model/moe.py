@@ -105,8 +105,8 @@ class MoE(nn.Module):
                 add_ND, own = shared(x_ND) if add_ND is None else add_ND + shared(x_ND), None
             out_ND = routed_experts(x_ND, *weights, gates_NK, chosen_NK, add_ND, own)
             return out_ND.view_as(x_BTD), Routing(scores_NE, chosen_NK)
-        fused = isinstance(experts, RoutedExperts) and experts.run is experts_fused
-        if trains(x_ND) and fused and not narrow(experts.down_proj, chosen_NK.shape[1]):
+        fused = isinstance(experts, RoutedExperts) and experts.run is experts_fused and not self.fixed
+        if fused and (fuses(x_ND) or (trains(x_ND) and not narrow(experts.down_proj, chosen_NK.shape[1]))):
             add_ND, more_ND = None if add_BTD is None else add_BTD.flatten(0, 1), shared(x_ND)
             pair = experts.gate_up_proj, experts.down_proj
             out_ND = training.experts(x_ND, *pair, gates_NK, chosen_NK, add_ND, more_ND)

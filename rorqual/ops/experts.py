@@ -84,13 +84,6 @@ def experts_grouped(
     # Not bincount: its result has a data-dependent shape on CUDA and would wait for the device.
     ends_E = (flat_M[:, None] == experts).sum(0).cumsum(0).to(torch.int32)
     gate, up = F.grouped_mm(x_MD, gate_up_E2FD.to(x_ND.dtype).mT, offs=ends_E).chunk(2, -1)
-    if fuses(x_ND):
-        from rorqual.ops.triton.experts import combine
-        from rorqual.ops.triton.fused import swiglu
-
-        y_MD = F.grouped_mm(swiglu(gate, up), down_EDF.to(x_ND.dtype).mT, offs=ends_E)
-        place_M = torch.empty_like(order_M).scatter_(0, order_M, torch.arange(len(order_M), device=x_ND.device))
-        return combine(y_MD, place_M, gates_NK.contiguous())
     y_MD = F.grouped_mm(F.silu(gate) * up, down_EDF.to(x_ND.dtype).mT, offs=ends_E)
     return _combine(y_MD, order_M, gates_NK)
 
@@ -115,11 +108,10 @@ def narrow(down_EDF: Tensor, top_k: int) -> bool:
 
 @experts_backends.register("fused", triton_missing)
 def experts_fused(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, gates_NK: Tensor, chosen_NK: Tensor) -> Tensor:
-    """`ops.training.experts`, which a compiler leaves alone; `dense` for narrow experts; `grouped` where nothing wants a
-    gradient."""
-    if not torch.is_grad_enabled():
+    """`ops.training.experts`, which a compiler leaves alone; `dense` to train narrow experts."""
+    if not torch.is_grad_enabled() and not fuses(x_ND):
         return experts_grouped(x_ND, gate_up_E2FD, down_EDF, gates_NK, chosen_NK)
-    if narrow(down_EDF, chosen_NK.shape[1]):
+    if torch.is_grad_enabled() and narrow(down_EDF, chosen_NK.shape[1]):
         return experts_dense(x_ND, gate_up_E2FD, down_EDF, gates_NK, chosen_NK)
     if torch.compiler.is_compiling():  # said only here: as a decorator it would load the compiler, 150 MB, at import
         return torch.compiler.disable(training.experts)(x_ND, gate_up_E2FD, down_EDF, gates_NK, chosen_NK)
