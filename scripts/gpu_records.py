@@ -162,8 +162,9 @@ class Run:
                 self.ended[part.after].wait()
             if not (self.out / "logs" / f"{part.after}.txt").exists():
                 return f"left out: it needs {part.after}"
-        if not self.rehearse and part.seconds > self.left:
-            return f"left out: {part.seconds} s do not fit into the {max(0, self.left):.0f} s left"
+        needed = part.least or part.seconds
+        if not self.rehearse and needed > self.left:
+            return f"left out: {needed} s do not fit into the {max(0, self.left):.0f} s left"
         words = command(part, self.out, self.rehearse)
         self.say(part, f"about {part.seconds} s: {shlex.join(words[1:])}")
         start, failed = time.monotonic(), self.log(part).with_suffix(".failed.txt")
