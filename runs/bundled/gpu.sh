@@ -23,6 +23,9 @@ prepare() { # NAME INPUT [options]
   local name=$1 input=$2; shift 2
   rorqual data prepare "$input" --tokenizer "$out/converted" --out "$out/shards/$name" "$@" | tail -n 1
 }
+prose() { # what of the texts is literature, once more by itself
+  mkdir -p "$out/prose"; cp "$data"/text/datasets-*.jsonl "$out/prose/"; prepare prose "$out/prose" --val-fraction "${VAL:-0.02}"
+}
 newest() { # RUN...: of the first of these runs that has any, the finished model or the newest checkpoint
   local run state
   for run in "$@"; do
@@ -92,7 +95,7 @@ case $step in
   lessons)
     [ -f "$out/lessons.jsonl" ] || "$python" runs/bundled/lessons.py --text "$data/text" --out "$out/lessons.jsonl" "$@" ;;
   prepare)
-    prepare text "$data/text" --val-fraction "${VAL:-0.005}"
+    prepare text "$data/text" --val-fraction "${VAL:-0.005}"; prose
     prepare lessons "$out/lessons.jsonl" --val-fraction 0.01
     prepare chat "$out/written/chat" --val-fraction 0.01
     prepare written "$out/written/text" --val-fraction 0.01
@@ -129,7 +132,7 @@ case $step in
     $me source; $me text; say "source and text are there"
     ($me lessons > "$out/lessons.log" 2>&1 & lessons=$!
      $me convert > "$out/convert.log" 2>&1; wait $lessons
-     prepare text "$data/text" --val-fraction "${VAL:-0.005}"; prepare lessons "$out/lessons.jsonl" --val-fraction 0.01
+     prepare text "$data/text" --val-fraction "${VAL:-0.005}"; prose; prepare lessons "$out/lessons.jsonl" --val-fraction 0.01
      [ ! -f "$data/books.txt" ] || prepare books "$data/books.txt") > "$out/prepare.log" 2>&1 & beside=$!
     writers=()
     for i in $(seq "$gpus"); do # each GPU writes
@@ -179,7 +182,7 @@ case $step in
     say "written, converted"; tail -n 9 "$out/convert.log"
     mkdir -p "$out/some"; cp "$data"/text/python-django-doc.jsonl "$out/some/"
     # The stand-in hardly ever ends a turn, so the lessons serve as its conversations.
-    (time prepare text "$out/some" --val-fraction 0.05); prepare written "$out/some" --val-fraction 0.05
+    (time prepare text "$out/some" --val-fraction 0.05); prose; prepare written "$out/some" --val-fraction 0.05
     prepare chat "$out/lessons.jsonl" --val-fraction 0.05; prepare lessons "$out/lessons.jsonl" --val-fraction 0.05
     "$python" runs/bundled/attention.py choose > "$kept/attention" || rm "$kept/attention"
     say "prepared; attention: $(figure attention default)"
