@@ -186,7 +186,7 @@ class Trainer:
         said = f"out of memory in step {step + 1} with micro_batch {micro}: {message}"
         first, batch = self.timeline.first_row(step), self.timeline.batch(step)
         while micro > 1:
-            micro = max(n for n in range(1, micro) if self.cfg.batch % n == 0)
+            micro = max(n for n in range(1, micro) if self.cfg.batch % (n * self.replicas.world) == 0)
             self.optimizer.zero_grad()
             if self.model.device.type == "cuda":
                 torch.cuda.empty_cache()

@@ -153,14 +153,14 @@ def test_a_replica_that_fails_ends_the_other(run_file, tmp_path: Path, monkeypat
     plain = trainer.losses
 
     def losses(model, rows, *args, **options):  # type: ignore[no-untyped-def]
-        if dist.get_rank() == 1 and len(rows.tokens) > 1:
+        if dist.get_rank() == 1 and len(rows.tokens) > 4:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return plain(model, rows, *args, **options)
 
     monkeypatch.setattr(trainer, "losses", losses)
-    cfg = load_toml(RunConfig, run_file(micro_batch=2))
+    cfg = load_toml(RunConfig, run_file(batch=12, micro_batch=6))
     assert finish(start(2, lambda replicas: pretrain(cfg, replicas=replicas), tmp_path)) == [1, 1]
-    assert "micro_batch 1 fits" in (tmp_path / "1.txt").read_text()
+    assert "micro_batch 3 fits" in (tmp_path / "1.txt").read_text()
     assert "TrainingError: another replica has ended" in (tmp_path / "0.txt").read_text()
 
 
