@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from rorqual.cli.train import Overrides, RunFile, finish
+from rorqual.cli.train import Overrides, RunFile, finish, launched
 
 
 def distill(run: RunFile, overrides: Overrides = None) -> None:
@@ -12,15 +12,20 @@ def distill(run: RunFile, overrides: Overrides = None) -> None:
 
     The run file names `init_from` (the student), `distill.teacher`, and data of `rorqual data prepare`; sources with
     target = "data" are learned from their own tokens. MTP modules learn along, or alone where the rest is frozen.
-    `quantise.to` trains for the storage the model is shipped in. Resumes like `train`.
+    `quantise.to` trains for the storage the model is shipped in. Resumes like `train`, and like it runs on all GPUs of a
+    host, each with the teacher beside the model.
 
-    Example:
+    Examples:
 
         rorqual distill runs/bundled/heal.toml --set steps=200 --set out=out/trial
+
+        torchrun --nproc-per-node 2 -m rorqual distill runs/bundled/heal.toml
     """
     from rorqual.config import load_toml
     from rorqual.post.distill import distill as run_distill
     from rorqual.train.config import RunConfig
 
-    record = run_distill(load_toml(RunConfig, run, overrides or []), say=lambda text: typer.echo(text, err=True))
-    finish(record.model, record.last)
+    replicas, cfg = launched(), load_toml(RunConfig, run, overrides or [])
+    record = run_distill(cfg, say=lambda text: typer.echo(text, err=True), replicas=replicas)
+    if replicas.first:
+        finish(record.model, record.last)

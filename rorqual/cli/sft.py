@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from rorqual.cli.train import Overrides, RunFile, finish
+from rorqual.cli.train import Overrides, RunFile, finish, launched
 
 
 def sft(run: RunFile, overrides: Overrides = None) -> None:
@@ -22,5 +22,7 @@ def sft(run: RunFile, overrides: Overrides = None) -> None:
     from rorqual.post.sft import sft as run_sft
     from rorqual.train.config import RunConfig
 
-    record = run_sft(load_toml(RunConfig, run, overrides or []), say=lambda text: typer.echo(text, err=True))
-    finish(record.model, record.last)
+    replicas, cfg = launched(), load_toml(RunConfig, run, overrides or [])
+    record = run_sft(cfg, say=lambda text: typer.echo(text, err=True), replicas=replicas)
+    if replicas.first:
+        finish(record.model, record.last)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rorqual.errors import ConfigError
+
 if TYPE_CHECKING:
     from rorqual.train.config import RunConfig
+    from rorqual.train.replicas import Replicas
 
 RunFile = Annotated[Path, typer.Argument(help="A run file in TOML; see runs/ for examples.", metavar="RUN.toml")]
 Overrides = Annotated[
@@ -26,11 +30,15 @@ DryRun = Annotated[
 
 
 def train(run: RunFile, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Pretrain a model on one device.
+    """Pretrain a model, on one device or on all GPUs of a host.
 
     The run directory (`out` in the file) receives config.toml, metrics.jsonl, TensorBoard events, checkpoints,
     report.html and at the end model/, a directory that transformers, vLLM and `rorqual serve` load. The same command
     resumes a run that was stopped (Ctrl-C, SIGTERM) or killed.
+
+    Started by torchrun, the GPUs of one host share the micro-batches of each step, each with the whole model; `batch` must
+    be a multiple of micro_batch times their number. Losses are those of one device, and either may go on with the other's
+    run.
 
     Examples:
 
@@ -39,6 +47,8 @@ def train(run: RunFile, overrides: Overrides = None, dry_run: DryRun = False) ->
         rorqual train runs/v3-miniature/pretrain.toml --dry-run
 
         rorqual train runs/nano/pretrain.toml --set steps=200 --set out=out/trial
+
+        torchrun --nproc-per-node 8 -m rorqual train runs/nano/pretrain.toml
     """
     from rorqual.config import load_toml
     from rorqual.train.config import RunConfig
@@ -48,8 +58,26 @@ def train(run: RunFile, overrides: Overrides = None, dry_run: DryRun = False) ->
     if dry_run:
         show(cfg)
         return
-    record = pretrain(cfg, say=lambda text: typer.echo(text, err=True))
-    finish(record.model, record.last)
+    replicas = launched()
+    record = pretrain(cfg, say=lambda text: typer.echo(text, err=True), replicas=replicas)
+    if replicas.first:
+        finish(record.model, record.last)
+
+
+def launched() -> Replicas:
+    """This process's place among those that torchrun started; by itself where none did. Raises ConfigError for several
+    hosts."""
+    from rorqual.train.replicas import ALONE, Replicas
+
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world == "1":
+        return ALONE
+    if os.environ.get("LOCAL_WORLD_SIZE") != world:
+        raise ConfigError(
+            f"WORLD_SIZE is {world}, but LOCAL_WORLD_SIZE {os.environ.get('LOCAL_WORLD_SIZE', 'not set')}",
+            remedy="replicas run on one host, started by torchrun --nproc-per-node N",
+        )
+    return Replicas(int(os.environ["LOCAL_RANK"]), int(world))
 
 
 def show(cfg: RunConfig) -> None:

@@ -36,6 +36,7 @@ from rorqual.post.llama_tokenizer import TokenizerFiles
 from rorqual.train.config import DistillConfig, RunConfig
 from rorqual.train.loss import Losses, Targets, balance_guard
 from rorqual.train.pretrain import RunRecord, pretrain
+from rorqual.train.replicas import ALONE, Replicas
 
 log = logging.getLogger(__name__)
 
@@ -48,12 +49,12 @@ class Teacher(Protocol):
     def head(self, h_BTD: Tensor) -> Tensor: ...
 
 
-def distill(cfg: RunConfig, say: Callable[[str], None] = log.info) -> RunRecord:
+def distill(cfg: RunConfig, say: Callable[[str], None] = log.info, replicas: Replicas = ALONE) -> RunRecord:
     """Run or resume a distillation. Raises ConfigError where the file names no teacher it needs, or one of another
     vocabulary, and whatever `pretrain` raises."""
     if cfg.distill is None or not cfg.init_from:
         raise ConfigError("distillation needs init_from and a section [distill]", remedy="see docs/upcycle.md")
-    return pretrain(cfg, kind="distill", say=say, make_loss=make_loss)
+    return pretrain(cfg, kind="distill", say=say, make_loss=make_loss, replicas=replicas)
 
 
 def make_loss(cfg: RunConfig, model: Transformer) -> Distillation:

@@ -12,12 +12,13 @@ from collections.abc import Callable
 from rorqual.errors import ConfigError
 from rorqual.train.config import RunConfig
 from rorqual.train.pretrain import RunRecord, pretrain
+from rorqual.train.replicas import ALONE, Replicas
 
 log = logging.getLogger(__name__)
 
 
-def sft(cfg: RunConfig, say: Callable[[str], None] = log.info) -> RunRecord:
+def sft(cfg: RunConfig, say: Callable[[str], None] = log.info, replicas: Replicas = ALONE) -> RunRecord:
     """Run or resume a fine-tuning. Raises ConfigError without `init_from`, and whatever `pretrain` raises."""
     if not cfg.init_from:
         raise ConfigError("fine-tuning needs init_from", remedy="name the model directory to start from")
-    return pretrain(cfg, kind="sft", say=say)
+    return pretrain(cfg, kind="sft", say=say, replicas=replicas)

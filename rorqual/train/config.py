@@ -7,6 +7,7 @@ is printed and saved with the run, so that it can be repeated elsewhere.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -262,10 +263,16 @@ class RunConfig:
 Kind = Literal["pretrain", "sft", "distill"]
 
 
-def resolve(cfg: RunConfig, *, kind: Kind, cuda: bool, cores: int) -> RunConfig:
+def resolve(cfg: RunConfig, *, kind: Kind, cuda: bool, cores: int, replicas: int = 1) -> RunConfig:
     """Every "auto" replaced. Pure: the machine is described by the arguments (cores: what torch would take by itself, which
-    honours OMP_NUM_THREADS)."""
+    honours OMP_NUM_THREADS). Raises ConfigError for a batch that the replicas cannot share evenly."""
     data = cfg.data
+    if cfg.batch % replicas:
+        raise ConfigError(
+            f"batch {cfg.batch} cannot be shared by {replicas} replicas",
+            remedy=f"set batch to a multiple of {replicas}",
+        )
+    share = cfg.batch // replicas
     if kind != "distill" and (cfg.distill or any(s.target != "auto" for s in data.train)):
         raise ConfigError("this run file distils", remedy="run it with `rorqual distill`, or remove distill and target")
     if data.packing == "auto":
@@ -285,7 +292,12 @@ def resolve(cfg: RunConfig, *, kind: Kind, cuda: bool, cores: int) -> RunConfig:
     if micro == "auto":
         # A micro-batch of about 64 K tokens fills a GPU at these sizes; on a CPU 4 K tokens stay near the caches.
         fit = max(1, (65536 if on_gpu else 4096) // data.seq_len)
-        micro = max(n for n in range(1, cfg.batch + 1) if cfg.batch % n == 0 and n <= fit)
+        micro = max(n for n in range(1, share + 1) if share % n == 0 and n <= fit)
+    elif share % micro:
+        raise ConfigError(
+            f"micro_batch {micro} does not divide {share}, the share of each of {replicas} replicas in batch {cfg.batch}",
+            remedy=f"set micro_batch={math.gcd(share, micro)}, or batch to a multiple of {replicas * micro}",
+        )
     return dataclasses.replace(
         cfg,
         data=data,

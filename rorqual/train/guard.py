@@ -76,9 +76,9 @@ class Guard:
 class Detours:
     """The rows a run passed over by rewinding: guard.json in its directory, replaced as a whole."""
 
-    def __init__(self, run: Path) -> None:
-        """Raises CheckpointError where the file is damaged."""
-        self._file = run / "guard.json"
+    def __init__(self, run: Path, keep: bool = True) -> None:
+        """keep: False where another replica writes the file. Raises CheckpointError where it is damaged."""
+        self._file, self._keep = run / "guard.json", keep
         self._taken: list[tuple[int, int]] = []
         if self._file.is_file():
             try:
@@ -95,6 +95,8 @@ class Detours:
     def add(self, from_step: int, rows: int) -> None:
         """From this step on, everything comes `rows` later. On disk before this returns."""
         self._taken.append((from_step, rows))
+        if not self._keep:
+            return
         entries = [{"from_step": step, "rows": n} for step, n in self._taken]
         write_atomic(self._file, (json.dumps({"rewinds": entries}) + "\n").encode())
 

@@ -23,8 +23,8 @@ from rorqual.train import checkpoints
 from rorqual.train.config import RunConfig
 from rorqual.train.guard import Detours, Guard
 from rorqual.train.hardware import memory_bytes, peak_flops
-from rorqual.train.limits import OutOfMemory, no_room, out_of_memory
-from rorqual.train.record import Dashboard, Events, ExpertLoads, LiveLine, MetricsFile, read_metrics
+from rorqual.train.limits import OutOfMemory, out_of_memory
+from rorqual.train.record import LiveLine, Records, read_metrics
 from rorqual.train.trainer import METRICS, StepResult, Trainer
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,8 @@ LOSS, NORM = METRICS.index("loss"), METRICS.index("grad_norm")
 
 
 class Loop:
-    """One process's part of a run. `step` counts finished steps; `stop` may be set at any time from a signal handler."""
+    """One process's part of a run. `step` counts finished steps; `stop` may be set at any time from a signal handler, in any
+    replica. Every replica makes the same steps and decisions; the first one writes."""
 
     def __init__(
         self,
@@ -47,8 +48,10 @@ class Loop:
         self.cfg, self.trainer, self.directory, self.step = cfg, trainer, run, done
         self.timeline, self.steps, self.say, self.stop = trainer.timeline, trainer.timeline.steps, say, False
         self.elapsed = float(progress["elapsed_s"])
-        self.live, self.detours = LiveLine(self.steps), Detours(run)
-        self.peak, self.peak_source = peak_flops(trainer.model.device)
+        self.replicas = trainer.replicas
+        self.live, self.detours = LiveLine(self.steps), Detours(run, self.replicas.first)
+        peak, self.peak_source = peak_flops(trainer.model.device)
+        self.peak = peak * self.replicas.world
         self.flops_per_token = training_flops_per_token(trainer.model.cfg, cfg.data.seq_len)
         self.saved_at = time.monotonic()
         self._open_records()
@@ -62,36 +65,47 @@ class Loop:
         alike = [h for h in history if self.trainer.shipped.on(h["step"] - 1) is rounded]
         seen = [(nan if h["loss"] is None else h["loss"], bool(h.get("skipped"))) for h in alike]
         self.guard = Guard(self.cfg.guard, seen)
-        self.metrics = MetricsFile(self.directory / "metrics.jsonl", self.step)
-        self.loads = ExpertLoads(self.directory / "expert_load.jsonl", self.step)
-        self.events = Events(self.directory, self.step)
-        self.dashboard = Dashboard(self.cfg.dashboard, self.directory, to_dict(self.cfg))
+        self.records = Records(
+            self.directory, self.step, self.cfg.dashboard, to_dict(self.cfg), keep=self.replicas.first
+        )
         self.pending: list[tuple[int, StepResult, float]] = []
         self.refused: dict[int, str] = {}
         self.recent: deque[float] = deque(maxlen=50)
 
     def run(self, train: Packed, val: Packed | None) -> None:
         """From the step reached to the last, or until `stop`. Raises TrainingError where it cannot go on."""
-        cfg, cuda = self.cfg, self.trainer.model.device.type == "cuda"
         if self.step < self.steps:
             self.say(f"MFU is measured against {self.peak / 1e12:.3g} TFLOP/s: {self.peak_source}")
-        if cfg.guard.policy == "rewind" and not self.step and not checkpoints.steps(self.directory):
+        if self.cfg.guard.policy == "rewind" and not self.step and not checkpoints.steps(self.directory):
             self.save()
-        while self.step < self.steps and not self.stop:
-            start = time.perf_counter()
-            result = self._train(train)
-            self.step += 1
-            self.pending.append((self.step, result, start))
-            if self.step in self.refused and cfg.guard.policy == "rewind":
-                self._rewind()
-                continue
-            evaluate = val is not None and (self.step % cfg.eval_every == 0 or self.step == self.steps)
-            # Reading a metric waits for the device; on a GPU that is done for ten steps at once.
-            if evaluate or not cuda or len(self.pending) == 10 or self._due():
-                self._flush(val if evaluate else None)
-            if self._due(stopped=self.stop):
+        stop, _ = self._asked()
+        while self.step < self.steps and not stop:
+            went_back = self._advance(train, val)
+            stop, due = self._asked()
+            if not went_back and (stop or due) and self.cfg.checkpoint_every:
                 self.save()
         self._flush()
+
+    def _advance(self, train: Packed, val: Packed | None) -> bool:
+        """One step and what is shown of it; whether it was refused and the run went back instead."""
+        cfg, cuda = self.cfg, self.trainer.model.device.type == "cuda"
+        start = time.perf_counter()
+        result = self._train(train)
+        self.step += 1
+        self.pending.append((self.step, result, start))
+        if self.step in self.refused and cfg.guard.policy == "rewind":
+            self._rewind()
+            return True
+        evaluate = val is not None and (self.step % cfg.eval_every == 0 or self.step == self.steps)
+        # Reading a metric waits for the device; on a GPU that is done for ten steps at once.
+        if evaluate or not cuda or len(self.pending) == 10:
+            self._flush(val if evaluate else None)
+        return False
+
+    def _asked(self) -> tuple[bool, bool]:
+        """Whether to stop, and whether a checkpoint is due: the same in all replicas, whose signals and clocks differ."""
+        stop, late = self.replicas.any(self.stop, time.monotonic() - self.saved_at > self.cfg.checkpoint_seconds)
+        return stop, late or self.step == self.steps or self.step % max(1, self.cfg.checkpoint_every) == 0
 
     def _train(self, train: Packed) -> StepResult:
         if self.step and self.trainer.shipped.on(self.step) is not self.trainer.shipped.on(self.step - 1):
@@ -133,15 +147,6 @@ class Loop:
         self._open_records()
         self.say(f"back to step {back}, with the rows after step {bad}")
 
-    def _due(self, stopped: bool = False) -> bool:
-        cfg = self.cfg
-        if not cfg.checkpoint_every:
-            return False
-        if stopped:
-            return True
-        at_step = self.step % cfg.checkpoint_every == 0 or self.step == self.steps
-        return at_step or time.monotonic() - self.saved_at > cfg.checkpoint_seconds
-
     def _flush(self, val: Packed | None = None) -> None:
         """Write the pending steps' metrics, the last of them with a validation where asked."""
         if not self.pending:
@@ -154,14 +159,12 @@ class Loop:
             line = self._line(step, row, per_step)
             if step == self.step and val is not None:
                 line |= self._validate(val)
-            self.metrics.write(line)
-            self.events.write(line)
-            self.dashboard.write(line)
-            self.loads.write(step, result.loads, self.steps)
+            self.records.write(line, result.loads, self.steps)
             kept = {k: v for k, v in self.last.items() if k in ("val_loss", "val_loss_ema", "mtp_agreement")}
             self.last = {**kept, **line}
         self.pending = []
-        self.live.show(self.last)
+        if self.replicas.first:
+            self.live.show(self.last)
 
     def _line(self, step: int, row: list[float], seconds: float) -> dict[str, Any]:
         """One object of metrics.jsonl."""
@@ -195,22 +198,16 @@ class Loop:
     def save(self) -> None:
         """Write a checkpoint. Raises TrainingError where there is no room for it; the ones before stand."""
         self._flush()
-        self.metrics.flush()
-        self.loads.flush()
-        progress = {"tokens": self.timeline.tokens(self.step), "elapsed_s": self.elapsed}
-        checkpoints.save(
-            self.directory, self.step, self.trainer, progress, self.cfg.data.tokenizer or self.cfg.init_from
-        )
+        if self.replicas.first:
+            self.records.flush()
+            progress = {"tokens": self.timeline.tokens(self.step), "elapsed_s": self.elapsed}
+            checkpoints.save(
+                self.directory, self.step, self.trainer, progress, self.cfg.data.tokenizer or self.cfg.init_from
+            )
         self.saved_at = time.monotonic()
 
     def close(self) -> None:
-        """Closes the records. What a full disk refuses here was never promised: resuming writes those lines anew."""
-        for record in (self.metrics, self.loads, self.events, self.dashboard):
-            try:
-                record.close()
-            except OSError as error:
-                if not no_room(error):
-                    raise
+        self.records.close()
 
 
 def _history(run: Path, done: int) -> list[dict[str, Any]]:

@@ -34,6 +34,7 @@ from rorqual.train.config import Kind, RunConfig, Source, resolve
 from rorqual.train.hardware import describe
 from rorqual.train.limits import OutOfMemory, no_room, out_of_memory, size
 from rorqual.train.loop import Loop
+from rorqual.train.replicas import ALONE, Replicas
 from rorqual.train.schedule import Timeline
 from rorqual.train.trainer import LossFunction, Trainer
 
@@ -57,27 +58,40 @@ def pretrain(
     kind: Kind = "pretrain",
     say: Callable[[str], None] = log.info,
     make_loss: MakeLoss | None = None,
+    replicas: Replicas = ALONE,
 ) -> RunRecord:
-    """Run or resume `cfg`. make_loss: None for the next tokens. Raises ConfigError, DataError, CheckpointError,
-    TrainingError; on SIGTERM or Ctrl-C writes a checkpoint and returns."""
-    cfg = resolve(cfg, kind=kind, cuda=torch.cuda.is_available(), cores=torch.get_num_threads())
+    """Run or resume `cfg`. make_loss: None for the next tokens. replicas: this process's place among those of the run, which
+    all call this. Raises ConfigError, DataError, CheckpointError, TrainingError; on SIGTERM or Ctrl-C writes a checkpoint
+    and returns."""
+    cores = torch.get_num_threads()
+    cfg = resolve(cfg, kind=kind, cuda=torch.cuda.is_available(), cores=cores, replicas=replicas.world)
+    device = replicas.device(cfg.device)
+    with replicas.joined(device):
+        return _run(cfg, device, say if replicas.first else log.debug, make_loss, replicas)
+
+
+def _run(
+    cfg: RunConfig, device: torch.device, say: Callable[[str], None], make_loss: MakeLoss | None, replicas: Replicas
+) -> RunRecord:
     run = Path(cfg.out)
     model_cfg = model_config(cfg)
     # The data are opened first: a run that cannot start must not claim its directory.
     train, val = open_rows(cfg, model_cfg, cfg.data.train, Timeline(cfg).total_tokens), None
     if cfg.data.val:
         val = open_rows(cfg, model_cfg, cfg.data.val)
-    with full_disk_is_said(run):
-        _claim(run, cfg, model_cfg)
-    device = torch.device(cfg.device)
+    if replicas.first:
+        with full_disk_is_said(run):
+            _claim(run, cfg, model_cfg)
+    replicas.wait()
     assert isinstance(cfg.threads, int)
     torch.set_num_threads(cfg.threads)
-    trainer = _trainer(cfg, model_cfg, device, make_loss)
+    trainer = _trainer(cfg, model_cfg, device, make_loss, replicas)
     done, progress = 0, {"elapsed_s": 0.0}
     if saved := checkpoints.steps(run):
         done, progress = saved[-1], checkpoints.restore(run, saved[-1], trainer)
         say(f"resuming after step {done}")
-    say(f"{describe(device)}: {model_summary(trainer.model)}; run directory {run}")
+    several = f"{replicas.world} × " if replicas.world > 1 else ""
+    say(f"{several}{describe(device)}: {model_summary(trainer.model)}; run directory {run}")
     with full_disk_is_said(run):
         loop = Loop(cfg, trainer, run, done, progress, say)
         try:
@@ -85,21 +99,27 @@ def pretrain(
                 loop.run(train, val)
         finally:
             loop.close()
-        if cfg.report and loop.step > done and (page := report.write(run)) is not None:
+        if replicas.first and cfg.report and loop.step > done and (page := report.write(run)) is not None:
             say(f"curves and expert loads: {page}")
     if loop.step < loop.steps:
         again = "the same command goes on from there" if cfg.checkpoint_every else "nothing is saved, as told"
         say(f"stopped after step {loop.step}; {again}")
         return RunRecord(run, None, loop.step, loop.last)
-    model = _export(trainer, run, done, loop.step) if cfg.checkpoint_every else None
-    return RunRecord(run, model, loop.step, loop.last)
+    if not cfg.checkpoint_every:
+        return RunRecord(run, None, loop.step, loop.last)
+    if replicas.first:
+        _export(trainer, run, done, loop.step)
+    replicas.wait()  # whoever returns finds the model there
+    return RunRecord(run, run / "model", loop.step, loop.last)
 
 
-def _trainer(cfg: RunConfig, model_cfg: ModelConfig, device: torch.device, make_loss: MakeLoss | None) -> Trainer:
+def _trainer(
+    cfg: RunConfig, model_cfg: ModelConfig, device: torch.device, make_loss: MakeLoss | None, replicas: Replicas
+) -> Trainer:
     """Raises TrainingError where the model alone, or with its teacher, does not fit."""
     try:
         model = build_model(cfg, model_cfg, device)
-        return Trainer(cfg, model, None if make_loss is None else make_loss(cfg, model))
+        return Trainer(cfg, model, None if make_loss is None else make_loss(cfg, model), replicas)
     except OutOfMemory as error:
         if not out_of_memory(error):
             raise
@@ -123,11 +143,11 @@ def full_disk_is_said(run: Path) -> Iterator[None]:
         ) from error
 
 
-def _export(trainer: Trainer, run: Path, done: int, step: int) -> Path:
+def _export(trainer: Trainer, run: Path, done: int, step: int) -> None:
     """model/, and model-ema/ where there is an average, unless an earlier call left them."""
     cfg, export = trainer.cfg, run / "model"
     if (export / "config.json").is_file() and step == done:
-        return export
+        return
     options: dict[str, Any] = {
         "dtype": DTYPES[cfg.export_dtype], "files_from": cfg.data.tokenizer or cfg.init_from or None
     }  # fmt: skip
@@ -135,7 +155,6 @@ def _export(trainer: Trainer, run: Path, done: int, step: int) -> Path:
         with trainer.average.in_place():
             save_model(trainer.model, run / "model-ema", **options)
     save_model(trainer.model, export, **options)
-    return export
 
 
 @contextmanager

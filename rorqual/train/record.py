@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rorqual.data.shards import write_atomic
 from rorqual.errors import BackendUnavailable
-from rorqual.train.limits import size
+from rorqual.train.limits import no_room, size
 
 log = logging.getLogger(__name__)
 
@@ -135,6 +135,44 @@ class Dashboard:
     def close(self) -> None:
         if self._trackio is not None:
             self._trackio.finish()
+
+
+class Records:
+    """All of these, of a run that goes on after `resume_step`. keep: False where another replica keeps them."""
+
+    def __init__(self, run: Path, resume_step: int, dashboard: str, config: dict[str, Any], keep: bool) -> None:
+        """Raises BackendUnavailable where the dashboard is not installed."""
+        self._loads = ExpertLoads(run / "expert_load.jsonl", resume_step) if keep else None
+        self._lines: list[MetricsFile | Events | Dashboard] = []
+        if keep:
+            self._lines = [
+                MetricsFile(run / "metrics.jsonl", resume_step), Events(run, resume_step), Dashboard(dashboard, run, config)
+            ]  # fmt: skip
+
+    def write(self, line: dict[str, Any], loads: Tensor, steps: int) -> None:
+        """One step of `steps`. loads: int64 [gates, E]."""
+        for record in self._lines:
+            record.write(line)
+        if self._loads is not None:
+            self._loads.write(line["step"], loads, steps)
+
+    def flush(self) -> None:
+        """To the disk: the lines that a checkpoint counts on."""
+        for record in self._lines:
+            if isinstance(record, MetricsFile):
+                record.flush()
+        if self._loads is not None:
+            self._loads.flush()
+
+    def close(self) -> None:
+        """What a full disk refuses here was never promised: resuming writes those lines anew."""
+        for record in (*self._lines, self._loads):
+            try:
+                if record is not None:
+                    record.close()
+            except OSError as error:
+                if not no_room(error):
+                    raise
 
 
 class LiveLine:

@@ -28,6 +28,7 @@ from rorqual.train.limits import OutOfMemory, out_of_memory
 from rorqual.train.loss import Losses, Targets, losses, token_loss
 from rorqual.train.optimizer import Optimizer
 from rorqual.train.quantise import ShippedWeights
+from rorqual.train.replicas import ALONE, Replicas
 from rorqual.train.schedule import Timeline
 from rorqual.train.working import WorkingCopies
 
@@ -52,10 +53,13 @@ Judge = Callable[[StepResult], bool]
 
 class Trainer:
     """cfg is resolved; model has fp32 parameters and computes in cfg.dtype. loss: what a step minimises (None: the next
-    tokens). Parameters that cfg.freeze names get no gradient, frozen gates no bias update."""
+    tokens). Parameters that cfg.freeze names get no gradient, frozen gates no bias update. replicas: who shares the
+    micro-batches of a step and of an evaluation; they make the same calls with the same arguments."""
 
-    def __init__(self, cfg: RunConfig, model: Transformer, loss: LossFunction | None = None) -> None:
-        self.cfg, self.model = cfg, model
+    def __init__(
+        self, cfg: RunConfig, model: Transformer, loss: LossFunction | None = None, replicas: Replicas = ALONE
+    ) -> None:
+        self.cfg, self.model, self.replicas = cfg, model, replicas
         self.timeline = Timeline(cfg)
         self.gates = [m for m in model.modules() if isinstance(m, Gate)]
         freeze(model, cfg.freeze)
@@ -81,18 +85,32 @@ class Trainer:
         self.optimizer.zero_grad()
         return result
 
-    def gradients(self, step: int, rows: Targets, capture: bool = True) -> StepResult:
-        """Gradients of the step's mean loss, added up over micro-batches, in the `grad` of the parameters or of their
-        copies; not clipped yet. capture: whether a CUDA graph may be made and used."""
-        cfg, model, timeline = self.cfg, self.model, self.timeline
+    def gradients(self, step: int, rows: Targets) -> StepResult:
+        """Gradients of the step's mean loss, added up over micro-batches and replicas, in the `grad` of the parameters or of
+        their copies; not clipped yet."""
+        cfg = self.cfg
         assert isinstance(cfg.micro_batch, int)
-        batch, counts = len(rows.tokens), self._target_counts(rows)
-        weight, alpha = timeline.mtp_weight(step), cfg.balance.alpha
+        sums, loads = self._add_up(step, rows, self.replicas.mine(len(rows.tokens), cfg.micro_batch))
+        self.replicas.sum_([*self.replicas.gradients(self._leaves()), sums, loads])
+        norm = self._gradient_norm()
+        factor = (cfg.optim.clip / (norm + 1e-6)).clamp(max=1.0)
+        lm, mtp, balance = sums.unbind()
+        worst = torch.stack([max_violation(x) for x in loads]).max() if self.gates else torch.zeros_like(lm)
+        total = lm + self.timeline.mtp_weight(step) * mtp + cfg.balance.alpha * balance
+        return StepResult(torch.stack((total, lm, mtp, balance, norm, worst)), loads, factor)
+
+    def _add_up(self, step: int, rows: Targets, starts: range, capture: bool = True) -> tuple[Tensor, Tensor]:
+        """Adds gradients of the micro-batches of the step's rows that begin at `starts`; their three losses and their loads.
+        capture: whether a CUDA graph may be made and used."""
+        cfg, model = self.cfg, self.model
+        assert isinstance(cfg.micro_batch, int)
+        batch, counts, weight = len(rows.tokens), self._target_counts(rows), self.timeline.mtp_weight(step)
         sums = torch.zeros(3, device=model.device)
         loads = torch.zeros(len(self.gates), model.cfg.n_routed_experts, dtype=torch.int64, device=model.device)
-        more = batch > cfg.micro_batch
+        # Of several micro-batches, whichever replica has them, gradients are added in fp32.
+        several, more = batch > cfg.micro_batch, len(starts) > 1
         with self.shipped.during(step), self._narrow():
-            for start in range(0, batch, cfg.micro_batch):
+            for start in starts:
                 part = Targets(*(t[start : start + cfg.micro_batch] for t in rows))
                 share = len(part.tokens) / batch
                 if graph := self._graph_for(part, counts) if capture else None:
@@ -101,14 +119,9 @@ class Trainer:
                     values, load_GE = self._micro(part, counts, weight, share)
                 sums += values
                 loads += load_GE
-                if self.copies is not None and more:
+                if self.copies is not None and several:
                     self.copies.fold()
-        norm = self._gradient_norm()
-        factor = (cfg.optim.clip / (norm + 1e-6)).clamp(max=1.0)
-        lm, mtp, balance = sums.unbind()
-        worst = torch.stack([max_violation(x) for x in loads]).max() if self.gates else torch.zeros_like(lm)
-        total = lm + weight * mtp + alpha * balance
-        return StepResult(torch.stack((total, lm, mtp, balance, norm, worst)), loads, factor)
+        return sums, loads
 
     def _micro(
         self, part: Targets, counts: Tensor, weight: float | Tensor, share: float | Tensor
@@ -173,7 +186,7 @@ class Trainer:
         said = f"out of memory in step {step + 1} with micro_batch {micro}: {message}"
         first, batch = self.timeline.first_row(step), self.timeline.batch(step)
         while micro > 1:
-            micro = max(n for n in range(1, micro) if self.cfg.batch % n == 0)
+            micro = max(n for n in range(1, micro) if self.cfg.batch % (n * self.replicas.world) == 0)
             self.optimizer.zero_grad()
             if self.model.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -189,7 +202,7 @@ class Trainer:
             held = torch.zeros(self.optimizer.bytes_to_come, dtype=torch.uint8, device=self.model.device)
             # Twice: from the second micro-batch on, gradients are there already.
             for _ in range(2):
-                self.gradients(step, self._to_device(fetch(first, rows)), capture=False)
+                self._add_up(step, self._to_device(fetch(first, rows)), range(0, rows, rows), capture=False)
             del held
         except OutOfMemory as error:
             if not out_of_memory(error):
@@ -205,14 +218,14 @@ class Trainer:
         the weights as the forward of this step sees them."""
         cfg, model = self.cfg, self.model
         assert isinstance(cfg.micro_batch, int)
-        total, agree = torch.zeros((), device=model.device), torch.zeros((), device=model.device)
-        counted = torch.zeros((), device=model.device)
+        sums = torch.zeros(3, device=model.device)
         with self.shipped.during(step), self._narrow():
-            for start in range(0, rows, cfg.micro_batch):
+            for start in self.replicas.mine(rows, cfg.micro_batch):
                 part = self._to_device(fetch(start, min(cfg.micro_batch, rows - start)))
-                lm, match, weights = evaluate_rows(model, part, bool(cfg.data.mask_documents))
-                total, agree, counted = total + lm, agree + match, counted + weights
-        return (total / counted).item(), (agree / counted).item()
+                sums += torch.stack(evaluate_rows(model, part, bool(cfg.data.mask_documents)))
+        self.replicas.sum_([sums])
+        lm, agree, _ = (sums / sums[2]).tolist()
+        return lm, agree
 
     def _to_device(self, rows: Rows) -> Targets:
         device = self.model.device

@@ -32,6 +32,7 @@ from rorqual.train.quantise import ShippedWeights
 from rorqual.train.record import read_metrics
 from rorqual.train.schedule import Timeline
 from rorqual.train.working import WorkingCopies
+from tests.replicas import finish, start
 from tests.unit.post.conftest import make_llama
 
 
@@ -162,6 +163,21 @@ def test_killed_and_resumed_equals_never_killed(ground: Path, tmp_path: Path) ->
     assert a == b
     x, y = (load_model(tmp_path / n / "model").state_dict() for n in ("whole", "killed"))
     assert all(torch.equal(x[k], y[k]) for k in x)
+
+
+def test_two_replicas_follow_one(ground: Path, tmp_path: Path) -> None:
+    """Four micro-batches, with MTP and lessons; each replica has the teacher. Not with Muon, nor with rounded weights: they
+    make steps of differences in the last bit."""
+    cfg, other = (
+        load_toml(RunConfig, run_file(ground, tmp_path / name, lessons=True), ["micro_batch=1", "optim.name='adamw'"])
+        for name in ("one", "two")
+    )
+    distill(other)
+    codes = finish(start(2, lambda replicas: distill(cfg, replicas=replicas), tmp_path))
+    assert codes == [0, 0], [p.read_text() for p in tmp_path.glob("[0-9].txt")]
+    keys = ("step", "loss", "lm_loss", "mtp_loss", "grad_norm", "lr")
+    one, two = ([[line[k] for k in keys] for line in lines(tmp_path / name)] for name in ("one", "two"))
+    assert len(one) == 8 and all(a == pytest.approx(b, rel=1e-5) for a, b in zip(one, two, strict=True))
 
 
 @pytest.mark.parametrize("to", ["int4", "int8", "fp8"])

@@ -30,8 +30,11 @@ MODEL = {
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directory with `tokenizer/`, `shards/train` and `shards/val`."""
-    root = tmp_path_factory.mktemp("corpus")
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def make_corpus(root: Path) -> Path:
+    """`tokenizer/`, `shards/train` and `shards/val` in a directory."""
     files = sorted((TEXT / "rorqual").rglob("*.py"))
     texts = [f.read_text() for f in files]
     (root / "text").mkdir()

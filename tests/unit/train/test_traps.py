@@ -24,6 +24,7 @@ from rorqual.ops.fp8 import dynamic_backends, quantize_blocks
 from rorqual.ops.router import route
 from rorqual.train.config import BalanceConfig, DataConfig, OptimConfig, RunConfig, Source, resolve
 from rorqual.train.loss import Targets, losses
+from rorqual.train.replicas import ALONE, Replicas
 from rorqual.train.trainer import Trainer
 from tests.parity import build
 from tests.unit.ops.ties import untied
@@ -31,12 +32,12 @@ from tests.unit.ops.ties import untied
 TEST = ModelConfig.load("test").replace(num_nextn_predict_layers=1)
 
 
-def trainer(cfg: ModelConfig = TEST, **changes: object) -> Trainer:
+def trainer(cfg: ModelConfig = TEST, replicas: Replicas = ALONE, **changes: object) -> Trainer:
     run = RunConfig(
         out="", data=DataConfig(train=(Source("none"),), seq_len=24, packing="stream", mask_documents=False), steps=100,
         batch=4, micro_batch=2, model="x", device="cpu", dtype="float32", compile=False, optim=OptimConfig(warmup_steps=0),
     )  # fmt: skip
-    return Trainer(dataclasses.replace(run, **changes), build(cfg, 0))  # type: ignore[arg-type]
+    return Trainer(dataclasses.replace(run, **changes), build(cfg, 0), replicas=replicas)  # type: ignore[arg-type]
 
 
 def rows(cfg: ModelConfig = TEST, seed: int = 0, batch: int = 4) -> Rows:
