@@ -55,6 +55,10 @@ class Replicas:
         if self.world == 1:
             yield
             return
+        # torch's optimisers import this, and it keeps the group there is as a default: ours would outlive its end, and its
+        # threads sometimes abort the process when Python ends.
+        from torch.distributed.nn import functional  # noqa: F401
+
         on_gpu = device.type == "cuda"
         if on_gpu:
             torch.cuda.set_device(device)  # kernels are started on the current one, wherever their tensors lie
