@@ -13,7 +13,7 @@ from rorqual.config import DEFAULT_MODEL
 class Part:
     """seconds: expected on an H200, start and compilers included. command: `rorqual …` (gets --json with the record) or
     `python …`, where {out} is the folder of the records and {json} the record's path. lane: "alone" is timed and shares its
-    GPU with nobody, "beside" is not, "cpu" needs no GPU. after: a part that must be done before. least: seconds in which
+    GPU with nobody, "beside" is not, "cpu" needs no GPU, "all" wants every one. after: a part that must be done before. least: seconds in which
     something gets done that need not be done again (0: all of them)."""
 
     name: str
@@ -21,7 +21,7 @@ class Part:
     seconds: int
     command: str
     record: str = ""
-    lane: Literal["alone", "beside", "cpu"] = "alone"
+    lane: Literal["alone", "beside", "cpu", "all"] = "alone"
     after: str = ""
     least: int = 0
 
@@ -40,10 +40,12 @@ def _large(context: int, dtype: str, seconds: int) -> Part:
     )  # fmt: skip
 
 
-def _test(file: str, seconds: int, options: str = "", name: str = "", alone: bool = False) -> Part:
+def _test(
+    file: str, seconds: int, options: str = "", name: str = "", lane: Literal["alone", "beside", "all"] = "beside"
+) -> Part:
     return Part(
         name or file.removesuffix(".py").replace("_", "-"), "tests", seconds,
-        f"python -m pytest -q -p no:cacheprovider tests/gpu/{file} {options}".strip(), "", "alone" if alone else "beside",
+        f"python -m pytest -q -p no:cacheprovider tests/gpu/{file} {options}".strip(), "", lane,
     )  # fmt: skip
 
 
@@ -95,7 +97,7 @@ FULL = "test_the_measured_cache_leaves_room_for_the_largest_steps"
 """Takes all of a GPU's memory but a little, so nothing may run beside it."""
 
 TESTS = [
-    _test("test_decoding.py", 45, f"-k {FULL}", name="test-memory", alone=True),
+    _test("test_decoding.py", 45, f"-k {FULL}", name="test-memory", lane="alone"),
     _test("test_decoding.py", 200, f"-k 'not {FULL}'"),
     _test("test_mla.py", 80),
     _test("test_experts.py", 62),
@@ -104,6 +106,7 @@ TESTS = [
     _test("test_cuda.py", 60),
     _test("test_training.py", 40),
     _test("test_fp8_training.py", 36),
+    _test("test_replicas.py", 90, lane="all"),
 ]
 
 PARTS: list[Part] = [*RECORDS, *TESTS]

@@ -84,7 +84,7 @@ def listed(parts: Sequence[Part]) -> None:
         lane = "" if part.lane == "alone" else f", {part.lane}"
         print(f"{part.group:9} {part.name} ({part.seconds} s{lane}){f' -> {part.record}' if part.record else ''}")
         print(f"          {part.command}")
-    for lane in ("alone", "beside", "cpu"):
+    for lane in ("alone", "beside", "cpu", "all"):
         print(f"{lane}: {sum(p.seconds for p in parts if p.lane == lane)} s")
 
 
@@ -102,7 +102,7 @@ def gpus() -> int:
 @dataclass
 class Run:
     """within: seconds for everything. What is timed ("alone") has the first GPU for itself; the rest ("beside") runs `jobs`
-    at once on the last one, at the same time if that is another and afterwards if not; "cpu" from the start."""
+    at once on the last one, at the same time if that is another and afterwards if not; "cpu" from the start, "all" at last."""
 
     out: Path
     rehearse: bool
@@ -118,7 +118,7 @@ class Run:
     def all(self, parts: Sequence[Part]) -> bool:
         """Whether each of them is done."""
         self.ended = {p.name: threading.Event() for p in parts}
-        lanes = {lane: [p for p in parts if p.lane == lane] for lane in ("alone", "beside", "cpu")}
+        lanes = {lane: [p for p in parts if p.lane == lane] for lane in ("alone", "beside", "cpu", "all")}
         with ThreadPoolExecutor(2) as helpers, ThreadPoolExecutor(self.jobs) as pool:
             side = [helpers.submit(self.one, p) for p in lanes["cpu"]]
             if self.gpus > 1:
@@ -129,6 +129,8 @@ class Run:
                 side += [pool.submit(self.one, p) for p in lanes["beside"]]
             for job in side:
                 job.result()
+            for part in lanes["all"]:
+                self.one(part)
         width = max(map(len, self.results), default=0)
         print(f"\n{time.monotonic() - self.begin:.0f} s in all, {self.gpus} GPU(s), records in {self.out}")
         for part in parts:
@@ -179,7 +181,7 @@ class Run:
     def surroundings(self, part: Part) -> dict[str, str]:
         env = {**os.environ, "COLUMNS": "150", "PYTHONUNBUFFERED": "1"}
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH", "")]))
-        if self.gpus > 1:
+        if self.gpus > 1 and part.lane != "all":
             env["CUDA_VISIBLE_DEVICES"] = str(self.gpus - 1) if part.lane == "beside" else "0"
         if self.rehearse:
             env["CUDA_VISIBLE_DEVICES"] = ""
@@ -189,7 +191,7 @@ class Run:
     def cores(self, part: Part) -> set[int]:
         """What is timed shares its cores with nothing, where there are enough."""
         every = sorted(os.sched_getaffinity(0))
-        if len(every) < 8 or (self.gpus <= 1 and part.lane == "beside"):
+        if len(every) < 8 or part.lane == "all" or (self.gpus <= 1 and part.lane == "beside"):
             return set(every)
         border = len(every) // 2 if self.gpus > 1 else len(every) * 3 // 4
         return set(every[:border] if part.lane == "alone" else every[border:])
