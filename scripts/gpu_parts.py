@@ -13,8 +13,8 @@ from rorqual.config import DEFAULT_MODEL
 class Part:
     """seconds: expected on an H200, start and compilers included. command: `rorqual …` (gets --json with the record) or
     `python …`, where {out} is the folder of the records and {json} the record's path. lane: "alone" is timed and shares its
-    GPU with nobody, "beside" is not, "cpu" needs no GPU, "all" wants every one. after: a part that must be done before. least: seconds in which
-    something gets done that need not be done again (0: all of them)."""
+    GPU with nobody, "beside" is not, "cpu" needs no GPU, "all" wants every one. after: a part that must be done before.
+    least: seconds in which something gets done that need not be done again (0: all of them)."""
 
     name: str
     group: Literal["engine", "training", "tests"]

@@ -102,7 +102,8 @@ def gpus() -> int:
 @dataclass
 class Run:
     """within: seconds for everything. What is timed ("alone") has the first GPU for itself; the rest ("beside") runs `jobs`
-    at once on the last one, at the same time if that is another and afterwards if not; "cpu" from the start, "all" at last."""
+    at once on the last one, at the same time if that is another and afterwards if not; "cpu" from the start, "all" at the
+    end."""
 
     out: Path
     rehearse: bool
