@@ -127,8 +127,8 @@ ADDED = {
 
 def miniature(part: Part) -> list[str]:
     """The words of the same command line with everything small, for a CPU: the models' shapes are those of `test`, FP8
-    weights are int8, int4 as it is. A GPU's tests skip themselves there, and no kernels overlap."""
-    words = [word for word in shlex.split(part.command) if word != "--overlap"]
+    weights are int8, int4 as it is. A GPU's tests skip themselves there, no kernels overlap and no prompt is captured."""
+    words = [word for word in shlex.split(part.command) if word not in ("--overlap", "--prompt-graphs")]
     for i, word in enumerate(words[:-1]):
         if word in SMALL:
             words[i + 1] = SMALL[word]

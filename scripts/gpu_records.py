@@ -88,15 +88,16 @@ def listed(parts: Sequence[Part]) -> None:
         print(f"{lane}: {sum(p.seconds for p in parts if p.lane == lane)} s")
 
 
-def gpus() -> int:
-    """How many there are for us, without loading torch; 0 where the driver's tool is missing."""
+def gpus() -> list[str]:
+    """Those that are ours, as CUDA_VISIBLE_DEVICES names them, without loading torch; none where the driver's tool is
+    missing."""
     if chosen := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        return len(chosen.split(","))
+        return chosen.split(",")
     try:
         told = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
-        return 0
-    return sum(line.startswith("GPU ") for line in told.stdout.splitlines())
+        return []
+    return [str(i) for i in range(sum(line.startswith("GPU ") for line in told.stdout.splitlines()))]
 
 
 @dataclass
@@ -108,7 +109,7 @@ class Run:
     out: Path
     rehearse: bool
     within: float
-    gpus: int
+    gpus: list[str]
     jobs: int
 
     def __post_init__(self) -> None:
@@ -122,18 +123,18 @@ class Run:
         lanes = {lane: [p for p in parts if p.lane == lane] for lane in ("alone", "beside", "cpu", "all")}
         with ThreadPoolExecutor(2) as helpers, ThreadPoolExecutor(self.jobs) as pool:
             side = [helpers.submit(self.one, p) for p in lanes["cpu"]]
-            if self.gpus > 1:
+            if len(self.gpus) > 1:
                 side += [pool.submit(self.one, p) for p in lanes["beside"]]
             for part in lanes["alone"]:
                 self.one(part)
-            if self.gpus <= 1:
+            if len(self.gpus) <= 1:
                 side += [pool.submit(self.one, p) for p in lanes["beside"]]
             for job in side:
                 job.result()
             for part in lanes["all"]:
                 self.one(part)
         width = max(map(len, self.results), default=0)
-        print(f"\n{time.monotonic() - self.begin:.0f} s in all, {self.gpus} GPU(s), records in {self.out}")
+        print(f"\n{time.monotonic() - self.begin:.0f} s in all, {len(self.gpus)} GPU(s), records in {self.out}")
         for part in parts:
             print(f"{part.name:{width}}  {self.results[part.name].splitlines()[0]}")
         return all(self.log(p).exists() for p in parts)
@@ -182,8 +183,8 @@ class Run:
     def surroundings(self, part: Part) -> dict[str, str]:
         env = {**os.environ, "COLUMNS": "150", "PYTHONUNBUFFERED": "1"}
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH", "")]))
-        if self.gpus > 1 and part.lane != "all":
-            env["CUDA_VISIBLE_DEVICES"] = str(self.gpus - 1) if part.lane == "beside" else "0"
+        if len(self.gpus) > 1 and part.lane != "all":
+            env["CUDA_VISIBLE_DEVICES"] = self.gpus[-1 if part.lane == "beside" else 0]
         if self.rehearse:
             env["CUDA_VISIBLE_DEVICES"] = ""
             env |= {"TRITON_INTERPRET": "1"} if part.name == "attention" else {}  # a kernel and nothing else
@@ -192,9 +193,9 @@ class Run:
     def cores(self, part: Part) -> set[int]:
         """What is timed shares its cores with nothing, where there are enough."""
         every = sorted(os.sched_getaffinity(0))
-        if len(every) < 8 or part.lane == "all" or (self.gpus <= 1 and part.lane == "beside"):
+        if len(every) < 8 or part.lane == "all" or (len(self.gpus) <= 1 and part.lane == "beside"):
             return set(every)
-        border = len(every) // 2 if self.gpus > 1 else len(every) * 3 // 4
+        border = len(every) // 2 if len(self.gpus) > 1 else len(every) * 3 // 4
         return set(every[:border] if part.lane == "alone" else every[border:])
 
 

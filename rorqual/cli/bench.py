@@ -125,9 +125,10 @@ def _generate(
     deterministic, overlap, prompt_graphs = more
     if deterministic:
         engines["rorqual deterministic"] = b.Generation(weights, device, work, dtype, count, True).run
+    for said, option in ((overlap, "--overlap"), (prompt_graphs, "--prompt-graphs")):
+        if said and on_cpu:
+            raise typer.BadParameter("there is a difference on a GPU only", param_hint=option)
     if overlap:
-        if on_cpu:
-            raise typer.BadParameter("kernels overlap on a GPU", param_hint="--overlap")
         engines["rorqual one by one"] = b.Generation(weights, device, work, dtype, count, overlap=False).run
     if prompt_graphs:
         engines["rorqual captured"] = b.Generation(weights, device, work, dtype, count, prompt_graphs=True).run
@@ -184,6 +185,8 @@ def serve(
     core = b.engine(weights, device, max_num_seqs, dtype, threads)
     engines: dict[str, serving.Serve] = {"rorqual": partial(serving.serve, core, traffic)}
     if prompt_graphs:
+        if not on_gpu:
+            raise typer.BadParameter("there is a difference on a GPU only", param_hint="--prompt-graphs")
         captured = b.engine(weights, device, max_num_seqs, dtype, threads, prompt_graphs=True)
         engines["rorqual captured"] = partial(serving.serve, captured, traffic)
     if llama and device == "cpu" and dtype in b.LlamaGeneration.KINDS and b.llama_python():

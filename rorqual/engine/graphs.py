@@ -71,11 +71,19 @@ class _Graph:
         self.params = self.fields[0].to(latents.device, copy=True)
         self.hosts = [pinned((5 + width) * batch, latents.device) for _ in range(2)]
         self.answers = [pinned(batch, latents.device) for _ in range(2)]
-        self.hosts[0][3 * batch : 4 * batch] = 1
-        self.inputs = self.hosts[0].to(latents.device, copy=True)
         self.model, self.latents = model, latents
+        self._pretend(self.hosts[0], len(latents[0]), latents.shape[2] * width)
+        self.inputs = self.hosts[0].to(latents.device, copy=True)
         self.replay = Replay(self._step, latents.device, pool)
         self.logits, self.told = self.replay.outputs
+
+    def _pretend(self, host: Tensor, pages: int, length: int) -> None:
+        """A step to choose by how it is captured: other tokens in each row, which read as many keys as there can be, of
+        whosever pages. They write to the scrap page."""
+        numbers, table = self._parts(host)
+        numbers[0] = torch.arange(self.batch) * 7919 % self.model.cfg.vocab_size
+        numbers[1], numbers[3] = length - 1, length
+        table[:] = (torch.arange(table.numel()) % pages).view_as(table)
 
     def _parts(self, buffer: Tensor) -> tuple[Tensor, Tensor]:
         """tokens, positions, slots, lengths, sources [5, B], and the table."""

@@ -86,7 +86,7 @@ def measured_room(
         log.warning("steps are cut to %d tokens, larger ones do not fit beside the weights", budget)
     peak = meter.peak()
     meter.begin()
-    if settings.prompt_graphs:  # their pool holds a step beside what a step takes otherwise
+    if settings.prompt_graphs and settings.deterministic is not True:  # their pool holds a step too
         peak *= 2
     room = meter.free() - peak - int(RESERVE * meter.total)
     log.info("the largest step takes %.2f GB, %.2f GB are left for the cache", peak / 1e9, room / 1e9)

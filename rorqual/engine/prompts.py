@@ -30,27 +30,37 @@ MOST_GRAPHS = 256
 
 
 class Computed(NamedTuple):
-    """Hidden states [B, T, D] of a chunk, and those of each row's last token [B, D]. What a graph made is overwritten when
-    it runs again."""
+    """Hidden states [B, T, D] of a chunk (None where nobody keeps them), and those of each row's last token [B, D]."""
 
-    h_BTD: Tensor
+    h_BTD: Tensor | None
     ends_BD: Tensor
 
 
 def compute(model: Transformer, latents: Tensor, numbers: Tensor, shape: Shape) -> Computed:
-    """The forward of `inputs.chunk_numbers`."""
+    """The forward over `inputs.chunk_numbers`."""
     tokens_BT, batch, last_B = chunk_batch(numbers, shape, latents)
     h_BTD = model.hidden(tokens_BT, batch)[0]
     return Computed(h_BTD, h_BTD[torch.arange(len(last_B), device=h_BTD.device), last_B])
 
 
 class _Prompt:
-    def __init__(self, model: Transformer, latents: Tensor, shape: Shape, pool: Any) -> None:
+    """kept: where the hidden states of all graphs go, [MOST_TOKENS, D], or None. An output of its own for each graph would
+    be memory for good."""
+
+    def __init__(self, model: Transformer, latents: Tensor, shape: Shape, pool: Any, kept: Tensor | None) -> None:
         self.shape, self.page_size = shape, latents.shape[2]
         self.host = pinned(shape.numbers, latents.device)
         self.inputs = self.host.to(latents.device, copy=True)
         self.copied: torch.cuda.Event | None = None
-        self.replay = Replay(lambda: compute(model, latents, self.inputs, shape), latents.device, pool)
+        self.kept = None if kept is None else kept[: shape.rows * shape.length].view(shape.rows, shape.length, -1)
+
+        def step() -> tuple[Tensor]:
+            computed = compute(model, latents, self.inputs, shape)
+            if self.kept is not None and computed.h_BTD is not None:
+                self.kept.copy_(computed.h_BTD)
+            return (computed.ends_BD,)
+
+        self.replay = Replay(step, latents.device, pool, both=False)
 
     def run(self, spans: Sequence[Span]) -> Computed:
         if self.copied is not None:
@@ -61,19 +71,22 @@ class _Prompt:
             self.copied = torch.cuda.Event()
             self.copied.record()
         self.replay()
-        return Computed(*(t.clone() for t in self.replay.outputs))
+        (ends_BD,) = self.replay.outputs
+        return Computed(None if self.kept is None else self.kept.clone(), ends_BD.clone())
 
 
 class Prompts:
     """buckets: lengths and pages are rounded up to few (`inputs.bucket`); captures: whether shapes that come again are
-    captured. On a CPU nothing is captured and all else is the same, for tests."""
+    captured; keeps: whether hidden states of all tokens are wanted. On a CPU nothing is captured and all else is the same,
+    for tests."""
 
-    def __init__(self, model: Transformer, latents: Tensor, buckets: bool, captures: bool) -> None:
+    def __init__(self, model: Transformer, latents: Tensor, buckets: bool, captures: bool, keeps: bool) -> None:
         self.model, self.latents, self.buckets = model, latents, buckets
         self.most = MOST_TOKENS if captures else 0
         self.pool = torch.cuda.graph_pool_handle() if captures and latents.is_cuda else None
         self.seen: set[Shape] = set()
         self.graphs: dict[Shape, _Prompt] = {}
+        self.kept = latents.new_empty(self.most, model.cfg.hidden_size) if captures and keeps else None
 
     def run(self, spans: Sequence[Span]) -> Computed:
         """The spans' forward, side by side."""
@@ -93,7 +106,7 @@ class Prompts:
             self.seen.add(shape)
             return None
         try:
-            self.graphs[shape] = _Prompt(self.model, self.latents, shape, self.pool)
+            self.graphs[shape] = _Prompt(self.model, self.latents, shape, self.pool, self.kept)
         except Exception as error:  # whatever it is, prompts are computed without
             log.warning("a prompt of shape %s cannot be captured: %s: %s", shape, type(error).__name__, error)
             self.most = shape.rows * shape.length // 2

@@ -5,6 +5,7 @@ Where kernels can overlap (`ops.triton.overlap`) the graph is made both ways and
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from rorqual.ops.triton.available import triton_missing
+
+log = logging.getLogger(__name__)
 
 Outputs = tuple[Tensor, ...]
 TIMED = 10
@@ -21,15 +24,16 @@ TIMED = 10
 class Replay:
     """`step`, with outputs [..] that every call overwrites in place. On CUDA it is captured, after two runs in which
     kernels are compiled and workspaces taken, and a call is one launch; elsewhere a call computes it, so that everything
-    but the capture can be tested without a GPU. pool: the memory pool that graphs share."""
+    but the capture can be tested without a GPU. pool: the memory pool that graphs share; both: whether it is worth trying
+    both ways, over the inputs that lie there now."""
 
-    def __init__(self, step: Callable[[], Outputs], device: torch.device, pool: Any) -> None:
+    def __init__(self, step: Callable[[], Outputs], device: torch.device, pool: Any, both: bool = True) -> None:
         self.step = step
         self.graph: torch.cuda.CUDAGraph | None = None
         if device.type != "cuda":
             self.outputs = step()
             return
-        made = _both_ways(step, pool)
+        made = _both_ways(step, pool) if both and triton_missing() is None else [_captured(step, pool)]
         self.graph, self.outputs = made[0] if len(made) == 1 else min(made, key=lambda pair: _seconds(pair[0]))
 
     def __call__(self) -> None:
@@ -41,14 +45,19 @@ class Replay:
 
 
 def _both_ways(step: Callable[[], Outputs], pool: Any) -> list[tuple[torch.cuda.CUDAGraph, Outputs]]:
-    if triton_missing() is not None:
-        return [_captured(step, pool)]
     from rorqual.ops.triton.overlap import choices, overlapping
 
     made = []
     for on in choices():
-        with overlapping(on):
-            made.append(_captured(step, pool))
+        try:
+            with overlapping(on):
+                made.append(_captured(step, pool))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if not made:
+                raise
+            log.warning("kernels that overlap cannot be captured: %s: %s", type(error).__name__, error)
     return made
 
 

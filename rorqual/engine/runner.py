@@ -91,8 +91,8 @@ class ModelRunner:
         self.latents = zeros(shape, self.model.compute_dtype or self.model.dtype, self.model.device)
         if self.latents.is_cuda and not attend_pages_missing():
             self.graphs = DecodeGraphs(self.model, self.latents, self.page_size)
-        captures = self.prompt_graphs and self._shrunk <= 2
-        self.prompts = Prompts(self.model, self.latents, self.buckets, captures)
+        captures = self.prompt_graphs and self.latents.is_cuda and not self.fixed and self._shrunk <= 2
+        self.prompts = Prompts(self.model, self.latents, self.buckets, captures, self.draft_depth > 0)
 
     @torch.inference_mode()
     def run(self, plan: Sequence[Slice], masks: Masks | None = None) -> list[list[Draw]]:
@@ -182,8 +182,8 @@ class ModelRunner:
         for at in (s.start + j for j, ok in enumerate(finite) if j and not ok):
             self.latents[:, s.job.pages[at // self.page_size], at % self.page_size] = 0
 
-    def _keep(self, slices: list[Slice], h: Tensor) -> None:
-        if self.draft_depth:
+    def _keep(self, slices: list[Slice], h: Tensor | None) -> None:
+        if self.draft_depth and h is not None:
             self._kept.append(_Kept(slices, h))
 
     def _sample(self, logits_NV: Tensor, rows: Sequence[Row]) -> list[Draw]:
@@ -313,7 +313,7 @@ class ModelRunner:
             torch.cuda.synchronize()  # a step that was begun ahead may be under way
         self._kept, self.graphs = [], None
         self.latents = self.latents.new_empty(0, 0, 0, 0)
-        self.prompts = Prompts(self.model, self.latents, self.buckets, False)
+        self.prompts = Prompts(self.model, self.latents, self.buckets, False, False)
         while pages >= 2:
             gc.collect()
             if self.latents.is_cuda:

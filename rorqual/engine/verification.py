@@ -47,11 +47,12 @@ class Verification:
         self.host = pinned((4 * self.W + width) * batch, latents.device)
         self.after = pinned(batch * (self.W + 1), latents.device).view(batch, -1)
         self.best, self.guessed = (pinned(batch * n, latents.device).view(batch, n) for n in (self.W, depth))
-        self._clear()
+        self._pretend()
         self.inputs = self.host.to(latents.device, copy=True)
         self.follow = self.after.to(latents.device, copy=True)
         self.verify = Replay(self._verify, latents.device, pool)
         self.guess = Replay(self._guess, latents.device, pool)
+        self._clear()
         self.slices: list[Slice] = []
         self.drafts: list[list[int]] | None = None
 
@@ -63,6 +64,15 @@ class Verification:
     def _parts(self, buffer: Tensor) -> tuple[Tensor, Tensor]:
         rows = 4 * self.batch * self.W
         return buffer[:rows].view(4, self.batch, self.W), buffer[rows:].view(self.batch, self.width)
+
+    def _pretend(self) -> None:
+        """A step to choose by how it is captured: other tokens in each row, which read as many keys as there can be. All of
+        it is in the scrap page, which no chained draft writes beyond."""
+        self._clear()
+        (tokens, positions, _, lengths), _ = self._parts(self.host)
+        tokens[:] = (torch.arange(tokens.numel()) * 7919 % self.model.cfg.vocab_size).view_as(tokens)
+        lengths[:] = self.width * self.page_size
+        positions[:] = lengths - 1
 
     def _clear(self) -> None:
         (tokens, positions, slots, lengths), table = self._parts(self.host)

@@ -67,8 +67,12 @@ class Replicas:
         dist.init_process_group(backend, rank=self.rank, world_size=self.world)
         try:
             yield
-        finally:
-            dist.destroy_process_group()
+        except BaseException:
+            # On GPUs leaving is an agreement too, and the others may wait elsewhere: the process's end must tell them.
+            if not on_gpu:
+                dist.destroy_process_group()
+            raise
+        dist.destroy_process_group()
 
     def mine(self, rows: int, micro_batch: int) -> range:
         """Where this replica's micro-batches begin among the rows of a step."""
@@ -113,7 +117,11 @@ ALONE = Replicas()
 def _all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType) -> None:
     try:
         dist.all_reduce(tensor, op)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
+        if tensor.is_cuda:  # NCCL says the cause last
+            raise TrainingError(f"the sum over the replicas failed: {error}") from error
         raise TrainingError(f"another replica has ended: {str(error).splitlines()[0]}") from error
 
 

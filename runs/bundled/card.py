@@ -98,7 +98,7 @@ def energy(back: Path) -> str:
     watts = [float(x) for x in file.read_text().split() if x.replace(".", "").isdigit()] if file.is_file() else []
     if not watts:
         return ""
-    return f" Writing to evaluation took {len(watts) / 60:.0f} minutes of the GPU and {sum(watts) / 3600:.0f} Wh, by its own meter."
+    return f" Writing to evaluation took {len(watts) / 60:.0f} GPU minutes and {sum(watts) / 3600:.0f} Wh, by the GPUs' own meter."
 
 
 def speed(back: Path) -> str:

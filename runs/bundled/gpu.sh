@@ -4,10 +4,11 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 step=$1; shift
 python=${PYTHON:-python3} data=${DATA:-data/bundled} out=${OUT_DIR:-out/bundled} gpus=${GPUS:-1}
+ours=${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((gpus - 1)))}
 me="bash runs/bundled/gpu.sh" # by its path from here, and whether or not the copy kept its mode
 export PYTHONPATH=.:$data/site OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 rorqual() { "$python" -m rorqual "$@"; }
-train() { # in place of this shell, so that a signal reaches it; on $GPUS of them, with what was found fastest
+train() { # in place of this shell, so that a signal reaches it; on $GPUS of them, as `rehearse` or `measure` says
   local more=() run=("$python"); [ ! -f "$kept/options" ] || read -ra more < "$kept/options"
   [ "$gpus" -eq 1 ] || run+=(-m torch.distributed.run --standalone --nproc-per-node "$gpus")
   if [ -f "$kept/attention" ]; then exec "${run[@]}" runs/bundled/attention.py with "$(cat "$kept/attention")" "$@" "${more[@]}"; fi
@@ -24,7 +25,7 @@ prepare() { # NAME INPUT [options]
   rorqual data prepare "$input" --tokenizer "$out/converted" --out "$out/shards/$name" "$@" | tail -n 1
 }
 prose() { # what of the texts is literature, once more by itself
-  mkdir -p "$out/prose"; cp "$data"/text/datasets-*.jsonl "$out/prose/"; prepare prose "$out/prose" --val-fraction "${VAL:-0.02}"
+  mkdir -p "$out/prose"; cp -p "$data"/text/datasets-*.jsonl "$out/prose/"; prepare prose "$out/prose" --val-fraction "${VAL:-0.02}"
 }
 newest() { # RUN...: of the first of these runs that has any, the finished model or the newest checkpoint
   local run state
@@ -42,7 +43,7 @@ steps() { # RUN SECONDS RATE LEAST: as many as fit; a run that has begun keeps i
 }
 limited() { # SECONDS COMMAND...: SIGTERM after that time (a run saves and ends), SIGKILL if that does not help
   local limit=$(($1 > 20 ? $1 : 20)); shift
-  timeout -k 30 -s TERM "$limit" "$@" 2>&1 | tail -n 30 || true
+  timeout -k 45 -s TERM "$limit" "$@" 2>&1 | tail -n 30 || true
 }
 figure() { # NAME DEFAULT: a number that a rehearsal left, or the default
   if [ -f "$kept/$1" ]; then cat "$kept/$1"; else echo "$2"; fi
@@ -58,7 +59,7 @@ rates() { # RUN: what `first` and `second` plan by
 }
 metered() { # notes the GPU's power each second until this step ends
   command -v nvidia-smi > /dev/null || return 0
-  nvidia-smi -i "${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((gpus - 1)))}" --query-gpu=power.draw --format=csv,noheader,nounits -l 1 >> "$out/power.csv" 2> /dev/null &
+  nvidia-smi -i "$ours" --query-gpu=power.draw --format=csv,noheader,nounits -l 1 >> "$out/power.csv" 2> /dev/null &
   trap "kill $! 2> /dev/null || true" EXIT
 }
 show() { # what matters of a run's metrics
@@ -79,10 +80,12 @@ notes() { # small files as one archive beside the weights; the held-out shards t
 case $step in
   source) # joins the four parts
     [ -f "$source" ] || { for p in a b c d; do xz -dc "$data/source/part-$p.xz"; done > "$source.part" && mv "$source.part" "$source"; } ;;
-  text) # one folder out of the two archives
+  text) # one folder out of the two archives; once, because a preparation that was cut short asks whether its input changed
+    [ ! -f "$data/text/.joined" ] || exit 0
     for half in a b; do [ ! -f "$data/text-$half.tar.xz" ] || tar -C "$data" -xJf "$data/text-$half.tar.xz"; done
     mkdir -p "$data/text"
-    for f in "$data"/text-a/*.jsonl; do cat "$data"/text-?/"$(basename "$f")" > "$data/text/$(basename "$f")"; done ;;
+    for f in "$data"/text-a/*.jsonl; do cat "$data"/text-?/"$(basename "$f")" > "$data/text/$(basename "$f")"; done
+    ls "$data"/text/datasets-*.jsonl > /dev/null; touch "$data/text/.joined" ;; # of fetch.sh before there was literature: none
   generate)
     "$python" runs/bundled/generate.py --gguf "$source" --asks "$data/asks.jsonl.xz" --text "$data/text" --out "$out/written" "$@" ;;
   convert) # as soon as the first conversations are there: they are part of the calibration
@@ -134,9 +137,9 @@ case $step in
      $me convert > "$out/convert.log" 2>&1; wait $lessons
      prepare text "$data/text" --val-fraction "${VAL:-0.005}"; prose; prepare lessons "$out/lessons.jsonl" --val-fraction 0.01
      [ ! -f "$data/books.txt" ] || prepare books "$data/books.txt") > "$out/prepare.log" 2>&1 & beside=$!
-    writers=()
+    writers=(); IFS=, read -ra shown <<< "$ours"
     for i in $(seq "$gpus"); do # each GPU writes
-      (if [ "$gpus" -gt 1 ]; then export CUDA_VISIBLE_DEVICES=$((i - 1)); fi
+      (export CUDA_VISIBLE_DEVICES=${shown[i - 1]}
        exec $me generate --seconds "$1" --seed "$i") & writers+=($!)
     done
     for writer in "${writers[@]}"; do wait "$writer"; done

@@ -38,6 +38,7 @@ def _scale(largest, POWER: tl.constexpr, ROUND: tl.constexpr):
     """`ops.fp8._scale` to the bit: the largest magnitude over 448, 1 where all is zero; rounded up to a power of two."""
     most = tl.full(largest.shape, 448.0, tl.float32)
     part = _over(largest, most, tl.full(largest.shape, 1 / 448, tl.float32), ROUND)
+    part = tl.where(largest == float("inf"), largest, part)  # whose correction is not a number, and would not be seen
     scale = tl.where(largest > 0, tl.maximum(part, 1.1754943508222875e-38), 1.0)
     if POWER:
         bits = scale.to(tl.int32, bitcast=True)
@@ -123,8 +124,8 @@ def _block_kernel(w, codes, codes_t, scales, N, K, stride_we, GN, GK, TURNED: tl
     inside = (n < N)[:, None] & (k < K)[None, :]
     n64, k64 = n.to(tl.int64), k.to(tl.int64)
     value = tl.load(w + e * stride_we + n64[:, None] * K + k[None, :], mask=inside, other=0.0).to(tl.float32)
-    # The largest of the block once for each row and once for each column, and codes from either: reduced to one number and
-    # used twice, they came out wrong on an H200 (Triton 3.6) where rows are vectors of 16 bytes.
+    # The largest of the block once for each row: reduced to one number, it came out wrong on an H200 (Triton 3.6) where rows
+    # are vectors of 16 bytes.
     rows = tl.max(tl.abs(value), 1)
     scale = _scale(tl.max(tl.broadcast_to(rows[None, :], (128, 128)), 1), False, ROUND)
     code = _codes(value, scale[:, None], False, ROUND).to(codes.dtype.element_ty)

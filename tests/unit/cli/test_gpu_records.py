@@ -75,7 +75,7 @@ def go(
     records: ModuleType, out: Path, parts: list[Any], within: float = 60.0, gpus: int = 1
 ) -> tuple[bool, dict[str, str]]:
     (out / "logs").mkdir(parents=True, exist_ok=True)
-    run = records.Run(out, False, within, gpus, 2)
+    run = records.Run(out, False, within, [str(i) for i in range(gpus)], 2)
     return run.all(parts), run.results
 
 

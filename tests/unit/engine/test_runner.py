@@ -77,7 +77,7 @@ def engine(model: Transformer, captured: bool = False, **settings: Any) -> Engin
         assert isinstance(core.runner, ModelRunner)
         core.runner.graphs = DecodeGraphs(model, core.runner.latents, 64)
         core.scheduler.lookahead = core.runner.buckets = True
-        core.runner.prompts = Prompts(model, core.runner.latents, True, captures=True)
+        core.runner.prompts = Prompts(model, core.runner.latents, True, True, core.runner.draft_depth > 0)
     return core
 
 
