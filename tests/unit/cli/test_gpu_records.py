@@ -99,6 +99,12 @@ def test_time_that_is_up_ends_a_part_and_starts_no_other(records: ModuleType, tm
     assert (tmp_path / "logs" / "slow.failed.txt").read_text() == "begun\n"
 
 
+def test_a_part_that_keeps_what_it_did_begins_where_some_of_it_fits(records: ModuleType, tmp_path: Path) -> None:
+    parts = [part(records, f"least{n}", "print(1)", seconds=900, least=n) for n in (5, 200)]
+    ok, results = go(records, tmp_path, parts, within=60.0)
+    assert not ok and results["least5"].startswith("0 s, expected 900") and "200 s do not fit" in results["least200"]
+
+
 def test_only_measurements_are_collected(records: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records.subprocess, "run", lambda *_, **__: None)
     out, target = tmp_path / "out", tmp_path / "benchmarks"

@@ -53,6 +53,16 @@ def test_tiles_along_both_ways_in_one_pass(shape: tuple[int, int], fmt: str | No
     same(TritonQuantiser.tokens((codes, scale), None), ReferenceQuantiser.tokens(kept, None))
 
 
+@pytest.mark.parametrize("fmt", [None, "ue8m0"])
+def test_an_infinity_is_seen(fmt: str | None) -> None:
+    """Its tile may be lost, but not become small numbers that nobody would notice."""
+    x = draw(4, 256)
+    x[1, 3] = float("inf")
+    codes, scale = TritonQuantiser.tiles(x, fmt)
+    read = codes.float().view(4, 2, 128) * scale[..., None]
+    assert read[[0, 2, 3]].isfinite().all() and read[1, 1].isfinite().all() and not read[1, 0].isfinite().all()
+
+
 def test_powers_of_two_stay_themselves() -> None:
     x = torch.zeros(1, 128, device=DEVICE)
     for largest, scale in ((448.0, 1.0), (449.0, 2.0), (224.0, 0.5), (448 * 2.0**-20, 2.0**-20)):
