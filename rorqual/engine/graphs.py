@@ -78,7 +78,7 @@ class _Graph:
         self.logits, self.told = self.replay.outputs
 
     def _pretend(self, host: Tensor, pages: int, length: int) -> None:
-        """A step to choose by how it is captured: other tokens in each row, which read as many keys as there can be, of
+        """A step by which to choose how it is captured: rows of different tokens that read as many keys as there can be, of
         whosever pages. They write to the scrap page."""
         numbers, table = self._parts(host)
         numbers[0] = torch.arange(self.batch) * 7919 % self.model.cfg.vocab_size

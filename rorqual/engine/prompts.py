@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rorqual.engine.inputs import Shape, Span, bucket, chunk_batch, chunk_numbers
+from rorqual.engine.inputs import Shape, Span, as_chunk, bucket, chunk_batch, chunk_numbers
 from rorqual.engine.replay import Replay, pinned
+from rorqual.model.batch import Batch
 from rorqual.model.transformer import Transformer
 
 log = logging.getLogger(__name__)
@@ -36,9 +37,8 @@ class Computed(NamedTuple):
     ends_BD: Tensor
 
 
-def compute(model: Transformer, latents: Tensor, numbers: Tensor, shape: Shape) -> Computed:
-    """The forward over `inputs.chunk_numbers`."""
-    tokens_BT, batch, last_B = chunk_batch(numbers, shape, latents)
+def compute(model: Transformer, tokens_BT: Tensor, batch: Batch, last_B: Tensor) -> Computed:
+    """The forward of a chunk (`inputs.chunk_batch`)."""
     h_BTD = model.hidden(tokens_BT, batch)[0]
     return Computed(h_BTD, h_BTD[torch.arange(len(last_B), device=h_BTD.device), last_B])
 
@@ -55,7 +55,7 @@ class _Prompt:
         self.kept = None if kept is None else kept[: shape.rows * shape.length].view(shape.rows, shape.length, -1)
 
         def step() -> tuple[Tensor]:
-            computed = compute(model, latents, self.inputs, shape)
+            computed = compute(model, *chunk_batch(self.inputs, shape, latents))
             if self.kept is not None and computed.h_BTD is not None:
                 self.kept.copy_(computed.h_BTD)
             return (computed.ends_BD,)
@@ -94,8 +94,7 @@ class Prompts:
         graph = self._graph(shape)
         if graph is not None:
             return graph.run(spans)
-        numbers = torch.from_numpy(chunk_numbers(spans, shape, self.latents.shape[2])).to(self.latents.device)
-        return compute(self.model, self.latents, numbers, shape)
+        return compute(self.model, *as_chunk(spans, self.latents, self.latents.shape[2], self.buckets))
 
     def _graph(self, shape: Shape) -> _Prompt | None:
         if shape in self.graphs:

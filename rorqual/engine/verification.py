@@ -66,8 +66,8 @@ class Verification:
         return buffer[:rows].view(4, self.batch, self.W), buffer[rows:].view(self.batch, self.width)
 
     def _pretend(self) -> None:
-        """A step to choose by how it is captured: other tokens in each row, which read as many keys as there can be. All of
-        it is in the scrap page, which no chained draft writes beyond."""
+        """A step by which to choose how it is captured: rows of different tokens that read as many keys as there can be. All
+        their pages are the scrap page, and chained drafts, which find no page of their own, write there too."""
         self._clear()
         (tokens, positions, _, lengths), _ = self._parts(self.host)
         tokens[:] = (torch.arange(tokens.numel()) * 7919 % self.model.cfg.vocab_size).view_as(tokens)

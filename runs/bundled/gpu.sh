@@ -85,7 +85,8 @@ case $step in
     for half in a b; do [ ! -f "$data/text-$half.tar.xz" ] || tar -C "$data" -xJf "$data/text-$half.tar.xz"; done
     mkdir -p "$data/text"
     for f in "$data"/text-a/*.jsonl; do cat "$data"/text-?/"$(basename "$f")" > "$data/text/$(basename "$f")"; done
-    ls "$data"/text/datasets-*.jsonl > /dev/null; touch "$data/text/.joined" ;; # of fetch.sh before there was literature: none
+    ls "$data"/text/datasets-*.jsonl > /dev/null # an older fetch has no literature: better now than after the writing
+    touch "$data/text/.joined" ;;
   generate)
     "$python" runs/bundled/generate.py --gguf "$source" --asks "$data/asks.jsonl.xz" --text "$data/text" --out "$out/written" "$@" ;;
   convert) # as soon as the first conversations are there: they are part of the calibration

@@ -10,10 +10,10 @@ import torch
 from rorqual.config import ModelConfig
 from rorqual.data.packing import Rows
 from rorqual.ops import cross_entropy as loss_room
-from rorqual.ops import divergence as teacher_room
 from rorqual.ops import experts, training
 from rorqual.ops.adamw import adamw_backends
 from rorqual.ops.cross_entropy import cross_entropy
+from rorqual.ops.divergence import BOUND as DIVERGENCE_BOUND
 from rorqual.post.distill_loss import Target, divergence
 from rorqual.train.config import DataConfig, OptimConfig, RunConfig, Source
 from rorqual.train.pretrain import build_model
@@ -80,7 +80,7 @@ def test_the_divergence_and_its_gradients(n: int, v: int, w: int, chunk: int) ->
         value.backward()
         seen.append([value.detach(), *(t.grad for t in leaves)])
     for ours, exact in zip(*seen, strict=True):
-        assert relative(ours, exact) <= teacher_room.BOUND[torch.bfloat16]
+        assert relative(ours, exact) <= DIVERGENCE_BOUND[torch.bfloat16]
 
 
 def test_the_divergence_never_waits_for_the_gpu() -> None:

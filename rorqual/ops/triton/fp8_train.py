@@ -118,7 +118,7 @@ def tiles(x: Tensor | Quantised, rows: bool, columns: bool, power: bool) -> tupl
 
 
 @triton.jit
-def _block_kernel(w, codes, codes_t, scales, N, K, stride_we, GN, GK, TURNED: tl.constexpr, ROUND: tl.constexpr):
+def _block_kernel(w, codes, codes_t, scales, N, K, stride_we, GN, GK, ROUND: tl.constexpr):
     nb, kb, e = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     n, k = nb * 128 + tl.arange(0, 128), kb * 128 + tl.arange(0, 128)
     inside = (n < N)[:, None] & (k < K)[None, :]
@@ -130,11 +130,8 @@ def _block_kernel(w, codes, codes_t, scales, N, K, stride_we, GN, GK, TURNED: tl
     scale = _scale(tl.max(tl.broadcast_to(rows[None, :], (128, 128)), 1), False, ROUND)
     code = _codes(value, scale[:, None], False, ROUND).to(codes.dtype.element_ty)
     tl.store(codes + e * N * K + n64[:, None] * K + k[None, :], code, mask=inside)
-    if TURNED:
-        tl.store(
-            codes_t + e * N * K + k64[:, None] * N + n[None, :], tl.trans(code),
-            mask=(k < K)[:, None] & (n < N)[None, :],
-        )  # fmt: skip
+    turned = codes_t + e * N * K + k64[:, None] * N + n[None, :]
+    tl.store(turned, tl.trans(code), mask=(k < K)[:, None] & (n < N)[None, :])
     one = tl.arange(0, 128)
     tl.store(scales + (e * GN + nb) * GK + kb + one, scale, mask=one == 0)
 
@@ -148,17 +145,7 @@ def blocks(weight: Tensor) -> tuple[Quantised, Quantised]:
     codes_t = torch.empty(E, K, N, dtype=E4M3, device=weight.device)
     scales = torch.empty(E, triton.cdiv(N, TILE), triton.cdiv(K, TILE), dtype=torch.float32, device=weight.device)
     _block_kernel[(*scales.shape[1:], E)](
-        stack,
-        codes,
-        codes_t,
-        scales,
-        N,
-        K,
-        stack.stride(0),
-        *scales.shape[1:],
-        TURNED=True,
-        ROUND=not weight.is_cuda,
-        num_warps=8,
+        stack, codes, codes_t, scales, N, K, stack.stride(0), *scales.shape[1:], ROUND=not weight.is_cuda, num_warps=8
     )
     plain, turned = (codes, scales), (codes_t, scales.mT)
     if weight.dim() == 2:
