@@ -109,8 +109,8 @@ def passage(rng: random.Random, texts: list[str], words: int = 90) -> str:
     return piece[begin : end if end > begin + 60 else len(piece)].strip()
 
 
-def read_texts(folder: Path) -> list[str]:
-    files = sorted(folder.glob("*.jsonl"))
+def read_texts(folder: Path, names: str = "*.jsonl") -> list[str]:
+    files = sorted(folder.glob(names))
     return [json.loads(line)["text"] for f in files for line in f.read_text(encoding="utf-8").splitlines()]
 
 

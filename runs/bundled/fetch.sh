@@ -14,7 +14,7 @@ if [ ! -f $out/source/part-d.xz ]; then
 fi
 [ -d $out/site/gguf ] || "$python" -m pip install --quiet --no-deps --no-compile --target $out/site gguf==0.19.0 tqdm==4.70.1 PyYAML==6.0.3
 [ -f $out/site.tar.xz ] || tar -C $out --exclude=__pycache__ -cJf $out/site.tar.xz site
-if [ ! -f $out/text-b.tar.xz ] || [ ! -f $out/text/datasets-sotu.jsonl ]; then
+if [ ! -f $out/text-b.tar.xz ] || [ ! -f $out/text/prose-datasets-sotu.jsonl ]; then
   "$python" runs/nano/corpus.py --out $out/text --max-mb 75
   "$python" runs/bundled/literature.py $out/text
   "$python" runs/bundled/halves.py $out/text $out/text-a $out/text-b

@@ -50,12 +50,15 @@ SPECIALS = 17
 # ---- scripts -----------------------------------------------------------------------------------------------------
 
 
-def script(rng: random.Random, asks: Iterator[dict[str, Any]], texts: list[str]) -> tuple[str, list[str]]:
-    """(kind, pieces between which the teacher speaks)."""
+def script(
+    rng: random.Random, asks: Iterator[dict[str, Any]], texts: list[str], literature: list[str]
+) -> tuple[str, list[str]]:
+    """(kind, pieces between which the teacher speaks). Of the texts a third go on from an opening that was made up, a third
+    from literature."""
     if rng.random() < 0.3:
-        real = rng.random() < 0.4
+        real = rng.choice([texts, literature, None])
         starts = [
-            " ".join(passage(rng, texts, 60).split(" ")[: rng.randint(3, 40)]) if real else opening(rng)
+            " ".join(passage(rng, real, 60).split(" ")[: rng.randint(3, 40)]) if real else opening(rng)
             for _ in range(3)
         ]
         return "text", ["<|endoftext|>" + starts[0], *starts[1:]]
@@ -300,9 +303,9 @@ def main() -> None:
         waves = Waves(Teacher(gguf, o.rows, 0, o.length, device, dtype), o.length, [0.7], o.min_p)
         answer(waves, tok, o.answer, o.out)
         return
-    asks, texts = read_asks(o.asks, rng), read_texts(o.text)
+    asks, texts, literature = read_asks(o.asks, rng), read_texts(o.text), read_texts(o.text, "prose-*.jsonl")
     waves = Waves(Teacher(gguf, o.rows, 0, o.length, device, dtype), o.length, o.temperatures, o.min_p)
-    record = generate(waves, tok, lambda: script(rng, asks, texts), first, o)
+    record = generate(waves, tok, lambda: script(rng, asks, texts, literature), first, o)
     record["options"] = {k: str(v) for k, v in vars(o).items()}
     (o.out / f"generate-{o.seed}.json").write_text(json.dumps(record, indent=1) + "\n")
     say(json.dumps(record))

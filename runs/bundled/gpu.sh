@@ -25,7 +25,7 @@ prepare() { # NAME INPUT [options]
   rorqual data prepare "$input" --tokenizer "$out/converted" --out "$out/shards/$name" "$@" | tail -n 1
 }
 prose() { # what of the texts is literature, once more by itself
-  mkdir -p "$out/prose"; cp -p "$data"/text/datasets-*.jsonl "$out/prose/"; prepare prose "$out/prose" --val-fraction "${VAL:-0.02}"
+  mkdir -p "$out/prose"; cp -p "$data"/text/prose-*.jsonl "$out/prose/"; prepare prose "$out/prose" --val-fraction "${VAL:-0.02}"
 }
 newest() { # RUN...: of the first of these runs that has any, the finished model or the newest checkpoint
   local run state
@@ -85,7 +85,7 @@ case $step in
     for half in a b; do [ ! -f "$data/text-$half.tar.xz" ] || tar -C "$data" -xJf "$data/text-$half.tar.xz"; done
     mkdir -p "$data/text"
     for f in "$data"/text-a/*.jsonl; do cat "$data"/text-?/"$(basename "$f")" > "$data/text/$(basename "$f")"; done
-    ls "$data"/text/datasets-*.jsonl > /dev/null # an older fetch has no literature: better now than after the writing
+    ls "$data"/text/prose-*.jsonl > /dev/null # an older fetch has no literature: better now than after the writing
     touch "$data/text/.joined" ;;
   generate)
     "$python" runs/bundled/generate.py --gguf "$source" --asks "$data/asks.jsonl.xz" --text "$data/text" --out "$out/written" "$@" ;;

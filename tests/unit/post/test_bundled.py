@@ -63,7 +63,7 @@ def test_the_steps_lead_from_the_source_to_files_that_load(
         (data / "text" / f"{i}.txt").write_text(file.read_text())
         (out / "written" / "text" / f"{i}.txt").write_text(file.read_text())
     prose = [json.dumps({"text": file.read_text(), "source": "books"}) for file in corpus_files[40:60]]
-    (data / "text" / "datasets-books.jsonl").write_text("\n".join(prose) + "\n")
+    (data / "text" / "prose-books.jsonl").write_text("\n".join(prose) + "\n")
     (out / "written" / "chat" / "wave-001.jsonl").write_text(chats("It is {}."))
     (out / "lessons.jsonl").write_text(chats("{}."))
 
