@@ -99,7 +99,7 @@ def rounds(
     the same requests once before they count."""
     until = time.perf_counter() + seconds if seconds else math.inf
     served: dict[str, list[Served]] = {name: [] for name in engines}
-    news: list[float] = []
+    news: dict[str, list[float]] = {name: [] for name in engines}
     for seed in range(1, most + 1):
         done: dict[str, Served] = {}
         for name, run in engines.items():
@@ -110,8 +110,8 @@ def rounds(
                 break
             rate, done[name] = again.tokens / again.seconds, again
             if new:
-                news.append(new.tokens / new.seconds)
-            first = f"; {news[-1]:,.0f} when its shapes were new" if new else ""
+                news[name].append(new.tokens / new.seconds)
+            first = f"; {news[name][-1]:,.0f} when its shapes were new" if new else ""
             say(f"round {seed}, {name}: {rate:,.0f} tokens/s in {again.seconds:.1f} s{first}")
         if len(done) < len(engines):
             break
@@ -121,8 +121,9 @@ def rounds(
     if not count:
         return [], 0
     rows = [summary(name, runs, served["rorqual"]) for name, runs in served.items()]
-    if news:
-        rows[0]["tokens/s when new"] = statistics.median(news[:count])
+    for row, firsts in zip(rows, news.values(), strict=True):
+        if firsts:
+            row["tokens/s when new"] = statistics.median(firsts[:count])
     return rows, count
 
 

@@ -124,14 +124,16 @@ def _block_kernel(w, codes, codes_t, scales, N, K, stride_we, GN, GK, ROUND: tl.
     inside = (n < N)[:, None] & (k < K)[None, :]
     n64, k64 = n.to(tl.int64), k.to(tl.int64)
     value = tl.load(w + e * stride_we + n64[:, None] * K + k[None, :], mask=inside, other=0.0).to(tl.float32)
-    # The largest of the block once for each row: reduced to one number, it came out wrong on an H200 (Triton 3.6) where rows
-    # are vectors of 16 bytes.
+    # The largest of the block once for each row and once for each column, and codes from either: Triton 3.6 gets wrong on an
+    # H200 what is reduced to one number, and one of the stores of codes that are stored as they lie and transposed.
     rows = tl.max(tl.abs(value), 1)
     scale = _scale(tl.max(tl.broadcast_to(rows[None, :], (128, 128)), 1), False, ROUND)
     code = _codes(value, scale[:, None], False, ROUND).to(codes.dtype.element_ty)
     tl.store(codes + e * N * K + n64[:, None] * K + k[None, :], code, mask=inside)
-    turned = codes_t + e * N * K + k64[:, None] * N + n[None, :]
-    tl.store(turned, tl.trans(code), mask=(k < K)[:, None] & (n < N)[None, :])
+    again = _scale(tl.max(tl.broadcast_to(rows[:, None], (128, 128)), 0), False, ROUND)
+    turned = tl.trans(_codes(value, again[None, :], False, ROUND).to(codes.dtype.element_ty))
+    where = codes_t + e * N * K + k64[:, None] * N + n[None, :]
+    tl.store(where, turned, mask=(k < K)[:, None] & (n < N)[None, :])
     one = tl.arange(0, 128)
     tl.store(scales + (e * GN + nb) * GK + kb + one, scale, mask=one == 0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,16 +135,18 @@ def test_serving_within_a_time_that_is_too_short_says_so(tmp_path: Path, capsys:
 
 
 def test_requests_that_come_a_second_time_are_those_that_count() -> None:
-    clock = iter([4.0, 1.0, 4.0, 2.0, 4.0])  # seconds of each pass; the third round has no second one
+    # Seconds of each pass; in the third round the second engine has no second one.
+    clocks = {"rorqual": iter([4.0, 1.0, 4.0, 2.0, 4.0, 1.0]), "another": iter([5.0, 2.0, 5.0, 2.0, 5.0])}
 
-    def serve(seed: int, until: float) -> serving.Served | None:
-        seconds = next(clock, None)
+    def serve(name: str, seed: int, until: float) -> serving.Served | None:
+        seconds = next(clocks[name], None)
         return seconds and serving.Served(seconds, None, 100, 10, 5, [0.1, 0.2], [0.01, 0.02])  # type: ignore[return-value]
 
     said: list[str] = []
-    (row,), count = serving.rounds({"rorqual": serve}, 3, 60, True, said.append)
+    (row, other), count = serving.rounds({name: partial(serve, name) for name in clocks}, 3, 60, True, said.append)
     assert count == 2 and row["tokens/s"] == 75 and row["tokens/s when new"] == 25
-    assert "25 when its shapes were new" in said[0] and "cut short" in said[2]
+    assert list(other) == list(row) and other["tokens/s when new"] == 20
+    assert "25 when its shapes were new" in said[0] and "cut short" in said[5]
 
 
 def test_a_slow_moment_does_not_lower_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
