@@ -489,7 +489,7 @@ def _coerce_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
 
 # ---- models by name ----------------------------------------------------------------------------------------------
 
-DEFAULT_MODEL = "rorqual-nano"
+DEFAULT_MODEL = "rorqual-mini"
 
 
 def models_dir() -> Path:

@@ -40,6 +40,7 @@ def main() -> None:
     ]
     sections += [_load(r) for r in results if r["kind"] == "load"]
     titles = {
+        "bundled model": "The bundled model beside its teacher, on held-out text, chat and books",
         "ready": "Starting: seconds and memory beyond `import torch`",
         "serve": "Continuous batching: all requests at once",
         "attention": "Decoding attention over latent pages, 512 + 64 numbers a token",

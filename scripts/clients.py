@@ -183,7 +183,7 @@ def judge_edit(printed: str, scripted: bool) -> None:
 
 
 def judge_write(printed: str, scripted: bool) -> None:
-    """Continue's two runs: a file by way of a tool, for which the bundled model has no room, and a question."""
+    """Continue's two runs: a file by way of a tool, which the bundled model is too small to use, and a question."""
     lines = [line for line in printed.splitlines() if line.strip()]
     wanted = [SAID, SAID, SAID]  # after the tool, in the file, and to the question
     assert lines == wanted if scripted else len(" ".join(lines)) > 20, f"not the answers: {printed!r}"

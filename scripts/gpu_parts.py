@@ -51,6 +51,8 @@ def _test(
 
 DECODE = "decode --model bench-gpu --prompt 512 --new 128 --rounds 3 --deterministic --overlap"
 
+PREFILL = "prefill --model bench-gpu --batch 16 --prompt 2048 --rounds 3"
+
 PARITY = "python runs/fp8-parity/compare.py"
 
 RECORDS = [  # in the order of what is least known
@@ -61,7 +63,7 @@ RECORDS = [  # in the order of what is least known
         "training", "train-v3-16b", 55,
         "train --model v3-16b --num-layers 4 --batch 4 --seq-len 4096 --precision bf16 --precision fp8 --no-peer --rounds 4",
     ),
-    _timed("engine", "prefill", 50, "prefill --model bench-gpu --batch 16 --prompt 2048 --rounds 3 --prompt-graphs"),
+    _timed("engine", "prefill", 60, f"{PREFILL} --prompt-graphs --deterministic"),
     _timed("engine", "layers", 40, "layer --model deepseek-v3 --no-peer"),
     _large(4096, "bfloat16", 30),
     _large(4096, "fp8", 30),

@@ -175,7 +175,7 @@ def bundled(browser: Browser, url: str, picture: Path) -> None:
     page.get_by_test_id("parameters-button").click()
     page.get_by_test_id("temperature").fill("0")
     page.keyboard.press("Escape")
-    ask(page, "Who are you?")
+    ask(page, "What is photosynthesis?")
     page.get_by_test_id("deepthink").click()
     ask(page, "What is 47 + 38?")
     toggle = page.get_by_test_id("thinking-toggle").last

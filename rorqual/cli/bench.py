@@ -216,7 +216,7 @@ def ready(
 
     Example:
 
-        rorqual bench ready --model rorqual-nano --dtype int8
+        rorqual bench ready --model rorqual-mini --dtype int8
     """
     from rorqual.cli import benchmarks as b
     from rorqual.cli import starting

@@ -32,7 +32,8 @@ from rorqual.train.hardware import peak_flops
 
 
 def peer_model(cfg: ModelConfig, dtype: torch.dtype, device: str, source: str | None = None) -> Any:
-    """transformers' model of a configuration (random weights) or of a directory."""
+    """transformers' model of a configuration (random weights) or of a directory. Raises BackendUnavailable for one that it
+    cannot load."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -40,7 +41,11 @@ def peer_model(cfg: ModelConfig, dtype: torch.dtype, device: str, source: str | 
     if device.startswith("cuda"):
         options["experts_implementation"] = "grouped_mm"
     if source is not None:
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+        try:
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+        except Exception as error:  # a packed embedding fails deep inside
+            remedy = "leave it out with --no-peer, or `rorqual convert --to bf16`"
+            raise BackendUnavailable(f"transformers cannot load {source}: {error}", remedy=remedy) from error
         return loaded.to(device)
     keys = {k: v for k, v in cfg.to_json().items() if k not in ("architectures", "model_type", "quantization_config")}
     peer = transformers.DeepseekV3ForCausalLM._from_config(transformers.DeepseekV3Config(**keys), **options)

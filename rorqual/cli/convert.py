@@ -40,9 +40,9 @@ def convert(
 
         rorqual convert DeepSeek-V3 DeepSeek-V3-bf16 --to bf16
 
-        rorqual convert rorqual-nano out/bf16 --to bf16 --text README.md
+        rorqual convert rorqual-mini out/bf16 --to bf16 --text README.md
 
-        rorqual convert rorqual-nano out/model.gguf --to gguf --gguf-type q8_0
+        rorqual convert rorqual-mini out/model.gguf --to gguf --gguf-type q8_0
     """
     from rorqual.checkpoint.convert import TARGETS
     from rorqual.checkpoint.convert import convert as run

@@ -20,7 +20,7 @@ def handoff(
 
     Examples:
 
-        rorqual handoff rorqual-nano
+        rorqual handoff rorqual-mini
 
         rorqual handoff /models/DeepSeek-V3 --gpu-gb 141
 

@@ -30,7 +30,7 @@ def inspect(
 
         rorqual inspect deepseek-v3
 
-        rorqual inspect rorqual-nano --json
+        rorqual inspect rorqual-mini --json
 
         rorqual inspect kimi-k2 --svg kimi-k2.svg
     """

@@ -37,7 +37,7 @@ def lint(
 
     Examples:
 
-        rorqual lint rorqual-nano
+        rorqual lint rorqual-mini
 
         rorqual lint /models/my-v3 --engine vllm
 

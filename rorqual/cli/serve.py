@@ -82,7 +82,7 @@ def serve(
 
         rorqual serve --dtype int8 --cache-dir ~/.cache/rorqual/pages
 
-        rorqual serve --alias deepseek-chat=rorqual-nano:plain --alias deepseek-reasoner=rorqual-nano:thinking
+        rorqual serve --alias deepseek-chat=rorqual-mini:plain --alias deepseek-reasoner=rorqual-mini:thinking
 
         rorqual serve --upstream http://gpu-box:8000 --upstream-key secret
 

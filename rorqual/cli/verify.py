@@ -62,7 +62,7 @@ def verify(
 
     Examples:
 
-        rorqual verify rorqual-nano --against transformers
+        rorqual verify rorqual-mini --against transformers
 
         rorqual verify out/int4 --against llama.cpp --peer-python ~/llama/bin/python
 

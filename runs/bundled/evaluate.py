@@ -19,6 +19,7 @@ import torch
 
 from rorqual.checkpoint import load_model
 from rorqual.checkpoint.hf import DTYPES
+from rorqual.cli.bench_report import environment
 from rorqual.config import load_toml
 from rorqual.data.packing import PackedStream
 from rorqual.data.shards import Reader
@@ -81,6 +82,7 @@ def main() -> None:
     expansion = Expansion(table, vocab, device)
     data = {name: PackedStream([Reader(path)], o.seq_len, seed=0) for name, path in pairs(o.shards).items()}
     result: dict[str, Any] = {"dtype": o.dtype, "rows": o.rows, "seq_len": o.seq_len, "models": {}}
+    result["environment"] = environment(str(device))
     for name, path in {"teacher": None, **models}.items():
         model = None if path is None else load_model(path, dtype, device, dequantize=True)
         result["models"][name] = {

@@ -16,6 +16,7 @@ fi
 [ -f $out/site.tar.xz ] || tar -C $out --exclude=__pycache__ -cJf $out/site.tar.xz site
 if [ ! -f $out/text-b.tar.xz ] || [ ! -f $out/text/prose-datasets-sotu.jsonl ]; then
   "$python" runs/nano/corpus.py --out $out/text --max-mb 75
+  rm -f $out/text/datasets-*.jsonl # literature had these names once
   "$python" runs/bundled/literature.py $out/text
   "$python" runs/bundled/halves.py $out/text $out/text-a $out/text-b
   for half in a b; do tar -C $out -cf - text-$half | xz -9e > $out/text-$half.tar.xz; done

@@ -58,7 +58,8 @@ rates() { # RUN: what `first` and `second` plan by
   rate "$out/$1/metrics.jsonl" 0.35 > "$kept/rate"; rate "$out/$1/metrics.jsonl" 1 > "$kept/rate-rounded"
 }
 metered() { # notes the GPU's power each second until this step ends
-  command -v nvidia-smi > /dev/null || return 0
+  command -v nvidia-smi > /dev/null && [ -z "${METERED:-}" ] || return 0
+  export METERED=1 # so that a step within this one does not note it again
   nvidia-smi -i "$ours" --query-gpu=power.draw --format=csv,noheader,nounits -l 1 >> "$out/power.csv" 2> /dev/null &
   trap "kill $! 2> /dev/null || true" EXIT
 }
@@ -133,7 +134,7 @@ case $step in
   back) # the newest weights in pieces and the notes, to $OUT
     $me ship | tail -n 1; $me pack "${OUT:-$out/back}"; notes ;;
   ready) # SECONDS: the source, its writing of that time, the conversion, everything tokenised
-    $me source; $me text; say "source and text are there"
+    metered; $me source; $me text; say "source and text are there"
     ($me lessons > "$out/lessons.log" 2>&1 & lessons=$!
      $me convert > "$out/convert.log" 2>&1; wait $lessons
      prepare text "$data/text" --val-fraction "${VAL:-0.005}"; prose; prepare lessons "$out/lessons.jsonl" --val-fraction 0.01

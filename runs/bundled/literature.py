@@ -117,12 +117,13 @@ def documents(parts: list[str]) -> list[str]:
         pieces[-1].append(part)
         size += len(part)
     if len(pieces) > 1 and size < SHORT // 4:
-        pieces[-2] += pieces.pop()
+        last = pieces.pop()
+        pieces[-1] += last
     return ["\n\n".join(piece) for piece in pieces if piece]
 
 
 def decoded(data: bytes) -> str:
-    """Some of the older files are of Latin-1."""
+    """Some of the older files are in Windows' Latin letters."""
     try:
         return data.decode()
     except UnicodeDecodeError:
@@ -149,7 +150,7 @@ def read(package: Package) -> dict[str, str]:
 
 
 def texts(package: Package, seen: set[int]) -> tuple[list[str], int]:
-    """Documents, and how many paragraphs were left out for her sake; long paragraphs that an earlier package has are gone too."""
+    """Documents, and how many paragraphs AUSTEN left out; long paragraphs that an earlier package has are gone too."""
     found: list[str] = []
     left_out = 0
     for text in read(package).values():

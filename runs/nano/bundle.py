@@ -1,6 +1,6 @@
 """From a finished run to the bundled model: shards small enough for git, an exam, a loss curve and the model card.
 
-    python runs/nano/bundle.py --run out/nano --exam data/nano/exam.jsonl --out models/rorqual-nano
+    python runs/nano/bundle.py --run out/nano --exam data/nano/exam.jsonl --out out/nano/rorqual-nano
 
 Everything in the card is computed here from the run's own records; nothing is typed in by hand but the prose.
 """
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--exam", type=Path, default=Path("data/nano/exam.jsonl"))
     parser.add_argument("--licences", type=Path, default=Path("data/nano/text/LICENSES.json"))
     parser.add_argument("--teacher", type=Path, default=Path("data/nano/dialogues/stats.json"))
-    parser.add_argument("--out", type=Path, default=Path("models/rorqual-nano"))
+    parser.add_argument("--out", type=Path, default=Path("out/nano/rorqual-nano"))
     parser.add_argument("--hardware", default="NVIDIA H200")
     parser.add_argument(
         "--versions", default="", help='for the record, like {"torch": "2.11.0", "commit": "abc", "date": "2026-11-24"}'
@@ -161,7 +161,7 @@ library_name: rorqual
 
 A chat model of {total / 1e6:.1f} M parameters ({active / 1e6:.1f} M active on a token, and {mtp / 1e6:.1f} M of a multi-token-prediction module)
 in DeepSeek-V3's architecture, trained from scratch by this repository's own commands in {(pre["seconds"] + sft["seconds"]) / 60:.0f} minutes
-of one {record["hardware"]}. It is the first edition: it shows the whole path working, and a stronger one will replace it.
+of one {record["hardware"]}.
 
 **It can** hold short, friendly, simple English conversations, answer easy questions, write a few sentences, and do small
 sums and word puzzles, clearly better with DeepThink on. **It cannot** be trusted with facts: it has read little and

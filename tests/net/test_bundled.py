@@ -141,7 +141,8 @@ def test_thinking_comes_first_and_apart(bundled: Serving) -> None:
 
 
 def test_it_knows_its_name_and_adds_when_it_thinks(bundled: Serving) -> None:
-    name = stream(bundled.client(), said("Who are you?"), max_tokens=400)
+    """Asked who it is, too, it must think first."""
+    name = stream(bundled.client(), said("Who are you?"), thinking=True, max_tokens=400)
     assert "rorqual" in "".join(texts(name)).lower() and name[-2].choices[0].finish_reason == "stop"
     total = stream(bundled.client(), said("What is 12 + 35?"), thinking=True, max_tokens=700)
     assert "47" in "".join(texts(total, "reasoning_content")) and "47" in "".join(texts(total))

@@ -13,6 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 from rorqual.cli.main import app as cli
+from rorqual.conformance.openai import checked_call
+from rorqual.conformance.probe import Failed
 from rorqual.conformance.server import CHECKS, Line, grade, summary
 from rorqual.data.special import END_THINK
 from rorqual.data.tokenizer import Tokenizer
@@ -280,6 +282,18 @@ def test_a_plausible_server_fails_where_it_ignores_what_it_was_asked_for(plausib
 )
 def test_each_fault_fails_its_own_lines(fake: Callable[[], Plausible], wrong: set[str], plausible: set[str]) -> None:
     assert failures(fake()) - plausible == wrong
+
+
+@pytest.mark.parametrize(("calls", "tokens", "passes"), [(2, 200, True), (1, 200, False), (2, 60, False)])
+def test_only_a_model_that_calls_until_it_is_cut_may_be_cut(calls: int, tokens: int, passes: bool) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "paint", "arguments": '{"colour": "red", "count": 1}'}}
+    choice = {"message": {"role": "assistant", "tool_calls": [call] * calls}, "finish_reason": "length"}
+    answer = {"choices": [choice], "usage": {"completion_tokens": tokens}}
+    if passes:
+        assert checked_call(answer).startswith("paint(")
+        return
+    with pytest.raises(Failed, match="finish_reason is 'length'"):
+        checked_call(answer)
 
 
 def test_the_command_line(tokenizer: Tokenizer) -> None:

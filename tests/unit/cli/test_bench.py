@@ -13,12 +13,13 @@ import torch
 
 from rorqual.checkpoint import save_model
 from rorqual.cli import serving
-from rorqual.cli.benchmarks import Weights
+from rorqual.cli.benchmarks import Weights, peer_model
 from rorqual.cli.main import main
 from rorqual.config import DEFAULT_MODEL, ModelConfig, resolve_model
 from rorqual.engine.api import Output
 from rorqual.engine.core import EngineCore
 from rorqual.engine.scheduler import Job, Scheduler
+from rorqual.errors import BackendUnavailable
 from rorqual.model.transformer import Transformer
 from rorqual.train import hardware
 
@@ -117,6 +118,12 @@ def test_what_deterministic_costs_is_measured_in_the_same_run(tmp_path: Path) ->
     code, result = bench(tmp_path, "decode", *few, "--deterministic")
     assert code == 0 and list(result["engines"]) == ["rorqual", "rorqual deterministic"]
     assert all(len(engine["runs"]) == 2 for engine in result["engines"].values())
+
+
+def test_a_peer_that_cannot_load_the_model_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(BackendUnavailable, match=r"transformers cannot load .*--no-peer"):
+        peer_model(ModelConfig.load("test"), torch.float32, "cpu", str(tmp_path))
 
 
 def test_serving_counts_whole_rounds(tmp_path: Path) -> None:

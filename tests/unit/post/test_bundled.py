@@ -182,3 +182,12 @@ def test_the_card_says_what_holds_and_what_was_missed(tmp_path: Path, again: boo
     assert ("**missed**" in text) == (chat > 5.25) and text.count("holds |") == (6 if chat > 5.25 else 7)
     assert ("Healing once more" in text) == again and "> I am\n> Rorqual." in text and "+20.0%" not in text
     assert "better with DeepThink on" in text and "12 Wh" in text and "| rorqual | 61 tokens/s |" in text
+
+
+def test_the_pieces_of_a_book_are_the_book() -> None:
+    documents = script("literature").documents
+    for tail in (100, 3_000):  # too short for a piece of its own, or not
+        book = [f"{i} " + "word " * 1_000 for i in range(9)] + ["CHAPTER II", "so it goes " * (tail // 11)]
+        pieces = documents(book)
+        assert "\n\n".join(pieces) == "\n\n".join(book) and len(pieces) == (3 if tail > 2_000 else 2)
+        assert documents(book[:1]) == book[:1]
