@@ -8,7 +8,7 @@ one CUDA graph replayed `length` times, with nothing to refill and no prompt to 
 like spoken ones. A row whose script is used up goes on with questions that the teacher asks itself. Texts are cut into
 conversations in other processes while the next wave runs.
 
-What is kept: whole turns, up to the first answer that repeats itself. Plain text starts from a few words of real text, or
+What is kept: whole turns, up to the first answer that repeats itself or says who the teacher is. Plain text starts from a few words of real text, or
 from first words of many kinds (`openings.py`).
 Compiled attention and the network are `runs/nano/teacher.py`'s.
 """
@@ -43,6 +43,12 @@ SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 SPEAK, END = -1, -2
 STARTS = ["", "", "", "What", "How", "Can you", "Why", "I", "Tell me", "Is", "Explain", "Write", "Give me", "Who", "My"]
 TURN = re.compile(r"<\|im_start\|>(system|user|assistant)\n(.*?)<\|im_end\|>", re.DOTALL)
+SELF = re.compile(
+    r"\bmy name is\b|\bI(?:'m| am) (?:an?|the|your|just an?) (?:[\w-]+ ){0,4}(?:AI|assistant|chatbot|language model|program)\b"
+    r"|SmolLM|Hugging Face",
+    re.IGNORECASE,
+)
+"""Who the teacher says it is; the student is to say who *it* is, which lessons teach."""
 SPECIALS = 17
 """Ids below are special tokens; the teacher may say only the two that end something."""
 
@@ -191,7 +197,7 @@ def conversation(text: str) -> list[dict[str, str]]:
     messages: list[dict[str, str]] = []
     for (asks, question), (answers, answer) in zip(turns[::2], turns[1::2], strict=False):
         good = (asks, answers) == ("user", "assistant") and question.strip() and answer.strip()
-        if not good or repeats(answer) or repeats(question):
+        if not good or repeats(answer) or repeats(question) or SELF.search(answer):
             break
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return messages

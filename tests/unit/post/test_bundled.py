@@ -191,3 +191,18 @@ def test_the_pieces_of_a_book_are_the_book() -> None:
         pieces = documents(book)
         assert "\n\n".join(pieces) == "\n\n".join(book) and len(pieces) == (3 if tail > 2_000 else 2)
         assert documents(book[:1]) == book[:1]
+
+
+@pytest.mark.parametrize(
+    ("answer", "kept"),
+    [
+        ("It is Paris.", 2),
+        ("I'm a helpful AI assistant.", 1),
+        ("My name is Elena.", 1),
+        ("I am a fan of assistants.", 2),
+    ],
+)
+def test_a_conversation_ends_where_the_teacher_says_who_it_is(answer: str, kept: int) -> None:
+    turns = [("user", "Hello!"), ("assistant", "Hello there."), ("user", "And?"), ("assistant", answer)]
+    row = "".join(f"<|im_start|>{role}\n{said}<|im_end|>\n" for role, said in turns)
+    assert len(script("generate").conversation(row)) == 2 * kept
