@@ -38,8 +38,8 @@ COPY = re.compile(r"\.embed_tokens\.|\.shared_head\.head\.")
 
 
 APART = re.compile(r"\.(o_proj|kv_a_proj_with_mqa|kv_b_proj)\.|norm|\.mlp\.gate\.|^model\.layers\.30\.")
-"""What more healing could change alone, a fifth of it all: attention but its queries, norms, gates, the MTP module. In a file of
-its own it can be replaced without the rest, and a repository keeps every file that it ever had."""
+"""A fifth of it all, in a file of its own: attention but its queries, norms, gates, the MTP module. Healing of these alone would
+replace one file, and a repository keeps every file that it ever had."""
 
 
 def read(folder: Path) -> dict[str, Tensor]:
