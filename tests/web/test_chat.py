@@ -56,7 +56,8 @@ def test_stop_keeps_what_came_and_continue_goes_on_from_there(page: Page, world:
     expect(answer).to_contain_text("word20")
     page.keyboard.press("Escape")
     expect(answer).to_have_attribute("data-status", "stopped")
-    words = re.findall(r"word\d+", answer.get_by_test_id("answer-text").inner_text())
+    # The last one may be cut in the middle: a tokenizer may have a token for each digit.
+    words = re.findall(r"word\d+(?= )", answer.get_by_test_id("answer-text").inner_text())
     assert words[:15] == [f"word{n}" for n in range(15)] and len(words) == len(set(words)), "words lost or doubled"
     expect(page.get_by_test_id("answer")).to_have_count(1)
 
