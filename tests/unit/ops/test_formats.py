@@ -80,8 +80,28 @@ def test_integers_are_within_the_formats_error(bits: int) -> None:
     weight, form = torch.randn(48, 96), PackedIntegers(bits)
     parts = form.pack(weight)
     step = parts["weight_scale"].float().repeat_interleave(32, 1)
-    # Half a step, and at the ends of the range what rounding the scale to bf16 cuts off.
-    assert ((form.dense(parts, torch.float32) - weight).abs() <= step * (0.5 + 2 ** (bits - 1) * 2**-8) + 1e-9).all()
+    # Half a step, and at the ends of the range what rounding the scale to bf16 cuts off, or at eight steps of four bits one.
+    steps = 0.5 if bits == 8 else 1.0
+    assert ((form.dense(parts, torch.float32) - weight).abs() <= step * (steps + 2 ** (bits - 1) * 2**-8) + 1e-9).all()
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 300.0])
+def test_four_bits_err_no_more_than_one_fixed_scale_would_and_twice_not_at_all(spread: float) -> None:
+    weight, form = spread * torch.randn(64, 256), PackedIntegers(4)
+    parts = form.pack(weight)
+    rounded = form.dense(parts, torch.float32)
+    tiles = weight.unflatten(-1, (-1, 32))
+    fixed = (tiles.abs().amax(-1, keepdim=True) / 7.5).to(torch.bfloat16).float()
+    plain = (tiles / fixed).round().clamp(-8, 7) * fixed
+
+    def errors(values: torch.Tensor) -> torch.Tensor:
+        return (values.unflatten(-1, (-1, 32)) - tiles).square().sum(-1)
+
+    assert (errors(rounded) <= errors(plain.flatten(-2)) * (1 + 1e-6)).all()
+    assert errors(rounded).sum() < 0.95 * errors(plain.flatten(-2)).sum()
+    assert all(torch.equal(a, b) for a, b in zip(form.pack(rounded).values(), parts.values(), strict=True))
+    # Also what one fixed scale made, for files written so.
+    assert torch.equal(form.dense(form.pack(plain.flatten(-2)), torch.float32), plain.flatten(-2))
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=lambda f: f.name)
