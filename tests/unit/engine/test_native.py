@@ -112,16 +112,18 @@ def test_absorbed_attention_over_pages_agrees_with_the_paged_torch_path() -> Non
     assert error(h, want[0]) < BOUND
 
 
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("to", ["bf16", "fp8", "int8", "int4"])
 @torch.inference_mode()
-def test_stored_formats(to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stored_formats(to: str, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A converted checkpoint, packed as it is stored, against torch over the same weights. Integer weights round the
     activations to eight bits, and W_UK and W_UV to bf16; the reference is made to do the same. Still a difference in the
-    last bit can turn a rounding, and one turned rounding turns others: so one layer, and two bounds."""
+    last bit can turn a rounding, and one turned rounding turns others, at worst a router's choice: so one layer, bounds
+    for every row but a few, and several draws."""
     width = {"moe_intermediate_size": 64, "intermediate_size": 160, "hidden_size": 96, "q_lora_rank": 64}
     if to.startswith("int"):
         width |= {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}
-    save_model(drawn(**width), tmp_path / "plain")
+    save_model(drawn(seed, **width), tmp_path / "plain")
     convert(tmp_path / "plain", tmp_path / to, to=to)
     reference = load_model(tmp_path / to, dtype="float32")
     if to.startswith("int"):
@@ -142,9 +144,7 @@ def test_stored_formats(to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert native.name == {"bf16": "bfloat16"}.get(to, to)
     rows = ((h - want[0]).norm(dim=-1) / want[0].norm(dim=-1)).sort().values
     assert rows[len(rows) // 10] < 1e-4, "rows before the first turned rounding agree"
-    if not to.startswith("int"):
-        assert rows[-1] < 2e-5
-    assert error(h, want[0]) < 0.05
+    assert rows[-1 - len(rows) // 20] < 0.05 if to.startswith("int") else rows[-1] < 2e-5
 
 
 @torch.inference_mode()
