@@ -8,8 +8,8 @@ one CUDA graph replayed `length` times, with nothing to refill and no prompt to 
 like spoken ones. A row whose script is used up goes on with questions that the teacher asks itself. Texts are cut into
 conversations in other processes while the next wave runs.
 
-What is kept: whole turns, up to the first answer that repeats itself or says who the teacher is. Plain text starts from a few words of real text, or
-from first words of many kinds (`openings.py`).
+What is kept: whole turns, up to the first answer that repeats itself or says who the teacher is. Plain text starts from
+a few words of real text, literature as often as not, or from first words of many kinds (`openings.py`).
 Compiled attention and the network are `runs/nano/teacher.py`'s.
 """
 

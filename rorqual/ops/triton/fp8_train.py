@@ -124,8 +124,8 @@ def _block_kernel(w, codes, codes_t, scales, N, K, stride_we, GN, GK, ROUND: tl.
     inside = (n < N)[:, None] & (k < K)[None, :]
     n64, k64 = n.to(tl.int64), k.to(tl.int64)
     value = tl.load(w + e * stride_we + n64[:, None] * K + k[None, :], mask=inside, other=0.0).to(tl.float32)
-    # The largest of the block once for each row and once for each column, and codes from either: Triton 3.6 gets wrong on an
-    # H200 what is reduced to one number, and one of the stores of codes that are stored as they lie and transposed.
+    # The largest of the block once for each row and once for each column, and codes from either: on an H200 with Triton 3.6
+    # every form that was tried with one computation for both was wrong in some shape. Why is not known.
     rows = tl.max(tl.abs(value), 1)
     scale = _scale(tl.max(tl.broadcast_to(rows[None, :], (128, 128)), 1), False, ROUND)
     code = _codes(value, scale[:, None], False, ROUND).to(codes.dtype.element_ty)
