@@ -88,6 +88,25 @@ def test_answering_again_and_editing_make_branches(page: Page) -> None:
     expect(page.get_by_test_id("question")).to_have_count(1)
 
 
+def test_what_is_pressed_while_an_answer_grows_is_what_is_released(page: Page) -> None:
+    """The page follows the answer, but not from under a pressed pointer."""
+    page.set_viewport_size({"width": 1280, "height": 560})
+    ask(page, "first question")
+    page.get_by_test_id("input").focus()
+    page.keyboard.press("ArrowUp")
+    page.get_by_test_id("edit-input").fill("slow one")
+    page.get_by_test_id("edit-send").click()
+    question, answer = page.get_by_test_id("question"), page.get_by_test_id("answer")
+    expect(answer).to_contain_text("word60 ")
+    box = question.get_by_test_id("sibling-previous").bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    expect(answer).to_contain_text("word120 ")
+    page.mouse.up()
+    expect(question).to_contain_text("first question")
+
+
 def test_a_cut_answer_says_so_and_goes_on(page: Page) -> None:
     page.get_by_test_id("parameters-button").click()
     page.get_by_test_id("max-tokens").fill("20")

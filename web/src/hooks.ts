@@ -81,7 +81,8 @@ const NEAR_PX = 48;
 const BY_HAND_MS = 700;
 
 /** Keeps a scrolling box at its end while its content grows, until the person scrolls up. Only what follows a
- *  wheel, a touch, a key or a pointer counts as the person's: the list corrects its place by itself too. */
+ *  wheel, a touch, a key or a pointer counts as the person's: the list corrects its place by itself too. While a
+ *  pointer is pressed the box keeps still: what it was pressed on must be there when it is released. */
 export function useFollow(key: unknown): {
   box: RefObject<HTMLDivElement | null>;
   content: RefObject<HTMLDivElement | null>;
@@ -116,7 +117,18 @@ export function useFollow(key: unknown): {
     const touch = () => void (touched = performance.now());
     for (const kind of ["wheel", "touchmove", "keydown"] as const) el.addEventListener(kind, touch, hands);
     el.addEventListener("pointerdown", () => void (held = true), hands);
-    window.addEventListener("pointerup", () => void ((held = false), touch()), hands);
+    const keepEnd = () => {
+      if (follow.current && !held) el.scrollTop = el.scrollHeight;
+    };
+    const release = () => {
+      if (!held) return;
+      held = false;
+      touch();
+      setTimeout(keepEnd); // after the click, which goes where the pointer is
+    };
+    for (const kind of ["pointerup", "pointercancel"] as const) window.addEventListener(kind, release, hands);
+    // A scrollbar or a menu of the browser may keep the release for itself.
+    window.addEventListener("pointermove", (event) => void (event.buttons === 0 && release()), hands);
     const scrolled = () => {
       const left = el.scrollHeight - el.clientHeight - el.scrollTop;
       const byHand = held || performance.now() - touched < BY_HAND_MS;
@@ -124,9 +136,7 @@ export function useFollow(key: unknown): {
       else if (byHand && el.scrollTop < top && left > 2) set(false);
       top = el.scrollTop;
     };
-    const grown = new ResizeObserver(() => {
-      if (follow.current) el.scrollTop = el.scrollHeight;
-    });
+    const grown = new ResizeObserver(keepEnd);
     el.addEventListener("scroll", scrolled, hands);
     grown.observe(content.current);
     grown.observe(el);
