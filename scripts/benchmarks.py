@@ -29,6 +29,15 @@ def main() -> None:
         for r in results
         if r["kind"] == "training layers"
     ]
+    sections += [
+        _rows(r | {"rows": [row for row in r["rows"] if ("product" in row) == of_products]}, title.format(**r))
+        for r in results
+        if r["kind"] == "training products"
+        for of_products, title in (
+            (True, "Single products of {model}'s training, {tokens} tokens: microseconds and relative errors"),
+            (False, "Quantising for {model}'s training, {tokens} tokens: microseconds and bytes a second"),
+        )
+    ]
     sections += [_fp8_parity(r) for r in results if r["kind"] == "fp8 parity"]
     sections += [
         _rows(r, "Products with FP8 weights: microseconds of x W^T, and relative errors")

@@ -63,6 +63,7 @@ RECORDS = [  # in the order of what is least known
         "training", "train-v3-16b", 55,
         "train --model v3-16b --num-layers 4 --batch 4 --seq-len 4096 --precision bf16 --precision fp8 --no-peer --rounds 4",
     ),
+    _timed("training", "train-products", 40, "train --products v3-16b --batch 4 --seq-len 4096"),
     _timed("engine", "prefill", 60, f"{PREFILL} --prompt-graphs --deterministic"),
     _timed("engine", "layers", 40, "layer --model deepseek-v3 --no-peer"),
     _large(4096, "bfloat16", 30),
@@ -115,7 +116,7 @@ PARTS: list[Part] = [*RECORDS, *TESTS]
 
 SMALL = {
     "--device": "cpu", "--batch": "2", "--prompt": "24", "--new": "4", "--rounds": "1", "--seq-len": "16",
-    "--num-layers": "1", "--layers": "test", "--minutes": "0.03",
+    "--num-layers": "1", "--layers": "test", "--products": "test", "--minutes": "0.03",
 }  # fmt: skip
 ADDED = {
     "serve": "--requests 3", "mtp": "--prompts 1 --new 4", "soak-bundled": "--threads 1",

@@ -19,14 +19,21 @@ def train(
     micro_batch: Annotated[int, typer.Option(help="Sequences a micro-batch; 0 means all.")] = 0,
     seq_len: Annotated[int, typer.Option(help="Tokens a sequence.")] = 512,
     precision: Annotated[
-        list[str] | None, typer.Option(help="fp32, bf16, fp8; several at once. Default bf16 on a GPU, fp32 on a CPU.")
+        list[str] | None,
+        typer.Option(
+            help="fp32, bf16, fp8, or fp8/BACKEND for one way of its products (triton, scaled_mm, hopper, expanded); "
+            "several at once. Default bf16 on a GPU, fp32 on a CPU; --layers: bf16 and fp8."
+        ),
     ] = None,
     num_layers: Annotated[int, typer.Option(help="So many layers of the model only, as many as fit; 0: all.")] = 0,
     compile: Annotated[bool, typer.Option(help="Compile the blocks in place of our kernels.")] = False,
     graph: Annotated[bool, typer.Option(help="On a GPU, run forward and backward as one captured CUDA graph.")] = True,
     moments: Annotated[str, typer.Option(help="Of our AdamW: bfloat16, as published, or float32.")] = "bfloat16",
     layers: Annotated[
-        str, typer.Option(help="In place of steps: forward and backward of single layers of this preset, bf16 and FP8.")
+        str, typer.Option(help="In place of steps: forward and backward of single layers of this preset.")
+    ] = "",
+    products: Annotated[
+        str, typer.Option(help="In place of steps: single products of this preset's layers, bf16 and every way of FP8.")
     ] = "",
     rounds: Annotated[
         int, typer.Option(help="Rounds; the engines take turns in each, medians are reported.", min=1)
@@ -48,9 +55,19 @@ def train(
 
     from rorqual.config import ModelConfig
     from rorqual.errors import ConfigError
+    from rorqual.ops.fp8_train import fp8_products
 
+    for kind in precision or []:
+        name, slash, backend = kind.partition("/")
+        if name not in ("fp32", "bf16", "fp8") or (slash and name != "fp8"):
+            raise typer.BadParameter(f"{kind!r} is not one of fp32, bf16, fp8, fp8/BACKEND", param_hint="--precision")
+        if slash:
+            fp8_products.get(backend)
     if layers:
-        _layers(ModelConfig.load(layers), layers, device, batch, seq_len, json_file)
+        _layers(ModelConfig.load(layers), layers, device, batch, seq_len, precision or ["bf16", "fp8"], json_file)
+        return
+    if products:
+        _products(ModelConfig.load(products), products, device, batch * seq_len, json_file)
         return
     cfg = ModelConfig.load(model)
     if num_layers:
@@ -58,8 +75,6 @@ def train(
             raise ConfigError(f"{model} has {cfg.num_hidden_layers} layers, not {num_layers}")
         cfg = cfg.replace(num_hidden_layers=num_layers)
     kinds = precision or (["bf16"] if device.startswith("cuda") else ["fp32"])
-    if unknown := set(kinds) - {"fp32", "bf16", "fp8"}:
-        raise typer.BadParameter(f"{unknown.pop()!r} is not one of fp32, bf16, fp8", param_hint="--precision")
     shape = batch, micro_batch or batch, seq_len
     facts = {"model": model, "layers": cfg.num_hidden_layers, "batch": batch, "seq_len": seq_len, "compile": compile}
     _steps(cfg, torch.device(device), shape, kinds, (compile, graph, moments), rounds, peer, facts, json_file)
@@ -92,11 +107,22 @@ def _steps(cfg, device, shape, kinds, how, rounds, peer, facts, json_file) -> No
     report("train", facts, rates, peak / flops, source, device.type, json_file, more)
 
 
-def _layers(cfg, name, device, batch, seq_len, json_file) -> None:  # type: ignore[no-untyped-def]
+def _layers(cfg, name, device, batch, seq_len, kinds, json_file) -> None:  # type: ignore[no-untyped-def]
     from rorqual.cli import train_layers
 
-    rows = train_layers.table(cfg, device, batch, seq_len)
+    rows = train_layers.table(cfg, device, batch, seq_len, kinds)
     print_rows(f"layers of {name}, forward and backward of {batch} x {seq_len} tokens, microseconds", rows)
     if json_file is not None:
         result = {"kind": "training layers", "model": name, "batch": batch, "seq_len": seq_len, "rows": rows}
+        json_file.write_text(json.dumps(result | {"environment": environment(device)}, indent=1) + "\n")
+
+
+def _products(cfg, name, device, tokens, json_file) -> None:  # type: ignore[no-untyped-def]
+    from rorqual.cli import train_products
+
+    rows = train_products.table(cfg, device, tokens)
+    print_rows(f"products of {name} in training, {tokens} tokens, microseconds", [r for r in rows if "product" in r])
+    print_rows("quantising for them, microseconds", [r for r in rows if "product" not in r])
+    if json_file is not None:
+        result = {"kind": "training products", "model": name, "tokens": tokens, "rows": rows}
         json_file.write_text(json.dumps(result | {"environment": environment(device)}, indent=1) + "\n")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,17 +24,24 @@ QUANTISING = ("_tile_kernel", "_block_kernel", "_e5m6")
 ATTENTION = ("cudnn", "flash", "fmha", "sdpa", "attention")
 
 
-def table(cfg: ModelConfig, device: str, batch: int, seq_len: int, rounds: int = 10) -> list[dict[str, Any]]:
-    """One row for each kind of layer and precision."""
+def table(
+    cfg: ModelConfig,
+    device: str,
+    batch: int,
+    seq_len: int,
+    precisions: Sequence[str] = ("bf16", "fp8"),
+    rounds: int = 10,
+) -> list[dict[str, Any]]:
+    """One row for each kind of layer and precision; the first one is what the others are compared with."""
     rows = []
     kinds = {"dense": 1, "moe": 0} if cfg.first_k_dense_replace else {"moe": 0}
     for kind, dense in kinds.items():
         one = cfg.replace(num_hidden_layers=1, first_k_dense_replace=dense, num_nextn_predict_layers=0, vocab_size=128)
         base = 0.0
-        for precision in ("bf16", "fp8"):
+        for precision in precisions:
             row = {"layer": kind, "precision": precision, **_measure(one, precision, device, batch, seq_len, rounds)}
             base = base or row["microseconds"]
-            rows.append(row | {"bf16 / this": base / row["microseconds"]})
+            rows.append(row | {f"{precisions[0]} / this": base / row["microseconds"]})
     return rows
 
 
@@ -44,11 +51,13 @@ def _measure(cfg: ModelConfig, precision: str, device: str, batch: int, seq_len:
     if on_gpu:
         torch.cuda.empty_cache()
     torch.manual_seed(0)
-    model = Transformer(cfg, dtype=torch.bfloat16, device=device)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    model = Transformer(cfg, dtype=dtype, device=device)
+    precision, _, backend = precision.partition("/")
     if precision == "fp8":
-        train_in_fp8(model)
+        train_in_fp8(model, backend or "auto")
     rope = cos_sin(torch.arange(seq_len, device=device)[None], model.rope_speeds, model.rope_factor)
-    x = torch.randn(batch, seq_len, cfg.hidden_size, device=device, dtype=torch.bfloat16, requires_grad=True)
+    x = torch.randn(batch, seq_len, cfg.hidden_size, device=device, dtype=dtype, requires_grad=True)
     dout = torch.randn_like(x)
     layer = model.layers[0]
 

@@ -60,12 +60,14 @@ def with_memory(make: Callable[[], Steps], device: torch.device) -> tuple[Steps,
 
 
 class Training:
-    """Our training step. precision: fp32, bf16 or fp8 over fp32 weights; moments: AdamW's."""
+    """Our training step. precision: fp32, bf16 or fp8 over fp32 weights, the last also with a backend of its products
+    after a slash; moments: AdamW's."""
 
     def __init__(
         self, cfg: ModelConfig, device: torch.device, batch: int, micro_batch: int, seq_len: int, precision: str,
         compile: bool, graph: bool, moments: str,
     ) -> None:  # fmt: skip
+        precision, _, backend = precision.partition("/")
         narrow = precision != "fp32"
         run = RunConfig(
             out="", data=DataConfig(train=(Source("random"),), seq_len=seq_len, mask_documents=False, packing="stream"),
@@ -77,7 +79,7 @@ class Training:
         torch.manual_seed(0)
         model = Transformer(cfg, device=device, compute_dtype=torch.bfloat16 if narrow else None)
         if precision == "fp8":
-            train_in_fp8(model)
+            train_in_fp8(model, backend or "auto")
         self.trainer = Trainer(run, model)
         shape = (batch, seq_len + 1 + cfg.num_nextn_predict_layers)
         tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, shape, dtype=np.int64)

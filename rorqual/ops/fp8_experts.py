@@ -59,16 +59,34 @@ def _dispatch(x: Quantised, slot_P: Tensor, top_k: int) -> Quantised:
     return rows, scale.T.index_select(1, slot_P.clamp_min(0) // top_k).T
 
 
+def _products(backend: str, width: int) -> Any:
+    """The module whose `product` and `weight_gradient` multiply."""
+    from rorqual.ops.triton import fp8_products
+
+    if backend != "hopper" or width % BLOCK:
+        return fp8_products
+    from rorqual.ops.triton import fp8_hopper
+
+    return fp8_hopper
+
+
 class _GroupedExperts(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, gates_NK: Tensor, chosen_NK: Tensor
+        ctx: Any,
+        x_ND: Tensor,
+        gate_up_E2FD: Tensor,
+        down_EDF: Tensor,
+        gates_NK: Tensor,
+        chosen_NK: Tensor,
+        backend: str,
     ) -> Tensor:
         from rorqual.ops.fp8_train import TritonQuantiser
         from rorqual.ops.triton.experts import combine
-        from rorqual.ops.triton.fp8_products import product
         from rorqual.ops.triton.fused import swiglu
 
+        ctx.products = _products(backend, x_ND.shape[1])
+        product = ctx.products.product
         where, dtype = places(chosen_NK, len(down_EDF)), x_ND.dtype
         x = TritonQuantiser.tiles(x_ND, "ue8m0")
         (up, up_turned), (down, down_turned) = TritonQuantiser.weight(gate_up_E2FD), TritonQuantiser.weight(down_EDF)
@@ -83,10 +101,10 @@ class _GroupedExperts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from rorqual.ops.fp8_train import TritonQuantiser
         from rorqual.ops.triton.experts import combine
-        from rorqual.ops.triton.fp8_products import product, weight_gradient
         from rorqual.ops.triton.fp8_train import swiglu_backward
         from rorqual.ops.triton.grouped import gate_rows
 
+        product, weight_gradient = ctx.products.product, ctx.products.weight_gradient
         saved = ctx.saved_tensors
         x, gu, up, down = (saved[i : i + 2] for i in (0, 2, 4, 6))
         y, gates, where = saved[8], saved[9], Places(*saved[10:])
@@ -101,11 +119,15 @@ class _GroupedExperts(torch.autograd.Function):
         rows = _dispatch(x, where.slot_P, gates.shape[1])
         dup = weight_gradient(across, TritonQuantiser.tokens(rows, None), where.tile_ends_E, up_dtype)
         dx = combine(product(along, up, True, dtype, where.tile_expert), where.place_M, torch.ones_like(gates))
-        return dx, dup, ddown, dgates, None
+        return dx, dup, ddown, dgates, None, None
 
 
 def fp8_grouped_experts(
-    x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, gates_NK: Tensor, chosen_NK: Tensor
+    x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, gates_NK: Tensor, chosen_NK: Tensor, backend: str = "auto"
 ) -> Tensor:
-    """`fp8_train_experts` by `ops.triton.fp8_products`; the weights in any float dtype, contiguous."""
-    return _GroupedExperts.apply(x_ND, gate_up_E2FD, down_EDF, gates_NK.contiguous(), chosen_NK.contiguous())  # type: ignore[no-untyped-call]
+    """`fp8_train_experts` by `ops.triton.fp8_products`, or by `ops.triton.fp8_hopper` where that is the backend and takes
+    the width; the weights in any float dtype, contiguous."""
+    y: Tensor = _GroupedExperts.apply(  # type: ignore[no-untyped-call]
+        x_ND, gate_up_E2FD, down_EDF, gates_NK.contiguous(), chosen_NK.contiguous(), backend
+    )
+    return y

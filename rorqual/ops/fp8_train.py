@@ -13,8 +13,9 @@ choices are `Recipe`; which layers take part is `model.precision`.
 On a CPU the codes and scales are the very bits the hardware would have; the products are fp32 sums of 128 promoted
 block by block (`reference`), or of everything at once (`expanded`, one matrix product). Quantising and multiplying are two
 tables of backends, `fp8_quantisers` and `fp8_products`; `Recipe.backend` names one of the latter. On a GPU both are Triton
-kernels (`ops.triton.fp8_train`, `ops.triton.fp8_products`), or PyTorch's block-wise `scaled_mm` multiplies, and the experts
-go through grouped products (`ops.fp8_experts`). A gradient is always in the dtype of what it belongs to.
+kernels (`ops.triton.fp8_train`, `ops.triton.fp8_products`), or PyTorch's block-wise `scaled_mm` multiplies, or a kernel in
+Gluon for Hopper (`hopper`: `ops.triton.fp8_hopper`), and the experts go through grouped products (`ops.fp8_experts`). A
+gradient is always in the dtype of what it belongs to.
 """
 
 from __future__ import annotations
@@ -133,6 +134,27 @@ def product_scaled_mm(a: Quantised, b: Quantised, blocks: bool, dtype: torch.dty
     if blocks:
         kind, scale = ScalingType.BlockWise128x128, b[1].contiguous().t()
     return scaled_mm(a[0], b[0].t(), _rows_together(a[1]), ScalingType.BlockWise1x128, scale, kind, output_dtype=dtype)
+
+
+def hopper_missing() -> str | None:
+    """Why `ops.triton.fp8_hopper` cannot run here, or None."""
+    if reason := triton_missing() or scaled_mm_missing():
+        return reason
+    if torch.cuda.get_device_capability() != (9, 0):
+        return "it needs a Hopper card"
+    try:
+        import rorqual.ops.triton.fp8_hopper  # noqa: F401
+    except ImportError as error:  # Gluon is experimental: it may change its place
+        return f"this Triton has no Gluon as it is known here ({error})"
+    return None
+
+
+@fp8_products.register("hopper", hopper_missing)
+def product_hopper(a: Quantised, b: Quantised, blocks: bool, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`ops.triton.fp8_hopper`; what it does not take goes to `triton`."""
+    from rorqual.ops.triton import fp8_hopper
+
+    return (product_triton if fp8_hopper.missing(a, b) else fp8_hopper.product)(a, b, blocks, dtype)
 
 
 @fp8_quantisers.register("reference")
@@ -350,11 +372,11 @@ def fp8_train_experts(
 ) -> Tensor:
     """`ops.experts` with every product in FP8, expert by expert: the definition of the grouped form. Dispatched activations
     and the gradient that comes back over the network have power-of-two scales (section 3.3.3)."""
-    if x_ND.is_cuda and recipe.backend in ("auto", "triton", "scaled_mm") and triton_missing() is None:
+    if x_ND.is_cuda and recipe.backend in ("auto", "triton", "scaled_mm", "hopper") and triton_missing() is None:
         from rorqual.ops.fp8_experts import fits, fp8_grouped_experts
 
         if fits(gate_up_E2FD, down_EDF):
-            return fp8_grouped_experts(x_ND, gate_up_E2FD, down_EDF, gates_NK, chosen_NK)
+            return fp8_grouped_experts(x_ND, gate_up_E2FD, down_EDF, gates_NK, chosen_NK, recipe.backend)
     dispatched = Recipe(input_fmt="ue8m0", backend=recipe.backend)
     combined = Recipe(grad_fmt="ue8m0", backend=recipe.backend)
 

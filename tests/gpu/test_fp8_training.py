@@ -6,7 +6,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rorqual.ops.fp8_experts import fp8_grouped_experts
 from rorqual.ops.fp8_train import Recipe, fp8_train_experts, fp8_train_linear
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -20,7 +19,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
-@pytest.mark.parametrize("backend", ["triton", "scaled_mm"])
+@pytest.mark.parametrize("backend", ["triton", "scaled_mm", "hopper"])
 @pytest.mark.parametrize("recipe", [{}, {"keep": "e5m6"}, {"input_fmt": "ue8m0", "grad_fmt": "ue8m0"}])
 @pytest.mark.parametrize("shape", [(2048, 1024, 3072), (512, 640, 576), (1000, 2816, 1024), (4096, 7168, 320)])
 def test_a_layer_is_its_emulation(shape: tuple[int, int, int], recipe: dict[str, str], backend: str) -> None:
@@ -36,7 +35,8 @@ def test_a_layer_is_its_emulation(shape: tuple[int, int, int], recipe: dict[str,
         assert ours.dtype == exact.dtype and relative(ours, exact) <= HARDWARE
 
 
-def test_grouped_experts_are_the_loop() -> None:
+@pytest.mark.parametrize("backend", ["triton", "hopper"])
+def test_grouped_experts_are_the_loop(backend: str) -> None:
     N, D, F, E, K = 2000, 1024, 512, 16, 4
     chosen = torch.rand(N, E, device=CUDA).topk(K).indices
     gates = torch.rand(N, K, device=CUDA)
@@ -48,8 +48,7 @@ def test_grouped_experts_are_the_loop() -> None:
     dout, seen = torch.randn(N, D, device=CUDA), []
     for grouped in (True, False):
         leaves = [t.clone().requires_grad_() for t in (*inputs, gates)]
-        run = fp8_grouped_experts if grouped else lambda *a: fp8_train_experts(*a, Recipe(backend="expanded"))
-        out = run(*leaves, chosen)
+        out = fp8_train_experts(*leaves, chosen, Recipe(backend=backend if grouped else "expanded"))
         out.backward(dout)
         seen.append([out.detach(), *(t.grad for t in leaves)])
     for ours, exact in zip(*seen, strict=True):

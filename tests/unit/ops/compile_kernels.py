@@ -37,6 +37,7 @@ from rorqual.ops.triton import (
     divergence,
     experts,
     fp8,
+    fp8_hopper,
     fp8_products,
     fp8_train,
     fused,
@@ -227,6 +228,18 @@ def of_fp8_products() -> None:
     fp8_products.product(quantised(M, 200), (odd.data, odd.scale), True, BF16)
 
 
+def of_fp8_hopper() -> None:
+    M, N, K = 256, 1408, 2048
+    stack = stored(FP8, 16, N, K)
+    for shape in (fp8_hopper.PAIR, fp8_hopper.WIDE):
+        for dtype in (BF16, FP32):
+            b = stored(FP8, N, K)
+            fp8_hopper.product(quantised(M, K), (b.data, b.scale), True, dtype, shape=shape)
+            fp8_hopper.product(quantised(N, M), quantised(K, M), False, dtype, shape=shape)
+            fp8_hopper.weight_gradient(quantised(N, M), quantised(K, M), int32(16), dtype, shape)
+        fp8_hopper.product(quantised(M, K), (stack.data, stack.scale), True, BF16, int32(2), shape)
+
+
 def of_fp8_train() -> None:
     x = bf16(256, 2048)
     for rows, columns, power in ((True, False, True), (False, True, False), (True, True, True)):
@@ -304,8 +317,8 @@ def of_training() -> None:
 
 # Two processes take every second one: the longest stand first.
 CASES: list[Callable[[], None]] = [
-    of_fp8, of_experts, of_routing, of_mla, of_fp8_products, of_decode, of_fp8_train, of_fused, of_training, of_adamw,
-    of_stream, of_grouped, of_cross_entropy, of_divergence,
+    of_fp8, of_experts, of_routing, of_mla, of_fp8_hopper, of_fp8_products, of_decode, of_fp8_train, of_fused, of_training,
+    of_adamw, of_stream, of_grouped, of_cross_entropy, of_divergence,
 ]  # fmt: skip
 
 

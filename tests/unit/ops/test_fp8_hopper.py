@@ -1,0 +1,120 @@
+"""FP8 products in Gluon: their Python in a machine of the test's own. test_compiles.py compiles them for Hopper."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from rorqual.ops.fp8 import dequantize_blocks, dequantize_tiles
+from rorqual.ops.fp8_train import ReferenceQuantiser
+from tests.unit.ops.gluon_machine import Descriptor, Machine
+
+pytest.importorskip("triton.experimental.gluon")
+from rorqual.ops.triton import fp8_hopper
+from rorqual.ops.triton.fp8_hopper import PAIR, WIDE, Shape
+
+shapes = pytest.mark.parametrize("shape", [PAIR, WIDE], ids=["pair", "wide"])
+
+
+@pytest.fixture(params=[False, True], ids=["at once", "when waited for"])
+def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    machine, kernel = Machine(request.param), fp8_hopper.hopper_product_kernel.fn
+
+    class Launched:
+        def __getitem__(self, grid: tuple[int, int]) -> Callable[..., None]:
+            return lambda *args, num_warps, **constants: machine.launch(kernel, grid, *args, **constants)
+
+    for name, value in machine.names().items():
+        monkeypatch.setattr(fp8_hopper, name, value, raising=False)
+    for helper in ("_fetch", "_added", "_store"):
+        monkeypatch.setattr(fp8_hopper, helper, getattr(fp8_hopper, helper).fn)
+    monkeypatch.setattr(fp8_hopper, "TensorDescriptor", Descriptor)
+    monkeypatch.setattr(fp8_hopper, "hopper_product_kernel", Launched())
+    return machine
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(shape) * torch.logspace(-2, 2, shape[-1])
+
+
+def tiles(x: torch.Tensor) -> Any:
+    return ReferenceQuantiser.tiles(x, None)
+
+
+def near(ours: torch.Tensor, exact: torch.Tensor) -> None:
+    assert ours.isfinite().all() and (ours.double() - exact.double()).norm() <= 1e-5 * exact.double().norm()
+
+
+@shapes
+@pytest.mark.parametrize("size", [(128, 128, 128), (130, 640, 300), (300, 256, 520)])
+def test_blocks_and_tiles(machine: Machine, shape: Shape, size: tuple[int, int, int]) -> None:
+    """Fewer steps than buffers, as many, and more; tiles that end beyond the last row and column."""
+    M, K, N = size
+    a, w = tiles(draw(M, K)), draw(N, K)
+    blocks, turned = ReferenceQuantiser.weight(w)
+    near(
+        fp8_hopper.product(a, blocks, True, torch.float32, shape=shape),
+        dequantize_tiles(*a) @ dequantize_blocks(*blocks).T,
+    )
+    b = tiles(w)
+    near(fp8_hopper.product(a, b, False, torch.float32, shape=shape), dequantize_tiles(*a) @ dequantize_tiles(*b).T)
+    if N % 128 == 0:
+        dy = tiles(draw(M, N))
+        got = fp8_hopper.product(dy, turned, True, torch.float32, shape=shape)
+        near(got, dequantize_tiles(*dy) @ dequantize_blocks(*turned).T)
+
+
+@shapes
+def test_rows_by_expert(machine: Machine, shape: Shape) -> None:
+    """An expert with two tiles, one with none, tiles of nobody; behind the last column lies another expert."""
+    E, N, K = 3, 320, 384
+    expert = torch.tensor([0, 0, 2, E, E], dtype=torch.int32)
+    a = tiles(draw(len(expert) * 128, K))
+    stack = [ReferenceQuantiser.weight(draw(N, K))[0] for _ in range(E)]
+    codes, scales = (torch.stack([w[i] for w in stack]) for i in (0, 1))
+    got = fp8_hopper.product(a, (codes, scales), True, torch.float32, expert, shape)
+    for tile, e in enumerate(expert.tolist()):
+        if e < E:
+            rows = slice(tile * 128, tile * 128 + 128)
+            near(got[rows], dequantize_tiles(*a)[rows] @ dequantize_blocks(*stack[e]).T)
+
+
+@shapes
+def test_turned_weights_by_expert(machine: Machine, shape: Shape) -> None:
+    """A stack's transpose, whose scales lie across."""
+    from rorqual.ops.fp8_train import TritonQuantiser
+
+    E, N, K = 2, 256, 128
+    w = torch.stack([draw(N, K) for _ in range(E)])
+    _, (codes, scales) = TritonQuantiser.weight(w)
+    dy = tiles(draw(2 * 128, N))
+    expert = torch.tensor([1, 0], dtype=torch.int32)
+    got = fp8_hopper.product(dy, (codes, scales), True, torch.float32, expert, shape)
+    for tile, e in enumerate(expert.tolist()):
+        rows = slice(tile * 128, tile * 128 + 128)
+        near(got[rows], dequantize_tiles(*dy)[rows] @ dequantize_blocks(codes[e], scales[e]).T)
+
+
+@shapes
+def test_gradients_of_experts_weights(machine: Machine, shape: Shape) -> None:
+    """With no rows, with one step, with more steps than buffers."""
+    ends = torch.tensor([0, 1, 7, 7, 9], dtype=torch.int32)
+    N, K, M = 136, 272, int(ends[-1]) * 128
+    a, b = tiles(draw(N, M)), tiles(draw(K, M))
+    got = fp8_hopper.weight_gradient(a, b, ends, torch.float32, shape)
+    wide_a, wide_b, begin = dequantize_tiles(*a), dequantize_tiles(*b), 0
+    for e, end in enumerate(ends.tolist()):
+        part = slice(begin * 128, end * 128)
+        near(got[e], wide_a[:, part] @ wide_b[:, part].T) if end > begin else None
+        assert end > begin or not got[e].any()
+        begin = end
+
+
+@shapes
+def test_bf16_is_the_rounded_sum(machine: Machine, shape: Shape) -> None:
+    a, b = tiles(draw(128, 256)), tiles(draw(256, 256))
+    wide = fp8_hopper.product(a, b, False, torch.float32, shape=shape)
+    assert torch.equal(fp8_hopper.product(a, b, False, torch.bfloat16, shape=shape), wide.bfloat16())
