@@ -2,9 +2,10 @@
 
     python runs/bundled/carry.py pack out/bundled/shipped BACK
     python runs/bundled/carry.py join BACK --gguf smollm2.gguf --out models/NAME
+    python runs/bundled/carry.py join BACK --like models/OLD --out models/NAME
 
-The embedding is left behind: healing does not touch it, so its integers follow from the source. Pieces are compressed:
-four-bit codes hardly, their scales well.
+The embedding is left behind: healing does not touch it, so its integers follow from the source, or are those of the model that was
+healed once more. Pieces are compressed: four-bit codes hardly, their scales well.
 """
 
 from __future__ import annotations
@@ -105,15 +106,22 @@ def pieces_of(back: Path) -> list[Path]:
     return [there[name] for name in wanted]
 
 
-def join(back: Path, gguf: Path, out: Path) -> None:
+def packed_embedding(gguf: Path, shape_dtype: torch.dtype) -> dict[str, Tensor]:
     from teacher import GGUFReader
 
-    tensors = {k: v for f in pieces_of(back) for k, v in read_piece(f).items()}
     embedding = GGUFReader(gguf).tensor("token_embd.weight")
-    tensors |= {f"{EMBEDDING}{k}": v for k, v in PackedIntegers(4).pack(embedding).items()}
-    tensors[EMBEDDING + "weight_shape"] = torch.tensor(embedding.shape, dtype=tensors_shape_dtype(tensors))
+    tensors = {f"{EMBEDDING}{k}": v for k, v in PackedIntegers(4).pack(embedding).items()}
+    return tensors | {EMBEDDING + "weight_shape": torch.tensor(embedding.shape, dtype=shape_dtype)}
+
+
+def join(back: Path, gguf: Path | None, like: Path | None, out: Path) -> None:
+    tensors = {k: v for f in pieces_of(back) for k, v in read_piece(f).items()}
+    if gguf is not None:
+        tensors |= packed_embedding(gguf, tensors_shape_dtype(tensors))
+    elif like is not None:
+        tensors |= {k: v for k, v in read(like).items() if k.startswith(EMBEDDING)}
     for name in [n for n in tensors if n.endswith("_scale")]:
-        tensors[name] = tensors[name].view(tensors[name.replace("_scale", "_packed")].shape[0], -1)
+        tensors[name] = tensors[name].reshape(tensors[name.replace("_scale", "_packed")].shape[0], -1)
     out.mkdir(parents=True, exist_ok=True)
     side = json.loads(lzma.decompress((back / "side.json.xz").read_bytes()))
     for name, text in side.items():
@@ -156,13 +164,15 @@ def main() -> None:
     one.add_argument("target", type=Path)
     other = ways.add_parser("join")
     other.add_argument("back", type=Path)
-    other.add_argument("--gguf", type=Path, required=True)
+    which = other.add_mutually_exclusive_group(required=True)
+    which.add_argument("--gguf", type=Path, help="the source, whose embedding is rounded")
+    which.add_argument("--like", type=Path, help="a packed model that has the embedding already")
     other.add_argument("--out", type=Path, required=True)
     o = parser.parse_args()
     if o.way == "pack":
         pack(o.shipped, o.target)
     else:
-        join(o.back, o.gguf, o.out)
+        join(o.back, o.gguf, o.like, o.out)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,12 @@ def test_the_steps_lead_from_the_source_to_files_that_load(
     run(["distill", str(written_for(tmp_path, "apart")), *apart])
     shutil.rmtree(out / "mtp")
     step(tmp_path, "ship")
-    old, new = (script("carry").read(folder) for folder in (joined, out / "shipped"))
+    step(tmp_path, "pack", str(back))
+    again = tmp_path / "again"
+    carry = [str(RUNS / "carry.py"), "join", str(back), "--like", str(joined), "--out", str(again)]
+    subprocess.run([sys.executable, *carry], check=True, timeout=60, env=environment(tmp_path))
+    old, new = (script("carry").read(folder) for folder in (joined, again))
+    assert old.keys() == new.keys()
     changed = {name for name, tensor in old.items() if not torch.equal(tensor, new[name])}
     layers = ModelConfig.load(str(joined)).num_hidden_layers
     where = re.compile(script("carry").APART.pattern.replace("30", str(layers)))
