@@ -188,9 +188,9 @@ def _added(
 
 def missing(a: Quantised, b: Quantised) -> str | None:
     """Why the kernel cannot take these operands, or None."""
-    K = a[0].shape[-1]
-    if K % TILE or not all(codes.is_contiguous() and codes.data_ptr() % 16 == 0 for codes in (a[0], b[0])):
-        return f"it takes contiguous codes and sums of a multiple of {TILE}"
+    M, K = a[0].shape
+    if not M or K % TILE or not all(codes.is_contiguous() and codes.data_ptr() % 16 == 0 for codes in (a[0], b[0])):
+        return f"it takes rows of contiguous codes and sums of a multiple of {TILE}"
     if not a[0].is_cuda or torch.cuda.get_device_capability(a[0].device) != (9, 0):
         return "it needs a Hopper card"
     return None
