@@ -63,6 +63,8 @@ def train(
             raise typer.BadParameter(f"{kind!r} is not one of fp32, bf16, fp8, fp8/BACKEND", param_hint="--precision")
         if slash:
             fp8_products.get(backend)
+    if products and (layers or precision):
+        raise typer.BadParameter("measures every precision, and no layers", param_hint="--products")
     if layers:
         _layers(ModelConfig.load(layers), layers, device, batch, seq_len, precision or ["bf16", "fp8"], json_file)
         return

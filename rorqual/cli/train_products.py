@@ -1,8 +1,9 @@
 """Single products of a layer's training, and quantising for them: microseconds of every way, and relative errors.
 
 Three products of dense weights (forward, the gradient of x, the gradient of W) and of all routed experts, each of which has
-its even share of the tokens. FP8 operands are quantised beforehand; what that costs has rows of its own. The error is that
-of the product itself, against the same codes expanded (experts: of the first one that the rows belong to).
+its even share of the tokens. FP8 operands are quantised beforehand; what that costs has rows of its own. The error is
+against the same operands in fp32 (of experts, the first one's), in FP8 the expanded codes. A way that would hand the shape
+on to another one is left out.
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ from torch import Tensor
 from rorqual.cli.layers import timed
 from rorqual.config import ModelConfig
 from rorqual.ops.fp8 import dequantize_blocks, dequantize_tiles
-from rorqual.ops.fp8_train import Quantised, Quantiser, fp8_products, fp8_quantisers
+from rorqual.ops.fp8_train import (
+    Quantised,
+    Quantiser,
+    fp8_products,
+    fp8_quantisers,
+    hopper_missing,
+    scaled_mm_takes,
+)
 
 TILE = 128
 Ways = dict[str, Callable[[], Tensor]]
@@ -36,23 +44,26 @@ def table(cfg: ModelConfig, device: str, tokens: int) -> list[dict[str, Any]]:
     }  # fmt: skip
     rows = []
     for name, (out, width) in dense.items():
-        for kind, ways, part, right in _dense(quantiser, device, tokens, out, width):
-            rows += _rows(f"{name} {kind}", tokens, out, width, 1, ways, part, right)
+        for kind, ways, part, rights in _dense(quantiser, device, tokens, out, width):
+            rows += _rows(f"{name} {kind}", tokens, out, width, 1, ways, part, rights)
     each = max(1, tokens * cfg.num_experts_per_tok // cfg.n_routed_experts // TILE) * TILE
     if on_gpu:
         for name, (out, width) in {"gate_up": (2 * F_, D), "down": (D, F_)}.items():
-            for kind, ways, part, right in _experts(quantiser, device, each, cfg.n_routed_experts, out, width):
-                rows += _rows(f"experts {name} {kind}", each, out, width, cfg.n_routed_experts, ways, part, right)
+            for kind, ways, part, rights in _experts(quantiser, device, each, cfg.n_routed_experts, out, width):
+                rows += _rows(f"experts {name} {kind}", each, out, width, cfg.n_routed_experts, ways, part, rights)
     return rows + _quantising(quantiser, device, tokens, D)
 
 
 def _rows(
-    name: str, tokens: int, out: int, width: int, experts: int, ways: Ways, part: Callable[[Tensor], Tensor], right: Tensor
+    name: str, tokens: int, out: int, width: int, experts: int, ways: Ways, part: Callable[[Tensor], Tensor],
+    rights: tuple[Tensor, Tensor],
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """One for each way. Shapes are experts, tokens, outputs, inputs. right: what `part` of the result should be."""
+    """One for each way. Shapes are experts, tokens, outputs, inputs. rights: what `part` of the result should be, of numbers
+    in bf16 and of their codes."""
     rows, flops, base = [], 2 * tokens * out * width * experts, 0.0
     for way, work in ways.items():
-        error = float((part(work()).double() - right.double()).norm() / right.double().norm())
+        right = rights[way != "bf16"].double()
+        error = float((part(work()).double() - right).norm() / right.norm())
         seconds = timed(work)
         base = base or seconds
         rows.append({
@@ -64,38 +75,47 @@ def _rows(
 
 def _dense(
     quantiser: type[Quantiser], device: str, tokens: int, out: int, width: int
-) -> Iterator[tuple[str, Ways, Callable[[Tensor], Tensor], Tensor]]:
+) -> Iterator[tuple[str, Ways, Callable[[Tensor], Tensor], tuple[Tensor, Tensor]]]:
     x, w, dy = (
         torch.randn(*shape, device=device, dtype=torch.bfloat16)
         for shape in ((tokens, width), (out, width), (tokens, out))
     )
     (weight, turned), xs, (along, across) = quantiser.weight(w), quantiser.tiles(x, None), quantiser.both(dy, None)
-    pairs: dict[str, tuple[Quantised, Quantised, bool, Callable[[], Tensor]]] = {
-        "forward": (xs, weight, True, lambda: x @ w.T),
-        "dgrad": (along, turned, True, lambda: dy @ w),
-        "wgrad": (across, quantiser.tokens(x, None), False, lambda: dy.T @ x),
+    wide = [t.float() for t in (x, w, dy)]
+    pairs: dict[str, tuple[Quantised, Quantised, bool, Callable[[], Tensor], Tensor]] = {
+        "forward": (xs, weight, True, lambda: x @ w.T, wide[0] @ wide[1].T),
+        "dgrad": (along, turned, True, lambda: dy @ w, wide[2] @ wide[1]),
+        "wgrad": (across, quantiser.tokens(x, None), False, lambda: dy.T @ x, wide[2].T @ wide[0]),
     }
-    for kind, (a, b, blocks, plain) in pairs.items():
+    for kind, (a, b, blocks, plain, exact) in pairs.items():
         right = dequantize_tiles(*a) @ (dequantize_blocks if blocks else dequantize_tiles)(*b).T
-        names = [name for name in fp8_products.names() if name not in ("reference", "expanded")] or ["expanded"]
         ways: Ways = {"bf16": plain}
-        ways |= {name: partial(fp8_products.get(name), a, b, blocks, torch.bfloat16) for name in names}
-        ways |= _shapes(a, b, blocks) if "hopper" in names else {}
-        yield kind, ways, lambda y: y, right
+        ways |= {
+            name: partial(product, a, b, blocks, torch.bfloat16, **more)
+            for name, (product, more) in _products(a, b, blocks, device).items()
+        }
+        yield kind, ways, lambda y: y, (exact, right)
 
 
-def _shapes(a: Quantised, b: Quantised, blocks: bool) -> Ways:
-    from rorqual.ops.triton import fp8_hopper
+def _products(a: Quantised, b: Quantised, blocks: bool, device: str) -> dict[str, tuple[Callable[..., Tensor], Any]]:
+    """The ways that multiply these by themselves, with what they are called with besides."""
+    if not device.startswith("cuda"):
+        return {"expanded": (fp8_products.get("expanded"), {})}
+    found: dict[str, tuple[Callable[..., Tensor], Any]] = {"triton": (fp8_products.get("triton"), {})}
+    if scaled_mm_takes(a, b, blocks):
+        found["scaled_mm"] = fp8_products.get("scaled_mm"), {}
+    if hopper_missing() is None:
+        from rorqual.ops.triton import fp8_hopper
 
-    if fp8_hopper.missing(a, b):
-        return {}
-    return {"hopper wide": partial(fp8_hopper.product, a, b, blocks, torch.bfloat16, shape=fp8_hopper.WIDE)}
+        if fp8_hopper.missing(a, b) is None:
+            found["hopper"] = fp8_hopper.product, {}
+            found["hopper wide"] = fp8_hopper.product, {"shape": fp8_hopper.WIDE}
+    return found
 
 
 def _experts(
     quantiser: type[Quantiser], device: str, each: int, experts: int, out: int, width: int
-) -> Iterator[tuple[str, Ways, Callable[[Tensor], Tensor], Tensor]]:
-    from rorqual.ops.fp8_train import hopper_missing
+) -> Iterator[tuple[str, Ways, Callable[[Tensor], Tensor], tuple[Tensor, Tensor]]]:
     from rorqual.ops.triton import fp8_products as triton_products
 
     M = each * experts
@@ -113,9 +133,10 @@ def _experts(
         from rorqual.ops.triton import fp8_hopper
 
         modules |= {"hopper": (fp8_hopper, {}), "hopper wide": (fp8_hopper, {"shape": fp8_hopper.WIDE})}
-    for kind, a, b, plain in (
-        ("forward", xs, weight, lambda: F.grouped_mm(x, w.mT, offs=ends)),
-        ("dgrad", along, turned, lambda: F.grouped_mm(dy, w, offs=ends)),
+    first_x, first_w, first_dy = x[:each].float(), w[0].float(), dy[:each].float()
+    for kind, a, b, plain, exact in (
+        ("forward", xs, weight, lambda: F.grouped_mm(x, w.mT, offs=ends), first_x @ first_w.T),
+        ("dgrad", along, turned, lambda: F.grouped_mm(dy, w, offs=ends), first_dy @ first_w),
     ):
         right = dequantize_tiles(a[0][:each], a[1][:each]) @ dequantize_blocks(b[0][0], b[1][0]).T
         ways: Ways = {"bf16": plain}
@@ -123,14 +144,14 @@ def _experts(
             name: partial(module.product, a, b, True, torch.bfloat16, tile_expert, **more)
             for name, (module, more) in modules.items()
         }
-        yield kind, ways, lambda y: y[:each], right
+        yield kind, ways, lambda y: y[:each], (exact, right)
     right = (dequantize_tiles(*across)[:, :each]) @ dequantize_tiles(*x_tokens)[:, :each].T
     ways = {"bf16": lambda: F.grouped_mm(dy.T, x, offs=ends)}
     ways |= {
         name: partial(module.weight_gradient, across, x_tokens, tile_ends, torch.bfloat16, **more)
         for name, (module, more) in modules.items()
     }
-    yield "wgrad", ways, lambda y: y[0], right
+    yield "wgrad", ways, lambda y: y[0], (first_dy.T @ first_x, right)
 
 
 def _quantising(quantiser: type[Quantiser], device: str, tokens: int, width: int) -> list[dict[str, Any]]:

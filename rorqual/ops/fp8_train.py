@@ -120,15 +120,19 @@ def _rows_together(scale: Tensor) -> Tensor:
     return scale if scale.stride(0) == 1 else scale.T.contiguous().T
 
 
+def scaled_mm_takes(a: Quantised, b: Quantised, blocks: bool) -> bool:
+    """Not: sums that are no whole tiles, rows that are no multiple of 16, and blocks whose count along the sum is no
+    multiple of four, which it would read wrongly (pytorch #166752)."""
+    (M, K), N = a[0].shape, len(b[0])
+    return not (K % (4 * BLOCK if blocks else BLOCK) or M % 16 or N % (BLOCK if blocks else 16))
+
+
 @fp8_products.register("scaled_mm", scaled_mm_missing)
 def product_scaled_mm(a: Quantised, b: Quantised, blocks: bool, dtype: torch.dtype = torch.float32) -> Tensor:
-    """PyTorch's block-wise product (cuBLAS). What it does not take goes to `triton`: sums that are no whole tiles, rows that
-    are no multiple of 16, and blocks whose count along the sum is no multiple of four, which it would read wrongly
-    (pytorch #166752)."""
+    """PyTorch's block-wise product (cuBLAS). What it does not take goes to `triton`."""
     from torch.nn.functional import ScalingType, scaled_mm
 
-    (M, K), N = a[0].shape, len(b[0])
-    if K % (4 * BLOCK if blocks else BLOCK) or M % 16 or N % (BLOCK if blocks else 16):
+    if not scaled_mm_takes(a, b, blocks):
         return product_triton(a, b, blocks, dtype)
     kind, scale = ScalingType.BlockWise1x128, _rows_together(b[1])
     if blocks:
@@ -371,7 +375,9 @@ def fp8_train_experts(
     x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, gates_NK: Tensor, chosen_NK: Tensor, recipe: Recipe
 ) -> Tensor:
     """`ops.experts` with every product in FP8, expert by expert: the definition of the grouped form. Dispatched activations
-    and the gradient that comes back over the network have power-of-two scales (section 3.3.3)."""
+    and the gradient that comes back over the network have power-of-two scales (section 3.3.3). Raises BackendUnavailable."""
+    if recipe.backend != "auto":
+        fp8_products.get(recipe.backend)
     if x_ND.is_cuda and recipe.backend in ("auto", "triton", "scaled_mm", "hopper") and triton_missing() is None:
         from rorqual.ops.fp8_experts import fits, fp8_grouped_experts
 

@@ -119,7 +119,10 @@ def join(back: Path, gguf: Path | None, like: Path | None, out: Path) -> None:
     if gguf is not None:
         tensors |= packed_embedding(gguf, tensors_shape_dtype(tensors))
     elif like is not None:
-        tensors |= {k: v for k, v in read(like).items() if k.startswith(EMBEDDING)}
+        embedding = {k: v for k, v in read(like).items() if k.startswith(EMBEDDING)}
+        if EMBEDDING + "weight_packed" not in embedding:
+            raise SystemExit(f"{like}: its embedding is not packed in four bits; --gguf takes the source's")
+        tensors |= embedding
     for name in [n for n in tensors if n.endswith("_scale")]:
         tensors[name] = tensors[name].reshape(tensors[name.replace("_scale", "_packed")].shape[0], -1)
     out.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rorqual.ops.fp8_train import Recipe, fp8_train_experts, fp8_train_linear
+from rorqual.ops.fp8 import dequantize_blocks, dequantize_tiles
+from rorqual.ops.fp8_train import Recipe, TritonQuantiser, fp8_products, fp8_train_experts, fp8_train_linear
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
@@ -54,3 +55,32 @@ def test_grouped_experts_are_the_loop(backend: str) -> None:
     for ours, exact in zip(*seen, strict=True):
         # A product's last bits move some codes of what is quantised next by a step.
         assert relative(ours, exact) <= 2e-2
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_both_shapes_of_hoppers_products(wide: bool) -> None:
+    """Rows by expert and an expert's weight gradient, one expert without rows, tiles that end beyond the last column."""
+    fp8_products.get("hopper")
+    from rorqual.ops.triton import fp8_hopper
+
+    shape = fp8_hopper.WIDE if wide else fp8_hopper.PAIR
+    E, N, K = 4, 1344, 1024
+    tile_expert = torch.tensor([0] * 5 + [2] * 11 + [3] + [E] * 3, dtype=torch.int32, device=CUDA)
+    tile_ends = torch.tensor([5, 5, 16, 17], dtype=torch.int32, device=CUDA)
+    M = len(tile_expert) * 128
+    x, dy, w = (torch.randn(*s, device=CUDA) for s in ((M, K), (M, N), (E, N, K)))
+    a, (weight, _) = TritonQuantiser.tiles(x, None), TritonQuantiser.weight(w)
+    across, tokens = TritonQuantiser.tokens(dy, None), TritonQuantiser.tokens(x, None)
+    rows = fp8_hopper.product(a, weight, True, torch.float32, tile_expert, shape)
+    grads = fp8_hopper.weight_gradient(across, tokens, tile_ends, torch.float32, shape)
+    begin = 0
+    for e, end in enumerate(tile_ends.tolist()):
+        part = slice(begin * 128, end * 128)
+        if end == begin:
+            assert not grads[e].any()
+            continue
+        y = dequantize_tiles(a[0][part], a[1][part]) @ dequantize_blocks(weight[0][e], weight[1][e]).T
+        assert relative(rows[part], y) <= HARDWARE
+        dw = dequantize_tiles(*across)[:, part] @ dequantize_tiles(*tokens)[:, part].T
+        assert relative(grads[e], dw) <= HARDWARE
+        begin = end

@@ -46,7 +46,7 @@ def trees() -> Iterator[tuple[Path, ast.Module]]:
 # ---- what an import costs ---------------------------------------------------------------------------------------
 
 
-BENCH = ("benchmarks", "layers", "loading", "profiling", "serving", "soaking")
+BENCH = ("benchmarks", "layers", "loading", "products", "profiling", "serving", "soaking")
 """What the bench commands import when they run."""
 
 

@@ -88,7 +88,7 @@ def test_answering_again_and_editing_make_branches(page: Page) -> None:
     expect(page.get_by_test_id("question")).to_have_count(1)
 
 
-def test_what_is_pressed_while_an_answer_grows_is_what_is_released(page: Page) -> None:
+def test_what_is_pressed_while_an_answer_grows_is_what_is_released(page: Page, world: World) -> None:
     """The page follows the answer, but not from under a pressed pointer."""
     page.set_viewport_size({"width": 1280, "height": 560})
     ask(page, "first question")
@@ -98,10 +98,12 @@ def test_what_is_pressed_while_an_answer_grows_is_what_is_released(page: Page) -
     page.get_by_test_id("edit-send").click()
     question, answer = page.get_by_test_id("question"), page.get_by_test_id("answer")
     expect(answer).to_contain_text("word60 ")
-    box = question.get_by_test_id("sibling-previous").bounding_box()
-    assert box is not None
-    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    world.gate.clear()  # for aiming
+    page.wait_for_function("() => new Promise(done => { const el = document.querySelector('.scroll');"
+                           "const top = el.scrollTop; setTimeout(() => done(el.scrollTop === top), 300) })")  # fmt: skip
+    question.get_by_test_id("sibling-previous").hover()
     page.mouse.down()
+    world.go_on()
     expect(answer).to_contain_text("word120 ")
     page.mouse.up()
     expect(question).to_contain_text("first question")

@@ -79,6 +79,7 @@ export function useDark(): boolean {
 
 const NEAR_PX = 48;
 const BY_HAND_MS = 700;
+const TAP_MS = 100;
 
 /** Keeps a scrolling box at its end while its content grows, until the person scrolls up. Only what follows a
  *  wheel, a touch, a key or a pointer counts as the person's: the list corrects its place by itself too. While a
@@ -114,21 +115,32 @@ export function useFollow(key: unknown): {
     let top = el.scrollTop;
     let touched = 0;
     let held = false;
+    let later = 0;
     const touch = () => void (touched = performance.now());
     for (const kind of ["wheel", "touchmove", "keydown"] as const) el.addEventListener(kind, touch, hands);
-    el.addEventListener("pointerdown", () => void (held = true), hands);
+    const press = (event: PointerEvent) => {
+      clearTimeout(later);
+      held = event.button === 0;
+    };
+    el.addEventListener("pointerdown", press, hands);
     const keepEnd = () => {
       if (follow.current && !held) el.scrollTop = el.scrollHeight;
     };
-    const release = () => {
-      if (!held) return;
+    const letGo = () => {
+      if (held) touch();
       held = false;
-      touch();
-      setTimeout(keepEnd); // after the click, which goes where the pointer is
     };
-    for (const kind of ["pointerup", "pointercancel"] as const) window.addEventListener(kind, release, hands);
-    // A scrollbar or a menu of the browser may keep the release for itself.
-    window.addEventListener("pointermove", (event) => void (event.buttons === 0 && release()), hands);
+    const release = (event: PointerEvent) => {
+      touch();
+      clearTimeout(later);
+      // After the click, which goes where the pointer is: a mouse's comes with the release, a finger's soon.
+      later = setTimeout(() => (letGo(), keepEnd()), event.pointerType === "mouse" ? 0 : TAP_MS);
+    };
+    window.addEventListener("pointerup", release, hands);
+    // A finger begins to scroll; and a scrollbar, a menu or another window may keep the release for itself.
+    window.addEventListener("pointercancel", letGo, hands);
+    window.addEventListener("blur", letGo, hands);
+    window.addEventListener("pointermove", (event) => void (held && event.buttons === 0 && release(event)), hands);
     const scrolled = () => {
       const left = el.scrollHeight - el.clientHeight - el.scrollTop;
       const byHand = held || performance.now() - touched < BY_HAND_MS;
@@ -143,6 +155,7 @@ export function useFollow(key: unknown): {
     toEnd();
     return () => {
       watch.abort();
+      clearTimeout(later);
       grown.disconnect();
     };
   }, [key]);

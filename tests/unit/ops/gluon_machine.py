@@ -51,6 +51,7 @@ class Descriptor:
     def __init__(self, tensor: Tensor, block: list[int], layout: Any) -> None:
         self.tensor, self.block, self.layout, self.dtype = tensor, block, layout, tensor.dtype
         assert tensor.stride(-1) == 1 and all(n * tensor.element_size() % 16 == 0 for n in tensor.stride()[:-1])
+        assert tensor.numel() and tensor.data_ptr() % 16 == 0 and max(block) <= 256
 
     from_tensor: Callable[..., Descriptor]
 

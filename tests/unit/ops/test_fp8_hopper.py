@@ -49,9 +49,10 @@ def near(ours: torch.Tensor, exact: torch.Tensor) -> None:
 
 
 @shapes
-@pytest.mark.parametrize("size", [(128, 128, 128), (130, 640, 300), (300, 256, 520)])
+@pytest.mark.parametrize("size", [(128, 128, 128), (130, 640, 300), (300, 256, 520), (1154, 128, 300)])
 def test_blocks_and_tiles(machine: Machine, shape: Shape, size: tuple[int, int, int]) -> None:
-    """Fewer steps than buffers, as many, and more; tiles that end beyond the last row and column."""
+    """Fewer steps than buffers, as many, and more; tiles that end beyond the last row and column; more row tiles than go
+    through the columns together."""
     M, K, N = size
     a, w = tiles(draw(M, K)), draw(N, K)
     blocks, turned = ReferenceQuantiser.weight(w)

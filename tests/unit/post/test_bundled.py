@@ -97,8 +97,10 @@ def test_the_steps_lead_from_the_source_to_files_that_load(
     apart = ("--set", f"init_from={joined}", *(x for s in small for x in ("--set", s)))
     run(["distill", str(written_for(tmp_path, "apart")), *apart])
     shutil.rmtree(out / "mtp")
-    step(tmp_path, "ship")
-    step(tmp_path, "pack", str(back))
+    shutil.rmtree(back)
+    step(tmp_path, "back")
+    subprocess.run(["tar", "-C", back, "-xJf", back / "notes.tar.xz"], check=True)
+    assert (back / "apart" / "metrics.jsonl").is_file()
     again = tmp_path / "again"
     carry = [str(RUNS / "carry.py"), "join", str(back), "--like", str(joined), "--out", str(again)]
     subprocess.run([sys.executable, *carry], check=True, timeout=60, env=environment(tmp_path))
