@@ -1,11 +1,12 @@
 """Products of FP8 operands with scales on Hopper, in Gluon: `ops.triton.fp8_products` for what training multiplies.
 
 One kernel is all of them: rows times a weight in blocks, rows grouped by expert times a stack of weights, tiles along the
-tokens times tiles along the tokens, and the latter expert by expert. Operands and the scales of tiles come by TMA into a
-ring of buffers, as far ahead as it is long; each step of 128 is multiplied in two parts, and a part is scaled and added
-in fp32 (DeepSeek-V3 section 3.3.2) before the other one is begun, because a whole tile's unscaled sums beside its scaled
-ones would not fit the registers. What keeps the tensor cores busy meanwhile is the other warp group: of the same program
-(`WIDE`, 128 x 256), or of the program beside it (`PAIR`, 128 x 128, two on a multiprocessor).
+tokens times tiles along the tokens, and the latter expert by expert. One warp queues bulk copies (TMA) of operands and of
+the scales of tiles into a ring of buffers, as far ahead as it is long; warp groups multiply what has come and give the
+buffer back. Each step of 128 is multiplied in two parts, and a part is scaled and added in fp32 (DeepSeek-V3 section 3.3.2)
+before the other one is begun, because a whole tile's unscaled sums beside its scaled ones would not fit the registers. What
+keeps the tensor cores busy meanwhile is another warp group: of the same program (`WIDE`, 128 x 256, 64 rows each), or of
+the program beside it (`PAIR`, 128 x 128, two programs on a multiprocessor).
 
 Triton's interpreter does not know Gluon: tests run these steps in a machine of their own, which checks copies, waits and
 barriers, and compile the kernel for sm_90; tests/gpu compares it on a card.
@@ -35,155 +36,174 @@ _barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # the latter up to
 
 
 class Shape(NamedTuple):
-    """Of a program: its tile, the part of it that is multiplied at once (half of it), its warps and its buffers."""
+    """Of a program: the columns of its tile, its buffers, and the registers that a thread may have before the warps that
+    copy give theirs away (None: as many as there are)."""
 
     block_n: int
-    part_m: int
-    part_n: int
-    warps: int
     stages: int
+    registers: int | None
 
 
-WIDE = Shape(256, 128, 128, 8, 4)
-PAIR = Shape(128, 64, 128, 4, 3)
+WIDE = Shape(256, 4, None)
+PAIR = Shape(128, 3, 128)
 
 
 @gluon.jit
-def _fetch(
-    a, sa, b, sb, buffers_a, buffers_sa, buffers_b, buffers_sb, ready, stage, row_a, row_b, k, BYTES: gl.constexpr,
-    BLOCKS: gl.constexpr,
+def _load(
+    a, sa, b, sb, buffers_a, buffers_sa, buffers_b, buffers_sb, ready, free, row_a, row_b, begin, end,
+    BYTES: gl.constexpr, BLOCKS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Queues step k of both operands into one buffer. The barrier counts the bytes."""
-    bar = ready.index(stage)
-    mbarrier.expect(bar, BYTES)
-    tma.async_copy_global_to_shared(a, [row_a, k * 128], bar, buffers_a.index(stage))
-    tma.async_copy_global_to_shared(sa, [k, row_a], bar, buffers_sa.index(stage))
-    tma.async_copy_global_to_shared(b, [row_b, k * 128], bar, buffers_b.index(stage))
-    if not BLOCKS:
-        tma.async_copy_global_to_shared(sb, [k, row_b], bar, buffers_sb.index(stage))
+    """Copies the steps of both operands, each into the next buffer as soon as that is given back. `ready` counts bytes."""
+    stage, phase = 0, 1  # a new barrier's phase before its first is over
+    for k in range(begin, end):
+        mbarrier.wait(free.index(stage), phase)
+        bar = ready.index(stage)
+        mbarrier.expect(bar, BYTES)
+        tma.async_copy_global_to_shared(a, [row_a, k * 128], bar, buffers_a.index(stage))
+        tma.async_copy_global_to_shared(sa, [k, row_a], bar, buffers_sa.index(stage))
+        tma.async_copy_global_to_shared(b, [row_b, k * 128], bar, buffers_b.index(stage))
+        if not BLOCKS:
+            tma.async_copy_global_to_shared(sb, [k, row_b], bar, buffers_sb.index(stage))
+        stage += 1
+        if stage == STAGES:
+            stage, phase = 0, phase ^ 1
 
 
 @gluon.jit
-def _store(c, acc, row, column, M, N, of_part: gl.constexpr, PART_M: gl.constexpr, PART_N: gl.constexpr):
-    m = row + gl.arange(0, PART_M, gl.SliceLayout(1, of_part))
-    n = column + gl.arange(0, PART_N, gl.SliceLayout(0, of_part))
+def _added(
+    acc, part, scale, buffers_sb, stage, first: gl.constexpr, columns: gl.constexpr, BLOCKS: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """acc + part times its rows' scales, and its columns' where they have some. The empty assembly is a place: without it
+    the compiler moves all additions behind all products, and has no registers for that."""
+    if not BLOCKS:
+        part = part * buffers_sb.index(stage).reshape([BLOCK_N]).slice(first, 128, 0).load(columns)[None, :]
+    acc = acc + part * scale[:, None]
+    return gl.inline_asm_elementwise("", "=f,0", [acc], gl.float32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _store(c, acc, row, column, M, N, of_part: gl.constexpr):
+    m = row + gl.arange(0, 64, gl.SliceLayout(1, of_part))
+    n = column + gl.arange(0, 128, gl.SliceLayout(0, of_part))
     to = c + (m.to(gl.int64)[:, None] * N + n[None, :])
     gl.store(to, acc.to(c.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
 
 
 @gluon.jit
+def _multiply(
+    buffers_a, buffers_sa, buffers_b, buffers_sb, ready, free, c, scales_b, other, stride_bk, row, column, M, N, begin, end,
+    FIRST: gl.constexpr, BLOCKS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """One warp group: two parts of 64 rows by 128 columns, one under the other, or side by side from row FIRST of the tile."""
+    of_part: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
+    rows: gl.constexpr = gl.SliceLayout(1, of_part)
+    columns: gl.constexpr = gl.SliceLayout(0, of_part)
+    by_rows: gl.constexpr = BLOCK_N == 128
+    right: gl.constexpr = 0 if by_rows else 128
+    below: gl.constexpr = 64 if by_rows else FIRST
+    zero = gl.full([64, 128], 0.0, gl.float32, of_part)
+    acc_0, acc_1 = zero, zero
+    if BLOCKS:
+        next_0, next_1 = gl.load(scales_b), gl.load(scales_b + other)
+    stage, phase = 0, 0
+    for i in range(begin, end):
+        mbarrier.wait(ready.index(stage), phase)
+        codes_a, codes_b = buffers_a.index(stage), buffers_b.index(stage)
+        scales_a = buffers_sa.index(stage).reshape([128])
+        a_0, a_1 = codes_a.slice(FIRST, 64, 0), codes_a.slice(below, 64, 0)
+        b_0, b_1 = codes_b.slice(0, 128, 0), codes_b.slice(right, 128, 0)
+        queued = warpgroup_mma(a_0, b_0.permute((1, 0)), zero, use_acc=False, is_async=True)
+        scale_0, scale_1 = scales_a.slice(FIRST, 64, 0).load(rows), scales_a.slice(below, 64, 0).load(rows)
+        if BLOCKS:
+            scale_0, scale_1 = scale_0 * next_0, scale_1 * next_1
+            at = gl.minimum(i + 1, end - 1) * stride_bk
+            next_0, next_1 = gl.load(scales_b + at), gl.load(scales_b + other + at)
+        part = warpgroup_mma_wait(0, deps=(queued,))
+        acc_0 = _added(acc_0, part, scale_0, buffers_sb, stage, 0, columns, BLOCKS, BLOCK_N)
+        # Into the registers of the part before: ptxas would queue it before that one is added, and have none left.
+        queued = warpgroup_mma(a_1, b_1.permute((1, 0)), part, use_acc=False, is_async=True)
+        part = warpgroup_mma_wait(0, deps=(queued,))
+        acc_1 = _added(acc_1, part, scale_1, buffers_sb, stage, right, columns, BLOCKS, BLOCK_N)
+        _barrier()  # all four warps are done with the buffer
+        mbarrier.arrive(free.index(stage), count=1)
+        stage += 1
+        if stage == STAGES:
+            stage, phase = 0, phase ^ 1
+    _store(c, acc_0, row + FIRST, column, M, N, of_part)
+    _store(c, acc_1, row + below, column + right, M, N, of_part)
+
+
+@gluon.jit
 def hopper_product_kernel(
     a, sa, b, sb, c, place, M, N, steps, stride_b, stride_bk, stride_be, E,
-    BLOCKS: gl.constexpr, GROUPED: gl.constexpr, RAGGED: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    PART_M: gl.constexpr, PART_N: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+    BLOCKS: gl.constexpr, GROUPED: gl.constexpr, RAGGED: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    GROUP: gl.constexpr,
 ):  # fmt: skip
     """a and b are descriptors of codes [rows, sum], sa of scales [steps, rows], as sb is unless BLOCKS, which has a pointer.
     place: each row tile's expert (GROUPED), or where each expert's steps end (RAGGED)."""
-    of_part: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, PART_N, 32])
-    rows: gl.constexpr = gl.SliceLayout(1, of_part)
-    columns: gl.constexpr = gl.SliceLayout(0, of_part)
-    by_rows: gl.constexpr = PART_M < BLOCK_M
     flat: gl.constexpr = gl.NVMMASharedLayout(0, 32)
-    bytes_a: gl.constexpr = BLOCK_M * (128 + 4)
-    bytes_b: gl.constexpr = BLOCK_N * 128 if BLOCKS else BLOCK_N * (128 + 4)
-    tiles_m, tiles_n = (M + BLOCK_M - 1) // BLOCK_M, (N + BLOCK_N - 1) // BLOCK_N
+    groups: gl.constexpr = BLOCK_N // 128
+    size_a: gl.constexpr = 128 * (128 + 4)
+    size_b: gl.constexpr = BLOCK_N * 128 if BLOCKS else BLOCK_N * (128 + 4)
+    tiles_m, tiles_n = (M + 127) // 128, (N + BLOCK_N - 1) // BLOCK_N
     # Programs next to each other share rows and columns: GROUP row tiles go through all columns together.
     per = GROUP * tiles_n
     first = gl.program_id(0) // per * GROUP
     size = gl.minimum(tiles_m - first, GROUP)
     tile_m = first + gl.program_id(0) % per % size
     tile_n = gl.program_id(0) % per // size
-    row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
-    e, begin, end = gl.to_tensor(0), 0, steps
+    row, column = tile_m * 128, tile_n * BLOCK_N
+    e, begin, end = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(steps)
     if GROUPED:
         e = gl.load(place + tile_m)
+        end = gl.where(e < E, end, 0)  # nobody's rows: nothing is copied, multiplied or stored
+        M = gl.where(e < E, M, 0)
+        e = gl.minimum(e, E - 1)
     if RAGGED:
         expert = gl.program_id(1)
         end = gl.load(place + expert)
         begin = gl.load(place + (expert - 1), mask=expert > 0, other=0)
         c += expert.to(gl.int64) * M * N
-    if e < E:
-        buffers_a = gl.allocate_shared_memory(a.dtype, [STAGES, BLOCK_M, 128], a.layout)
-        buffers_b = gl.allocate_shared_memory(b.dtype, [STAGES, BLOCK_N, 128], b.layout)
-        buffers_sa = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], flat)
-        buffers_sb = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 8 if BLOCKS else BLOCK_N], flat)
-        ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        for stage in gl.static_range(STAGES):
-            mbarrier.init(ready.index(stage), count=1)
-        fence_async_shared()
-        _barrier()
-        row_b = e * N + column
-        for ahead in gl.static_range(STAGES - 1):
-            if begin + ahead < end:
-                _fetch(
-                    a, sa, b, sb, buffers_a, buffers_sa, buffers_b, buffers_sb, ready, ahead, row, row_b, begin + ahead,
-                    bytes_a + bytes_b, BLOCKS,
-                )  # fmt: skip
-        zero = gl.full([PART_M, PART_N], 0.0, gl.float32, of_part)
-        acc_0, acc_1 = zero, zero
-        if BLOCKS:
-            scales_b = sb + e.to(gl.int64) * stride_be + (column // 128) * stride_b
-            # The second part's columns may be all beyond the last one.
-            other = 0 if by_rows else gl.minimum(1, (N - 1) // 128 - column // 128) * stride_b
-            next_0, next_1 = gl.load(scales_b), gl.load(scales_b + other)
-        stage, phase = 0, 0
-        for i in range(begin, end):
-            mbarrier.wait(ready.index(stage), phase)
-            codes_a, codes_b = buffers_a.index(stage), buffers_b.index(stage)
-            if by_rows:
-                a_0, a_1 = codes_a.slice(0, PART_M, 0), codes_a.slice(PART_M, PART_M, 0)
-                b_0, b_1 = codes_b, codes_b
-            else:
-                a_0, a_1 = codes_a, codes_a
-                b_0, b_1 = codes_b.slice(0, PART_N, 0), codes_b.slice(PART_N, PART_N, 0)
-            queued = warpgroup_mma(a_0, b_0.permute((1, 0)), zero, use_acc=False, is_async=True)
-            scale_a = buffers_sa.index(stage).reshape([BLOCK_M])
-            if by_rows:
-                scale_0 = scale_a.slice(0, PART_M, 0).load(rows)
-                scale_1 = scale_a.slice(PART_M, PART_M, 0).load(rows)
-            else:
-                scale_0 = scale_a.load(rows)
-                scale_1 = scale_0
-            if BLOCKS:
-                scale_0, scale_1 = scale_0 * next_0, scale_1 * next_1
-                at = gl.minimum(i + 1, end - 1) * stride_bk
-                next_0, next_1 = gl.load(scales_b + at), gl.load(scales_b + other + at)
-            part = warpgroup_mma_wait(0, deps=(queued,))
-            acc_0 = _added(acc_0, part, scale_0, buffers_sb, stage, 0, columns, BLOCKS, BLOCK_N, PART_N)
-            # Into the registers of the part before: ptxas would queue it before that one is added, and have none left.
-            queued = warpgroup_mma(a_1, b_1.permute((1, 0)), part, use_acc=False, is_async=True)
-            _barrier()  # all are done with the step before: its buffer takes the next one that is not queued
-            following = i + STAGES - 1
-            if following < end:
-                _fetch(
-                    a, sa, b, sb, buffers_a, buffers_sa, buffers_b, buffers_sb, ready,
-                    stage - 1 if stage > 0 else STAGES - 1, row, row_b, following, bytes_a + bytes_b, BLOCKS,
-                )  # fmt: skip
-            part = warpgroup_mma_wait(0, deps=(queued,))
-            acc_1 = _added(
-                acc_1, part, scale_1, buffers_sb, stage, 0 if by_rows else PART_N, columns, BLOCKS, BLOCK_N, PART_N
-            )
-            stage += 1
-            if stage == STAGES:
-                stage, phase = 0, phase ^ 1
-        _store(c, acc_0, row, column, M, N, of_part, PART_M, PART_N)
-        if by_rows:
-            _store(c, acc_1, row + PART_M, column, M, N, of_part, PART_M, PART_N)
-        else:
-            _store(c, acc_1, row, column + PART_N, M, N, of_part, PART_M, PART_N)
-
-
-@gluon.jit
-def _added(
-    acc, part, scale, buffers_sb, stage, first: gl.constexpr, columns: gl.constexpr, BLOCKS: gl.constexpr,
-    BLOCK_N: gl.constexpr, PART_N: gl.constexpr,
-):  # fmt: skip
-    """acc + part times its rows' scales, and its columns' where they have some. The empty assembly is a place: without it
-    the compiler moves all additions behind all products, and has no registers for that."""
-    if not BLOCKS:
-        part = part * buffers_sb.index(stage).reshape([BLOCK_N]).slice(first, PART_N, 0).load(columns)[None, :]
-    acc = acc + part * scale[:, None]
-    return gl.inline_asm_elementwise("", "=f,0", [acc], gl.float32, is_pure=False, pack=1)
+    buffers_a = gl.allocate_shared_memory(a.dtype, [STAGES, 128, 128], a.layout)
+    buffers_b = gl.allocate_shared_memory(b.dtype, [STAGES, BLOCK_N, 128], b.layout)
+    buffers_sa = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 128], flat)
+    buffers_sb = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 8 if BLOCKS else BLOCK_N], flat)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=1)
+        mbarrier.init(free.index(stage), count=groups)
+    fence_async_shared()
+    _barrier()
+    scales_b, other = c, row  # not read
+    if BLOCKS:
+        scales_b = sb + e.to(gl.int64) * stride_be + (column // 128) * stride_b
+        # The second part's columns may be all beyond the last one.
+        other = gl.minimum(groups - 1, (N - 1) // 128 - column // 128) * stride_b
+    row_b = e * N + column
+    if groups == 2:
+        gl.warp_specialize(
+            [
+                (_multiply, (buffers_a, buffers_sa, buffers_b, buffers_sb, ready, free, c, scales_b, other, stride_bk, row,
+                             column, M, N, begin, end, 0, BLOCKS, BLOCK_N, STAGES)),
+                (_multiply, (buffers_a, buffers_sa, buffers_b, buffers_sb, ready, free, c, scales_b, other, stride_bk, row,
+                             column, M, N, begin, end, 64, BLOCKS, BLOCK_N, STAGES)),
+                (_load, (a, sa, b, sb, buffers_a, buffers_sa, buffers_b, buffers_sb, ready, free, row, row_b, begin, end,
+                         size_a + size_b, BLOCKS, STAGES)),
+            ],
+            [4, 1], [232, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_multiply, (buffers_a, buffers_sa, buffers_b, buffers_sb, ready, free, c, scales_b, other, stride_bk, row,
+                             column, M, N, begin, end, 0, BLOCKS, BLOCK_N, STAGES)),
+                (_load, (a, sa, b, sb, buffers_a, buffers_sa, buffers_b, buffers_sb, ready, free, row, row_b, begin, end,
+                         size_a + size_b, BLOCKS, STAGES)),
+            ],
+            [1], [24],
+        )  # fmt: skip
 
 
 def missing(a: Quantised, b: Quantised) -> str | None:
@@ -234,9 +254,8 @@ def _launch(
         TensorDescriptor.from_tensor(_by_step(a_scale), [1, TILE], numbers),
         TensorDescriptor.from_tensor(b_codes.view(-1, b_codes.shape[-1]), [how.block_n, TILE], codes),
         of_b, out, place, M, N, steps, stride_b, stride_bk, b_scale.stride(0) if blocks and b_scale.dim() == 3 else 0,
-        experts, BLOCKS=blocks, GROUPED=place is not None and not ragged, RAGGED=ragged, BLOCK_M=TILE,
-        BLOCK_N=how.block_n, PART_M=how.part_m, PART_N=how.part_n, WARPS=how.warps, STAGES=how.stages, GROUP=8,
-        num_warps=how.warps,
+        experts, BLOCKS=blocks, GROUPED=place is not None and not ragged, RAGGED=ragged, BLOCK_N=how.block_n,
+        STAGES=how.stages, GROUP=8, num_warps=4, maxnreg=how.registers,
     )  # fmt: skip
 
 

@@ -6,12 +6,16 @@ for. A kernel that gives the right result both ways, and breaks none of these ru
 
 - a product's operands in shared memory were written, fenced and passed by a barrier since, or came with a bulk copy (TMA)
   whose memory barrier was waited for, in its phase, and had been told as many bytes as came;
-- what is overwritten is read by no product that may still run and by no thread: each product was waited for, and a barrier
-  came after that.
+- what is overwritten is read by no product that may still run and by no thread: each product was waited for, a barrier came
+  after that, and where other warps read it, they arrived then at a memory barrier that was waited for.
+
+Warps that are given different work (`warp_specialize`) run in turns, each until it has to wait for another; `late` starts
+with the last one. That all wait is an error.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -92,21 +96,35 @@ class Shared:
 
     def load(self, layout: Any) -> Tensor:
         self.machine.readable(self)
-        self.machine.read.add(self.key)
+        self.machine.reads[self.machine.part, self.key] = DONE
         return self.data.clone()
 
 
 class Flag:
     """A memory barrier: how many phases are over, and what the present one waits for."""
 
-    def __init__(self) -> None:
-        self.phase, self.told, self.came, self.copies, self.blocks = 0, 0, 0, [], []  # type: ignore[var-annotated]
+    def __init__(self, count: int) -> None:
+        self.count, self.phase = count, 0
+        self.next_phase()
+
+    def next_phase(self) -> None:
+        self.arrived, self.told, self.came = 0, 0, 0
+        self.copies: list[Callable[[], None]] = []
+        self.blocks: list[int] = []
+        self.given_back: list[tuple[int, int]] = []
+
+
+RUNNING, DONE, PASSED = "a product may read it", "read, and no barrier since", "read, and a barrier passed"
 
 
 class Queued:
     """The result of a product that may not have run."""
 
     value: Tensor | None = None
+
+
+class Stopped(Exception):  # noqa: N818
+    """Ends the other warps when one has failed."""
 
 
 class Machine:
@@ -116,29 +134,45 @@ class Machine:
         self.new_program()
 
     def new_program(self) -> None:
+        self.part = 0
+        """Of the warps: which work runs."""
         self.copies: list[Callable[[], None]] = []
-        self.products: list[tuple[Callable[[], None], list[int]]] = []
+        self.products: dict[int, list[tuple[Callable[[], None], list[int]]]] = {}
         self.written: set[int] = set()
         """By copies or stores, not fenced."""
         self.fenced: set[int] = set()
         """No barrier since."""
-        self.read: set[int] = set()
-        """By threads or by products that were waited for, no barrier since."""
-        self.coming: set[int] = set()
-        """Blocks that a bulk copy fills, not waited for."""
+        self.reads: dict[tuple[int, int], str] = {}
+        """Who reads or has read which block."""
+        self.versions: dict[int, int] = {}
+        """Of a block: bulk copies into it."""
+        self.seen: dict[tuple[int, int], int] = {}
+        """Who has waited for which version of a block."""
         self.flags: dict[int, Flag] = {}
+        self.arrivals: dict[tuple[int, int], list[int]] = {}
+        """By flag and phase: the blocks that were filled in it."""
+        self.let_go: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        """By flag and phase: the reads that ended before it."""
+        self.wait_for_others: Callable[[Callable[[], bool]], None] = self.nobody_else
+
+    def nobody_else(self, ready: Callable[[], bool]) -> None:
+        raise AssertionError("waits for what nobody does")
 
     def overwrite(self, block: Shared) -> None:
-        running = {key for _, keys in self.products for key in keys}
-        assert block.key not in running | self.read, "overwritten while a product or another thread may read it"
-        assert block.key not in self.coming, "overwritten while a copy fills it"
+        for (part, key), state in self.reads.items():
+            mine = part == self.part and state == PASSED
+            assert key != block.key or mine, f"overwritten: {state}, by warps {part}"
+        assert all(block.key not in flag.blocks for flag in self.flags.values()), "overwritten while a copy fills it"
 
     def readable(self, block: Shared) -> None:
-        assert block.key not in self.coming, "read before its copy was waited for"
+        version = self.versions.get(block.key, 0)
+        assert self.seen.get((self.part, block.key), 0) == version, "read before its copy was waited for"
 
     def barrier(self) -> None:
         self.fenced.clear()
-        self.read.clear()
+        for (part, key), state in self.reads.items():
+            if part == self.part and state == DONE:
+                self.reads[part, key] = PASSED
 
     def fence(self) -> None:
         self.fenced |= self.written
@@ -171,17 +205,22 @@ class Machine:
             assert begin is not None
             result.value = a.data.float() @ b.data.float() + (begin if use_acc else 0)
 
-        self.products.append((work, [a.key, b.key]))
+        self.products.setdefault(self.part, []).append((work, [a.key, b.key]))
+        for key in (a.key, b.key):
+            self.reads[self.part, key] = RUNNING
         if not self.late:
             work()
         return result
 
     def wait_products(self, left: int, deps: tuple[Any, ...]) -> Any:
-        while len(self.products) > left:
-            work, keys = self.products.pop(0)
+        queue = self.products[self.part]
+        while len(queue) > left:
+            work, keys = queue.pop(0)
             if self.late:
                 work()
-            self.read.update(keys)
+            for key in keys:
+                if not any(key in others for _, others in queue):
+                    self.reads[self.part, key] = DONE
         values = [dep.value for dep in deps]
         assert all(value is not None for value in values), "not waited for"
         return values[0] if len(values) == 1 else tuple(values)
@@ -193,20 +232,27 @@ class Machine:
         return self.flags[block.key]
 
     def new_flag(self, block: Shared, count: int) -> None:
-        assert count == 1
-        self.flags[block.key] = Flag()
+        self.flags[block.key] = Flag(count)
         self.written.add(block.key)
 
     def expect(self, block: Shared, size: int) -> None:
         flag = self.flag(block)
         assert not flag.told, "told twice in one phase"
         flag.told = int(size)
+        self.arrive(block, 1)
+
+    def arrive(self, block: Shared, count: int) -> None:
+        """What these warps have read before a barrier is given back to whoever waits for this phase."""
+        flag = self.flag(block)
+        flag.arrived += count
+        assert flag.arrived <= flag.count, "more arrive than are counted"
+        flag.given_back += [where for where, state in self.reads.items() if where[0] == self.part and state == PASSED]
 
     def bulk_copy(self, source: Descriptor, coord: list[Any], at: Shared, block: Shared) -> None:
         self.overwrite(block)
         flag, value = self.flag(at), source.read(coord)
         assert tuple(value.shape) == tuple(block.data.shape)
-        self.coming.add(block.key)
+        self.versions[block.key] = self.versions.get(block.key, 0) + 1
         flag.blocks.append(block.key)
         flag.came += value.numel() * value.element_size()
         flag.copies.append(lambda: block.data.copy_(value))
@@ -214,13 +260,80 @@ class Machine:
             flag.copies.pop()()
 
     def wait_flag(self, at: Shared, phase: Any) -> None:
-        flag = self.flag(at)
-        if flag.phase % 2 == int(phase):  # not over yet
-            assert flag.told and flag.told == flag.came, f"waits for {flag.told} bytes where {flag.came} come"
-            for work in flag.copies:
-                work()
-            self.coming -= set(flag.blocks)
-            flag.phase, flag.told, flag.came, flag.copies, flag.blocks = flag.phase + 1, 0, 0, [], []
+        flag, over = self.flag(at), lambda: flag.phase % 2 != int(phase) or self.ends(flag)
+        if not over():
+            self.wait_for_others(over)
+        for where in self.let_go.pop((id(flag), flag.phase), []):
+            self.reads.pop(where, None)
+        for key in self.arrivals.get((id(flag), flag.phase), []):
+            self.seen[self.part, key] = self.versions[key]
+
+    def ends(self, flag: Flag) -> bool:
+        """Ends the phase, if all arrived and all bytes came."""
+        if flag.arrived < flag.count:
+            return False
+        assert flag.told == flag.came, f"waits for {flag.told} bytes where {flag.came} come"
+        for work in flag.copies:
+            work()
+        flag.phase += 1
+        self.arrivals[id(flag), flag.phase], self.let_go[id(flag), flag.phase] = flag.blocks, flag.given_back
+        flag.next_phase()
+        return True
+
+    # ---- warps with different work
+
+    def warp_specialize(
+        self, works: list[tuple[Callable[..., None], tuple[Any, ...]]], warps: Any, registers: Any
+    ) -> None:
+        assert len(works) == len(warps) + 1 == len(registers) + 1
+        turns = [threading.Semaphore(0) for _ in works]
+        back = threading.Semaphore(0)
+        waiting: dict[int, Callable[[], bool]] = {}
+        ended: dict[int, BaseException | None] = {}
+
+        def wait(ready: Callable[[], bool]) -> None:
+            me = self.part
+            waiting[me] = ready
+            back.release()
+            turns[me].acquire()
+            if stopped:
+                raise Stopped
+            self.part = me
+
+        def run(me: int) -> None:
+            turns[me].acquire()
+            try:
+                if not stopped:
+                    self.part = me
+                    works[me][0](*works[me][1])
+                ended[me] = None
+            except BaseException as error:
+                ended[me] = error
+            back.release()
+
+        stopped: list[bool] = []
+        self.wait_for_others = wait
+        threads = [threading.Thread(target=run, args=(me,), daemon=True) for me in range(len(works))]
+        for thread in threads:
+            thread.start()
+        order = range(len(works))[:: -1 if self.late else 1]
+        while len(ended) < len(works):
+            able = [me for me in order if me not in ended and (me not in waiting or waiting[me]())]
+            failed = [error for error in ended.values() if error is not None]
+            if failed or not able:
+                stopped.append(True)
+                for me in order:
+                    if me not in ended:
+                        turns[me].release()
+                        back.acquire()
+                raise failed[0] if failed else AssertionError("all wait, for what nobody does")
+            waiting.pop(able[0], None)
+            turns[able[0]].release()
+            back.acquire()
+        for error in ended.values():
+            if error is not None:
+                raise error
+        self.part, self.wait_for_others = 0, self.nobody_else
 
     def names(self) -> dict[str, Any]:
         """What a kernel's module calls, by its names there."""
@@ -241,12 +354,15 @@ class Machine:
             maximum=torch.maximum, minimum=lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)),
             max=torch.amax, sum=torch.sum, exp2=torch.exp2, log2=torch.log2,
             where=lambda mask, a, b: torch.where(mask, a, b), convert_layout=lambda value, _: value,
+            warp_specialize=self.warp_specialize,
             inline_asm_elementwise=lambda asm, _, args, *__, **___: args[0] if asm == "" else 1 / 0,
         )  # fmt: skip
         copies = SimpleNamespace(
             async_copy_global_to_shared=self.copy, commit_group=lambda: None, wait_group=self.wait_copies
         )
-        flags = SimpleNamespace(init=self.new_flag, expect=self.expect, wait=self.wait_flag, MBarrierLayout=nothing)
+        flags = SimpleNamespace(
+            init=self.new_flag, expect=self.expect, arrive=self.arrive, wait=self.wait_flag, MBarrierLayout=nothing
+        )
         return {
             "gl": language, "async_copy": copies, "fence_async_shared": self.fence, "warpgroup_mma": self.product,
             "warpgroup_mma_wait": self.wait_products, "_barrier": self.barrier, "mbarrier": flags,
@@ -262,7 +378,8 @@ class Machine:
                 self.program = (x, y)
                 self.new_program()
                 kernel(*passed, **constants)
-                assert not self.coming and not self.products, "a program ended before its copies or products"
+                assert not any(self.products.values()), "a program ended before its products"
+                assert not any(flag.blocks for flag in self.flags.values()), "a program ended before its copies"
 
 
 def _behind(tensor: Tensor) -> Tensor:
