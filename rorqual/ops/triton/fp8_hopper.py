@@ -95,7 +95,7 @@ def _multiply(
     buffers_a, buffers_sa, buffers_b, buffers_sb, ready, free, c, scales_b, other, stride_bk, row, column, M, N, begin, end,
     FIRST: gl.constexpr, BLOCKS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One warp group: two parts of 64 rows by 128 columns, one under the other, or side by side from row FIRST of the tile."""
+    """One warp group: two parts of 64 rows by 128 columns, one under the other, or side by side from row FIRST on."""
     of_part: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
     rows: gl.constexpr = gl.SliceLayout(1, of_part)
     columns: gl.constexpr = gl.SliceLayout(0, of_part)

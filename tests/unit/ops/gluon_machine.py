@@ -123,7 +123,7 @@ class Queued:
     value: Tensor | None = None
 
 
-class Stopped(Exception):  # noqa: N818
+class Stopped(Exception):
     """Ends the other warps when one has failed."""
 
 
