@@ -84,13 +84,34 @@ def quoted(text: str, limit: int = 700) -> str:
     return "\n".join(f"> {line}".rstrip() for line in text.split("\n"))
 
 
-def healing(runs: list[list[dict[str, Any]]]) -> str:
-    """One sentence a run."""
-    names = ["Healing, its last third through rounded weights", "Healing once more, rounded throughout"]
-    return "\n".join(
+HEALING = {
+    "heal": "Healing, its last third through rounded weights",
+    "again": "Healing once more, rounded throughout",
+    "apart": "Healing of one file of the weights (attention but its queries, norms, gates, the MTP module), rounded throughout",
+}
+
+
+def training(back: Path, model: Path) -> str:
+    """What these runs say, after what the card says already where they went on from the model."""
+    recorded = {n: lines(f) for n in (*HEALING, "mtp") if (f := back / n / "metrics.jsonl").is_file()}
+    each = [json.loads(f.read_text()) for f in sorted((back / "written").glob("generate-*.json"))]  # of every GPU
+    written = {k: sum(x[k] for x in each) for k in ("tokens", "conversations", "texts")}
+    longest, cards = max(x["seconds"] for x in each), "One H200" if len(each) == 1 else f"{len(each)} H200s"
+    runs = "\n".join(
         f"{name}: {run[-1]['step']:,} steps, {run[-1]['tokens']:,} tokens in {run[-1]['elapsed_s']:.0f} s, loss (KL to the teacher, "
         f"cross-entropy on exercises) {run[0]['lm_loss']:.3f} to {fmean(x['lm_loss'] for x in run[-20:]):.3f} nats a token."
-        for name, run in zip(names, runs, strict=False)
+        for kind, name in HEALING.items() if (run := recorded.get(kind))  # one killed at once has no line
+    )  # fmt: skip
+    before = ""
+    if "heal" not in recorded:
+        before = (model / "README.md").read_text().partition("## Training\n")[2].partition("\n## ")[
+            0
+        ].strip() + "\n\nThen: "
+    mtp = recorded["mtp"][-1]
+    return (
+        f"{before}{cards}. The teacher wrote {written['tokens']:,} tokens in {longest:.0f} s ({written['conversations']:,} "
+        f"conversations, {written['texts']:,} texts kept).\n{runs}\n"
+        f"The MTP module alone: {mtp['step']:,} steps in {mtp['elapsed_s']:.0f} s.{energy(back)}"
     )
 
 
@@ -129,11 +150,6 @@ def speed(back: Path) -> str:
 def card(back: Path, model: Path) -> str:
     judged, evaluation = (json.loads((back / f"{n}.json").read_text()) for n in ("judged", "evaluation"))
     models, cfg = evaluation["models"], ModelConfig.load(model)
-    recorded = {n: lines(f) for n in ("heal", "again", "mtp") if (f := back / n / "metrics.jsonl").is_file()}
-    heals, mtp = [r for n, r in recorded.items() if n != "mtp" and r], recorded["mtp"]  # one killed at once has no line
-    each = [json.loads(f.read_text()) for f in sorted((back / "written").glob("generate-*.json"))]  # of every GPU
-    written = {k: sum(x[k] for x in each) for k in ("tokens", "conversations", "texts")}
-    longest, cards = max(x["seconds"] for x in each), "One H200" if len(each) == 1 else f"{len(each)} H200s"
     total, active = count.totals(cfg)
     exam = judged["exam"]
     gain, width = exam["on_minus_off"]
@@ -188,9 +204,7 @@ The teacher at temperature 0.7 with min_p 0.02 and no penalty; it stopped by its
 
 ## Training
 
-{cards}. The teacher wrote {written["tokens"]:,} tokens in {longest:.0f} s ({written["conversations"]:,} conversations, {written["texts"]:,} texts kept).
-{healing(heals)}
-The MTP module alone: {mtp[-1]["step"]:,} steps in {mtp[-1]["elapsed_s"]:.0f} s.{energy(back)}
+{training(back, model)}
 {speed(back)}
 ## Data and licences
 

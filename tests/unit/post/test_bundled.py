@@ -205,6 +205,17 @@ def test_the_card_says_what_holds_and_what_was_missed(tmp_path: Path, again: boo
     assert ("Healing once more" in text) == again and "> I am\n> Rorqual." in text and "+20.0%" not in text
     assert "better with DeepThink on" in text and "12 Wh" in text and "| rorqual | 61 tokens/s |" in text
 
+    # Healed once more, by a run that has no record of the first one: the card keeps what it said.
+    (model / "README.md").write_text(text)
+    (back / "heal").rename(back / "apart")
+    shutil.rmtree(back / "again")
+    (back / "apart" / "metrics.jsonl").write_text(json.dumps(step | {"step": 9}) + "\n")
+    more = script("card").card(back, model)
+    assert more.count("## Training") == 1 and more.count("## Data and licences") == 1
+    first, then, second = more.partition("## Training")[2].partition("## Speed")[0].partition("Then: ")
+    assert "third through rounded weights: 7 steps" in first and then and "one file of the weights" in second
+    assert "9 steps" in second and second.count("The teacher wrote 9,000 tokens") == 1
+
 
 def test_the_pieces_of_a_book_are_the_book() -> None:
     documents = script("literature").documents
