@@ -148,7 +148,7 @@ def hopper_missing() -> str | None:
         return "it needs a Hopper card"
     try:
         import rorqual.ops.triton.fp8_hopper  # noqa: F401
-    except ImportError as error:  # Gluon is experimental: it may change its place
+    except (ImportError, AttributeError) as error:  # Gluon is experimental: it may change its place
         return f"this Triton has no Gluon as it is known here ({error})"
     return None
 

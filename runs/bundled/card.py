@@ -95,24 +95,26 @@ def training(back: Path, model: Path) -> str:
     """What these runs say, after what the card says already where they went on from the model."""
     recorded = {n: lines(f) for n in (*HEALING, "mtp") if (f := back / n / "metrics.jsonl").is_file()}
     each = [json.loads(f.read_text()) for f in sorted((back / "written").glob("generate-*.json"))]  # of every GPU
-    written = {k: sum(x[k] for x in each) for k in ("tokens", "conversations", "texts")}
-    longest, cards = max(x["seconds"] for x in each), "One H200" if len(each) == 1 else f"{len(each)} H200s"
-    runs = "\n".join(
+    told = []
+    if each:
+        written = {k: sum(x[k] for x in each) for k in ("tokens", "conversations", "texts")}
+        longest, cards = max(x["seconds"] for x in each), "One H200" if len(each) == 1 else f"{len(each)} H200s"
+        told.append(
+            f"{cards}. The teacher wrote {written['tokens']:,} tokens in {longest:.0f} s ({written['conversations']:,} "
+            f"conversations, {written['texts']:,} texts kept)."
+        )
+    told += [
         f"{name}: {run[-1]['step']:,} steps, {run[-1]['tokens']:,} tokens in {run[-1]['elapsed_s']:.0f} s, loss (KL to the teacher, "
         f"cross-entropy on exercises) {run[0]['lm_loss']:.3f} to {fmean(x['lm_loss'] for x in run[-20:]):.3f} nats a token."
         for kind, name in HEALING.items() if (run := recorded.get(kind))  # one killed at once has no line
-    )  # fmt: skip
-    before = ""
-    if "heal" not in recorded:
-        before = (model / "README.md").read_text().partition("## Training\n")[2].partition("\n## ")[
-            0
-        ].strip() + "\n\nThen: "
-    mtp = recorded["mtp"][-1]
-    return (
-        f"{before}{cards}. The teacher wrote {written['tokens']:,} tokens in {longest:.0f} s ({written['conversations']:,} "
-        f"conversations, {written['texts']:,} texts kept).\n{runs}\n"
-        f"The MTP module alone: {mtp['step']:,} steps in {mtp['elapsed_s']:.0f} s.{energy(back)}"
-    )
+    ]  # fmt: skip
+    if mtp := recorded.get("mtp"):
+        told.append(f"The MTP module alone: {mtp[-1]['step']:,} steps in {mtp[-1]['elapsed_s']:.0f} s.")
+    now, card = "\n".join(told) + energy(back), model / "README.md"
+    if "heal" in recorded or not card.is_file():
+        return now
+    before = card.read_text(encoding="utf-8").partition("## Training\n")[2].partition("\n## ")[0].strip()
+    return before if before.endswith(now) or not now else f"{before}\n\nThen: {now}"
 
 
 def energy(back: Path) -> str:

@@ -242,6 +242,7 @@ def _launch(
     shape: Shape | None,
 ) -> None:  # fmt: skip
     (a_codes, a_scale), (b_codes, b_scale), (M, N) = a, b, out.shape[-2:]
+    assert a_codes.shape[1] % TILE == 0
     how = shape or PAIR
     codes, numbers = gl.NVMMASharedLayout(128, 8), gl.NVMMASharedLayout(0, 32)
     of_b: TensorDescriptor | Tensor = b_scale
