@@ -11,10 +11,12 @@ from rorqual.ops.cross_entropy import BOUND, cross_entropy, cross_entropy_backen
 
 
 def run(backend: str, h: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor):  # type: ignore[no-untyped-def]
-    a, b = h.clone().requires_grad_(), head.clone().requires_grad_()
-    loss = cross_entropy(a, b, targets, weights, backend)
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    a, b = (t.detach().to(device, copy=True).requires_grad_() for t in (h, head))
+    loss = cross_entropy(a, b, targets.to(device), weights.to(device), backend)
     (loss * 0.37).backward()
-    return loss.detach(), a.grad, b.grad
+    assert a.grad is not None and b.grad is not None
+    return loss.detach().cpu(), a.grad.cpu(), b.grad.cpu()
 
 
 @pytest.mark.parametrize("backend", [n for n in cross_entropy_backends.names() if n != "reference"])
