@@ -115,7 +115,7 @@ export function useFollow(key: unknown): {
     let top = el.scrollTop;
     let touched = 0;
     let held = false;
-    let later = 0;
+    let later: ReturnType<typeof setTimeout> | undefined;
     const touch = () => void (touched = performance.now());
     for (const kind of ["wheel", "touchmove", "keydown"] as const) el.addEventListener(kind, touch, hands);
     const press = (event: PointerEvent) => {

@@ -231,13 +231,12 @@ def of_fp8_products() -> None:
 def of_fp8_hopper() -> None:
     M, N, K = 256, 1408, 2048
     stack = stored(FP8, 16, N, K)
+    b = stored(FP8, N, K)
     for shape in (fp8_hopper.PAIR, fp8_hopper.WIDE):
-        for dtype in (BF16, FP32):
-            b = stored(FP8, N, K)
-            fp8_hopper.product(quantised(M, K), (b.data, b.scale), True, dtype, shape=shape)
-            fp8_hopper.product(quantised(N, M), quantised(K, M), False, dtype, shape=shape)
-            fp8_hopper.weight_gradient(quantised(N, M), quantised(K, M), int32(16), dtype, shape)
+        fp8_hopper.product(quantised(M, K), (b.data, b.scale), True, BF16, shape=shape)
         fp8_hopper.product(quantised(M, K), (stack.data, stack.scale), True, BF16, int32(2), shape)
+        fp8_hopper.product(quantised(N, M), quantised(K, M), False, FP32, shape=shape)
+        fp8_hopper.weight_gradient(quantised(N, M), quantised(K, M), int32(16), FP32, shape)
 
 
 def of_fp8_train() -> None:
