@@ -45,6 +45,8 @@ Quantised = tuple[Tensor, Tensor]
 Product = Callable[[Quantised, Quantised, bool, torch.dtype], Tensor]
 """(a [M, K] in tiles along K, b, whether b is blocks, dtype) -> [M, N] = a b^T; b [N, K] in blocks, or in tiles along K."""
 fp8_products: Backends[Product] = Backends("fp8 product")
+PLAIN = ("reference", "expanded")
+"""Those that are there to be understood, on any device: quantising beside them is plain too, and experts are a loop."""
 
 
 class Quantiser(Protocol):
@@ -231,7 +233,7 @@ def _product(recipe: Recipe, x: Tensor) -> Product:
 
 def _quantiser(recipe: Recipe, x: Tensor) -> type[Quantiser]:
     """The kernels wherever they run, but beside products that are there to be understood."""
-    plain = recipe.backend in ("reference", "expanded") or not x.is_cuda
+    plain = recipe.backend in PLAIN or not x.is_cuda
     return fp8_quantisers.get("reference" if plain or triton_missing() else "triton")
 
 
@@ -378,7 +380,7 @@ def fp8_train_experts(
     and the gradient that comes back over the network have power-of-two scales (section 3.3.3). Raises BackendUnavailable."""
     if recipe.backend != "auto":
         fp8_products.get(recipe.backend)
-    if x_ND.is_cuda and recipe.backend in ("auto", "triton", "scaled_mm", "hopper") and triton_missing() is None:
+    if x_ND.is_cuda and recipe.backend not in PLAIN and triton_missing() is None:
         from rorqual.ops.fp8_experts import fits, fp8_grouped_experts
 
         if fits(gate_up_E2FD, down_EDF):

@@ -335,8 +335,8 @@ class Machine:
                 raise error
         self.part, self.wait_for_others = 0, self.nobody_else
 
-    def names(self) -> dict[str, Any]:
-        """What a kernel's module calls, by its names there."""
+    def names(self, *more: str) -> dict[str, Any]:
+        """What a kernel's module calls, by its names there: those that every kernel needs, and these."""
         nothing = lambda *_: None
 
         def allocate(dtype: torch.dtype, shape: list[int], _: Any) -> Shared:
@@ -363,10 +363,11 @@ class Machine:
         flags = SimpleNamespace(
             init=self.new_flag, expect=self.expect, arrive=self.arrive, wait=self.wait_flag, MBarrierLayout=nothing
         )
+        bulk = SimpleNamespace(async_copy_global_to_shared=self.bulk_copy)
+        some = {"async_copy": copies, "mbarrier": flags, "tma": bulk}
         return {
-            "gl": language, "async_copy": copies, "fence_async_shared": self.fence, "warpgroup_mma": self.product,
-            "warpgroup_mma_wait": self.wait_products, "_barrier": self.barrier, "mbarrier": flags,
-            "tma": SimpleNamespace(async_copy_global_to_shared=self.bulk_copy),
+            "gl": language, "fence_async_shared": self.fence, "warpgroup_mma": self.product,
+            "warpgroup_mma_wait": self.wait_products, "_barrier": self.barrier, **{name: some[name] for name in more},
         }  # fmt: skip
 
     def launch(self, kernel: Callable[..., None], grid: tuple[int, int], *args: Any, **constants: Any) -> None:

@@ -27,8 +27,8 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         def __getitem__(self, grid: tuple[int, int]) -> Callable[..., None]:
             return lambda *args, num_warps, maxnreg, **constants: machine.launch(kernel, grid, *args, **constants)
 
-    for name, value in machine.names().items():
-        monkeypatch.setattr(fp8_hopper, name, value, raising=False)
+    for name, value in machine.names("mbarrier", "tma").items():
+        monkeypatch.setattr(fp8_hopper, name, value)
     for helper in ("_load", "_multiply", "_added", "_store"):
         monkeypatch.setattr(fp8_hopper, helper, getattr(fp8_hopper, helper).fn)
     monkeypatch.setattr(fp8_hopper, "TensorDescriptor", Descriptor)
