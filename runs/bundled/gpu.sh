@@ -134,7 +134,7 @@ case $step in
   pack) "$python" runs/bundled/carry.py pack "$out/shipped" "$@" ;; # TARGET
   back) # the newest weights in pieces and the notes, to $OUT
     $me ship | tail -n 1; $me pack "${OUT:-$out/back}"; notes ;;
-  ready) # SECONDS: the source, its writing of that time, the conversion, everything tokenised
+  ready) # SECONDS: the source, its writing of that time (SEED=N: other texts), the conversion, everything tokenised
     metered; $me source; $me text; say "source and text are there"
     ($me lessons > "$out/lessons.log" 2>&1 & lessons=$!
      $me convert > "$out/convert.log" 2>&1; wait $lessons
@@ -143,7 +143,7 @@ case $step in
     writers=(); IFS=, read -ra shown <<< "$ours"
     for i in $(seq "$gpus"); do # each GPU writes
       (export CUDA_VISIBLE_DEVICES=${shown[i - 1]}
-       exec $me generate --seconds "$1" --seed "$i") & writers+=($!)
+       exec $me generate --seconds "$1" --seed $((${SEED:-0} + i))) & writers+=($!)
     done
     for writer in "${writers[@]}"; do wait "$writer"; done
     say "written"; wait $beside || { cat "$out"/{lessons,convert,prepare}.log; exit 1; }
