@@ -32,8 +32,8 @@ the gradient of the logits is rounded before it is multiplied, as autograd does 
 
 CHUNK_BYTES = 1 << 26
 """Of fp32 logits that exist at once."""
-FUSED_BYTES = 1 << 28
-"""Of logits in h's dtype that exist at once in `triton`: 4,096 rows of 32,768 words, enough to fill a GPU's product."""
+FUSED_ROWS = 4096
+"""Of logits in h's dtype that exist at once in `triton`, enough to fill a GPU's products: 0.8 GB of 102,400 words."""
 
 
 @cross_entropy_backends.register("reference")
@@ -99,17 +99,15 @@ class _Fused(_Chunked):
         dh = torch.empty_like(h_ND) if ctx.needs_input_grad[0] else None
         dhead: Tensor | None = None
         losses = []
-        rows = max(1, FUSED_BYTES // (head.shape[0] * head.element_size()))
-        for start in range(0, len(h_ND), rows):
-            part = slice(start, start + rows)
+        for start in range(0, len(h_ND), FUSED_ROWS):
+            part = slice(start, start + FUSED_ROWS)
             logits = F.linear(h_ND[part], head)
             wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
             losses.append(loss_and_slope_(logits, targets_N[part], weights_N[part], wanted).sum())
             if dh is not None:
                 torch.mm(logits, head, out=dh[part])
             if ctx.needs_input_grad[1]:
-                more = product32(logits.T, h_ND[part])
-                dhead = more if dhead is None else dhead.add_(more)
+                dhead = product32(logits.T, h_ND[part], dhead)
         ctx.save_for_backward(dh, dhead)
         ctx.head_dtype = head_VD.dtype
         return torch.stack(losses).sum() if losses else h_ND.new_zeros((), dtype=torch.float32)
@@ -147,7 +145,7 @@ def cross_entropy_native(h_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weigh
 
 @cross_entropy_backends.register("triton", triton_missing)
 def cross_entropy_triton(h_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
-    """The same, logits in h's dtype and at most FUSED_BYTES of them."""
+    """The same, logits in h's dtype and at most FUSED_ROWS of them."""
     h_ND, targets_N, weights_N = h_ND.contiguous(), targets_N.contiguous(), weights_N.contiguous()
     return _Fused.apply(h_ND, head_VD, targets_N, weights_N)  # type: ignore[no-untyped-call]
 

@@ -61,9 +61,10 @@ def _dispatch(x: Quantised, slot_P: Tensor, top_k: int) -> Quantised:
 
 def _products(backend: str, width: int) -> Any:
     """The module whose `product` and `weight_gradient` multiply."""
+    from rorqual.ops.fp8_train import hopper_missing
     from rorqual.ops.triton import fp8_products
 
-    if backend != "hopper" or width % BLOCK:
+    if backend not in ("auto", "hopper") or width % BLOCK or hopper_missing():
         return fp8_products
     from rorqual.ops.triton import fp8_hopper
 
@@ -81,43 +82,42 @@ class _GroupedExperts(torch.autograd.Function):
         chosen_NK: Tensor,
         backend: str,
     ) -> Tensor:
-        from rorqual.ops.fp8_train import TritonQuantiser
+        from rorqual.ops.fp8_train import kernel_quantiser
         from rorqual.ops.triton.experts import combine
         from rorqual.ops.triton.fused import swiglu
 
-        ctx.products = _products(backend, x_ND.shape[1])
-        product = ctx.products.product
+        ctx.products, ctx.quantiser = _products(backend, x_ND.shape[1]), kernel_quantiser(backend)
+        product, quantiser = ctx.products.product, ctx.quantiser
         where, dtype = places(chosen_NK, len(down_EDF)), x_ND.dtype
-        x = TritonQuantiser.tiles(x_ND, "ue8m0")
-        (up, up_turned), (down, down_turned) = TritonQuantiser.weight(gate_up_E2FD), TritonQuantiser.weight(down_EDF)
+        x = quantiser.tiles(x_ND, "ue8m0")
+        (up, up_turned), (down, down_turned) = quantiser.weight(gate_up_E2FD), quantiser.weight(down_EDF)
         gu = product(_dispatch(x, where.slot_P, chosen_NK.shape[1]), up, True, dtype, where.tile_expert)
-        h = TritonQuantiser.tiles(swiglu(*gu.chunk(2, -1)), None)
+        h = quantiser.tiles(swiglu(*gu.chunk(2, -1)), None)
         y = product(h, down, True, dtype, where.tile_expert)
-        ctx.save_for_backward(*x, *TritonQuantiser.tiles(gu, None), *up_turned, *down_turned, y, gates_NK, *where)
+        ctx.save_for_backward(*x, *quantiser.tiles(gu, None), *up_turned, *down_turned, y, gates_NK, *where)
         ctx.dtypes = gate_up_E2FD.dtype, down_EDF.dtype
         return combine(y, where.place_M, gates_NK)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        from rorqual.ops.fp8_train import TritonQuantiser
         from rorqual.ops.triton.experts import combine
         from rorqual.ops.triton.fp8_train import swiglu_backward
         from rorqual.ops.triton.grouped import gate_rows
 
-        product, weight_gradient = ctx.products.product, ctx.products.weight_gradient
+        product, weight_gradient, quantiser = ctx.products.product, ctx.products.weight_gradient, ctx.quantiser
         saved = ctx.saved_tensors
         x, gu, up, down = (saved[i : i + 2] for i in (0, 2, 4, 6))
         y, gates, where = saved[8], saved[9], Places(*saved[10:])
         dtype, (up_dtype, down_dtype) = y.dtype, ctx.dtypes
         dy, dgates = gate_rows(grads[0].contiguous(), y, where.slot_P, gates)
-        along, across = TritonQuantiser.both(dy, "ue8m0")
+        along, across = quantiser.both(dy, "ue8m0")
         F, G = gu[0].shape[1] // 2, gu[1].shape[1] // 2
         gate_up = (gu[0][:, :F], gu[1][:, :G]), (gu[0][:, F:], gu[1][:, G:])
         h, dgu = swiglu_backward(*gate_up, product(along, down, True, dtype, where.tile_expert))
-        ddown = weight_gradient(across, TritonQuantiser.tokens(h, None), where.tile_ends_E, down_dtype)
-        along, across = TritonQuantiser.both(dgu, None)
+        ddown = weight_gradient(across, quantiser.tokens(h, None), where.tile_ends_E, down_dtype)
+        along, across = quantiser.both(dgu, None)
         rows = _dispatch(x, where.slot_P, gates.shape[1])
-        dup = weight_gradient(across, TritonQuantiser.tokens(rows, None), where.tile_ends_E, up_dtype)
+        dup = weight_gradient(across, quantiser.tokens(rows, None), where.tile_ends_E, up_dtype)
         dx = combine(product(along, up, True, dtype, where.tile_expert), where.place_M, torch.ones_like(gates))
         return dx, dup, ddown, dgates, None, None
 

@@ -131,11 +131,11 @@ def scaled_mm_takes(a: Quantised, b: Quantised, blocks: bool) -> bool:
 
 @fp8_products.register("scaled_mm", scaled_mm_missing)
 def product_scaled_mm(a: Quantised, b: Quantised, blocks: bool, dtype: torch.dtype = torch.float32) -> Tensor:
-    """PyTorch's block-wise product (cuBLAS). What it does not take goes to `triton`."""
+    """PyTorch's block-wise product (cuBLAS). What it does not take goes to `hopper`, or to `triton`."""
     from torch.nn.functional import ScalingType, scaled_mm
 
     if not scaled_mm_takes(a, b, blocks):
-        return product_triton(a, b, blocks, dtype)
+        return (product_triton if hopper_missing() else product_hopper)(a, b, blocks, dtype)
     kind, scale = ScalingType.BlockWise1x128, _rows_together(b[1])
     if blocks:
         kind, scale = ScalingType.BlockWise128x128, b[1].contiguous().t()
@@ -191,35 +191,46 @@ class ReferenceQuantiser:
 class TritonQuantiser:
     """`ops.triton.fp8_train`: one pass each."""
 
-    @staticmethod
-    def tiles(x_MK: Tensor, fmt: str | None) -> Quantised:
-        from rorqual.ops.triton.fp8_train import tiles
+    @classmethod
+    def kernels(cls) -> Any:
+        """The module whose `tiles` and `blocks` these are."""
+        from rorqual.ops.triton import fp8_train
 
-        along, _ = tiles(_lying(x_MK), True, False, fmt is not None)
+        return fp8_train
+
+    @classmethod
+    def tiles(cls, x_MK: Tensor, fmt: str | None) -> Quantised:
+        along, _ = cls.kernels().tiles(_lying(x_MK), True, False, fmt is not None)
         assert along is not None
-        return along
+        return along  # type: ignore[no-any-return]
 
-    @staticmethod
-    def tokens(x_MK: Tensor | Quantised, fmt: str | None) -> Quantised:
-        from rorqual.ops.triton.fp8_train import tiles
-
-        _, across = tiles(_lying(x_MK) if isinstance(x_MK, Tensor) else x_MK, False, True, fmt is not None)
+    @classmethod
+    def tokens(cls, x_MK: Tensor | Quantised, fmt: str | None) -> Quantised:
+        x = _lying(x_MK) if isinstance(x_MK, Tensor) else x_MK
+        _, across = cls.kernels().tiles(x, False, True, fmt is not None)
         assert across is not None
-        return across
+        return across  # type: ignore[no-any-return]
 
-    @staticmethod
-    def both(x_MK: Tensor, fmt: str | None) -> tuple[Quantised, Quantised]:
-        from rorqual.ops.triton.fp8_train import tiles
-
-        along, across = tiles(_lying(x_MK), True, True, fmt is not None)
+    @classmethod
+    def both(cls, x_MK: Tensor, fmt: str | None) -> tuple[Quantised, Quantised]:
+        along, across = cls.kernels().tiles(_lying(x_MK), True, True, fmt is not None)
         assert along is not None and across is not None
         return along, across
 
-    @staticmethod
-    def weight(weight_NK: Tensor) -> tuple[Quantised, Quantised]:
-        from rorqual.ops.triton.fp8_train import blocks
+    @classmethod
+    def weight(cls, weight_NK: Tensor) -> tuple[Quantised, Quantised]:
+        return cls.kernels().blocks(weight_NK)  # type: ignore[no-any-return]
 
-        return blocks(weight_NK)
+
+@fp8_quantisers.register("gluon", hopper_missing)
+class GluonQuantiser(TritonQuantiser):
+    """`ops.triton.fp8_quantise`: the same bits, the transposes by words."""
+
+    @classmethod
+    def kernels(cls) -> Any:
+        from rorqual.ops.triton import fp8_quantise
+
+        return fp8_quantise
 
 
 def _lying(x: Tensor) -> Tensor:
@@ -233,8 +244,13 @@ def _product(recipe: Recipe, x: Tensor) -> Product:
 
 def _quantiser(recipe: Recipe, x: Tensor) -> type[Quantiser]:
     """The kernels wherever they run, but beside products that are there to be understood."""
-    plain = recipe.backend in PLAIN or not x.is_cuda
-    return fp8_quantisers.get("reference" if plain or triton_missing() else "triton")
+    plain = recipe.backend in PLAIN or not x.is_cuda or triton_missing()
+    return fp8_quantisers.get("reference") if plain else kernel_quantiser(recipe.backend)
+
+
+def kernel_quantiser(backend: str) -> type[Quantiser]:
+    """The fastest on this card; Triton's beside its own products."""
+    return fp8_quantisers.get("triton" if backend == "triton" or hopper_missing() else "gluon")
 
 
 # ---- what waits for the backward -------------------------------------------------------------------------------------
@@ -257,7 +273,7 @@ def round_e5m6(x: Tensor) -> Tensor:
 def _keep(x_MK: Tensor, quantised: Quantised, recipe: Recipe) -> tuple[Tensor, ...]:
     if recipe.keep == "e4m3":
         return quantised
-    if _quantiser(recipe, x_MK) is TritonQuantiser:
+    if issubclass(_quantiser(recipe, x_MK), TritonQuantiser):
         from rorqual.ops.triton.fp8_train import round_e5m6 as fast
 
         return (fast(_lying(x_MK)),)
@@ -326,7 +342,7 @@ class _SwigluDown(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         codes, scale, *kept = ctx.saved_tensors
-        if _quantiser(ctx.recipe, grads[0]) is TritonQuantiser:
+        if issubclass(_quantiser(ctx.recipe, grads[0]), TritonQuantiser):
             return _swiglu_down_backward(grads[0], (codes, scale), kept, ctx.recipe, ctx.dtypes)
         gate, up = dequantize_tiles(*kept[:2]), dequantize_tiles(*kept[2:])
         x_dtype, w_dtype = ctx.dtypes
@@ -355,12 +371,12 @@ def _swiglu_down_backward(
     """The same by kernels, the gradient of the product in the middle in the activations' dtype."""
     from rorqual.ops.triton.fp8_train import swiglu_backward
 
-    product = _product(recipe, dy_MD)
-    along, across = TritonQuantiser.both(dy_MD, recipe.grad_fmt)
+    product, quantiser = _product(recipe, dy_MD), _quantiser(recipe, dy_MD)
+    along, across = quantiser.both(dy_MD, recipe.grad_fmt)
     gate, up = (kept[0], kept[1]), (kept[2], kept[3])
     h, both = swiglu_backward(gate, up, product(along, turned, True, dtypes[0]))
     dgate, dup = both.chunk(2, -1)
-    return dgate, dup, product(across, TritonQuantiser.tokens(h, None), False, dtypes[1]), None
+    return dgate, dup, product(across, quantiser.tokens(h, None), False, dtypes[1]), None
 
 
 def swiglu_down(gate: Tensor, up: Tensor, weight_DF: Tensor, recipe: Recipe) -> Tensor:

@@ -15,11 +15,13 @@ from torch import Tensor
 Grads = tuple[Tensor | None, ...]
 
 
-def product32(a: Tensor, b: Tensor) -> Tensor:
-    """a b with the sums left in fp32, whatever 16-bit dtype a and b are of."""
+def product32(a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
+    """a b with the sums left in fp32, whatever 16-bit dtype a and b are of. onto: fp32, they are added to it in place."""
     if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a.float(), b.float())
+        if onto is None:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.addmm(onto, a, b, out_dtype=torch.float32, out=onto)  # type: ignore[call-overload, no-any-return]
+    return torch.mm(a.float(), b.float()) if onto is None else onto.addmm_(a.float(), b.float())
 
 
 class _Norm(torch.autograd.Function):

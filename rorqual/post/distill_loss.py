@@ -51,8 +51,7 @@ class _ChunkedDivergence(torch.autograd.Function):
             if grad_h is not None:
                 torch.mm(slope, head, out=grad_h[rows])
             if ctx.needs_input_grad[1]:
-                more = product32(slope.T, h_ND[rows])
-                grad_head = more if grad_head is None else grad_head.add_(more)
+                grad_head = product32(slope.T, h_ND[rows], grad_head)
             del slope
         ctx.save_for_backward(grad_h, grad_head)
         ctx.head_dtype = head_VD.dtype

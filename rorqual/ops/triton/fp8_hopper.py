@@ -30,6 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from rorqual.ops.triton.fp8_products import PROCESSORS
 from rorqual.ops.triton.fp8_train import TILE, Quantised
 
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # the latter up to Triton 3.6
@@ -44,29 +45,66 @@ class Shape(NamedTuple):
     registers: int | None
 
 
-WIDE = Shape(256, 4, None)
+WIDE = Shape(256, 3, None)
 PAIR = Shape(128, 3, 128)
 
 
 @gluon.jit
+def _tile(
+    index,
+    place,
+    M,
+    N,
+    steps,
+    E,
+    GROUPED: gl.constexpr,
+    RAGGED: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    GROUP: gl.constexpr,
+):
+    """Of a tile of the output: its row and column, its expert (E where the rows are nobody's, of which there is nothing to
+    do) and its first step and the one after its last."""
+    tiles_m, tiles_n = (M + 127) // 128, (N + BLOCK_N - 1) // BLOCK_N
+    e, begin, end = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(steps)
+    if RAGGED:
+        e = gl.to_tensor(index // (tiles_m * tiles_n))
+        index = index % (tiles_m * tiles_n)
+        end = gl.load(place + e)
+        begin = gl.load(place + (e - 1), mask=e > 0, other=0)
+    # Tiles next to each other share rows and columns: GROUP row tiles go through all columns together.
+    per = GROUP * tiles_n
+    first = index // per * GROUP
+    size = gl.minimum(tiles_m - first, GROUP)
+    tile_m = first + index % per % size
+    if GROUPED:
+        e = gl.load(place + tile_m)
+        end = gl.where(e < E, end, 0)
+    return tile_m * 128, index % per // size * BLOCK_N, e, begin, end
+
+
+@gluon.jit
 def _load(
-    a, sa, b, sb, buffers_a, buffers_sa, buffers_b, buffers_sb, ready, free, row_a, row_b, begin, end,
-    BYTES: gl.constexpr, BLOCKS: gl.constexpr, STAGES: gl.constexpr,
+    a, sa, b, sb, buffers_a, buffers_sa, buffers_b, buffers_sb, ready, free, place, M, N, steps, E, tiles,
+    BYTES: gl.constexpr, BLOCKS: gl.constexpr, GROUPED: gl.constexpr, RAGGED: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Copies the steps of both operands, each into the next buffer as soon as that is given back. `ready` counts bytes."""
     stage, phase = 0, 1  # a new barrier's phase before its first is over
-    for k in range(begin, end):
-        mbarrier.wait(free.index(stage), phase)
-        bar = ready.index(stage)
-        mbarrier.expect(bar, BYTES)
-        tma.async_copy_global_to_shared(a, [row_a, k * 128], bar, buffers_a.index(stage))
-        tma.async_copy_global_to_shared(sa, [k, row_a], bar, buffers_sa.index(stage))
-        tma.async_copy_global_to_shared(b, [row_b, k * 128], bar, buffers_b.index(stage))
-        if not BLOCKS:
-            tma.async_copy_global_to_shared(sb, [k, row_b], bar, buffers_sb.index(stage))
-        stage += 1
-        if stage == STAGES:
-            stage, phase = 0, phase ^ 1
+    for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        row, column, e, begin, end = _tile(index, place, M, N, steps, E, GROUPED, RAGGED, BLOCK_N, GROUP)
+        row_b = e * N + column if GROUPED else column
+        for k in range(begin, end):
+            mbarrier.wait(free.index(stage), phase)
+            bar = ready.index(stage)
+            mbarrier.expect(bar, BYTES)
+            tma.async_copy_global_to_shared(a, [row, k * 128], bar, buffers_a.index(stage))
+            tma.async_copy_global_to_shared(sa, [k, row], bar, buffers_sa.index(stage))
+            tma.async_copy_global_to_shared(b, [row_b, k * 128], bar, buffers_b.index(stage))
+            if not BLOCKS:
+                tma.async_copy_global_to_shared(sb, [k, row_b], bar, buffers_sb.index(stage))
+            stage += 1
+            if stage == STAGES:
+                stage, phase = 0, phase ^ 1
 
 
 @gluon.jit
@@ -92,8 +130,10 @@ def _store(c, acc, row, column, M, N, of_part: gl.constexpr):
 
 @gluon.jit
 def _multiply(
-    buffers_a, buffers_sa, buffers_b, buffers_sb, ready, free, c, scales_b, other, stride_bk, row, column, M, N, begin, end,
-    FIRST: gl.constexpr, BLOCKS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    buffers_a, buffers_sa, buffers_b, buffers_sb, ready, free, c, sb, place, M, N, steps, stride_b, stride_bk, stride_be, E,
+    tiles,
+    FIRST: gl.constexpr, BLOCKS: gl.constexpr, GROUPED: gl.constexpr, RAGGED: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """One warp group: two parts of 64 rows by 128 columns, one under the other, or side by side from row FIRST on."""
     of_part: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
@@ -102,69 +142,63 @@ def _multiply(
     by_rows: gl.constexpr = BLOCK_N == 128
     right: gl.constexpr = 0 if by_rows else 128
     below: gl.constexpr = 64 if by_rows else FIRST
-    zero = gl.full([64, 128], 0.0, gl.float32, of_part)
-    acc_0, acc_1 = zero, zero
-    if BLOCKS:
-        next_0, next_1 = gl.load(scales_b), gl.load(scales_b + other)
     stage, phase = 0, 0
-    for i in range(begin, end):
-        mbarrier.wait(ready.index(stage), phase)
-        codes_a, codes_b = buffers_a.index(stage), buffers_b.index(stage)
-        scales_a = buffers_sa.index(stage).reshape([128])
-        a_0, a_1 = codes_a.slice(FIRST, 64, 0), codes_a.slice(below, 64, 0)
-        b_0, b_1 = codes_b.slice(0, 128, 0), codes_b.slice(right, 128, 0)
-        queued = warpgroup_mma(a_0, b_0.permute((1, 0)), zero, use_acc=False, is_async=True)
-        scale_0, scale_1 = scales_a.slice(FIRST, 64, 0).load(rows), scales_a.slice(below, 64, 0).load(rows)
+    for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        row, column, e, begin, end = _tile(index, place, M, N, steps, E, GROUPED, RAGGED, BLOCK_N, GROUP)
+        zero = gl.full([64, 128], 0.0, gl.float32, of_part)
+        acc_0, acc_1 = zero, zero
         if BLOCKS:
-            scale_0, scale_1 = scale_0 * next_0, scale_1 * next_1
-            at = gl.minimum(i + 1, end - 1) * stride_bk
-            next_0, next_1 = gl.load(scales_b + at), gl.load(scales_b + other + at)
-        part = warpgroup_mma_wait(0, deps=(queued,))
-        acc_0 = _added(acc_0, part, scale_0, buffers_sb, stage, 0, columns, BLOCKS, BLOCK_N)
-        # Into the registers of the part before: ptxas would queue it before that one is added, and have none left.
-        queued = warpgroup_mma(a_1, b_1.permute((1, 0)), part, use_acc=False, is_async=True)
-        part = warpgroup_mma_wait(0, deps=(queued,))
-        acc_1 = _added(acc_1, part, scale_1, buffers_sb, stage, right, columns, BLOCKS, BLOCK_N)
-        _barrier()  # all four warps are done with the buffer
-        mbarrier.arrive(free.index(stage), count=1)
-        stage += 1
-        if stage == STAGES:
-            stage, phase = 0, phase ^ 1
-    _store(c, acc_0, row + FIRST, column, M, N, of_part)
-    _store(c, acc_1, row + below, column + right, M, N, of_part)
+            scales_b = sb + (column // 128) * stride_b
+            if GROUPED:
+                scales_b += gl.minimum(e, E - 1).to(gl.int64) * stride_be
+            # The second part's columns may be all beyond the last one.
+            other = gl.minimum(BLOCK_N // 128 - 1, (N - 1) // 128 - column // 128) * stride_b
+            next_0, next_1 = gl.load(scales_b), gl.load(scales_b + other)
+        for i in range(begin, end):
+            mbarrier.wait(ready.index(stage), phase)
+            codes_a, codes_b = buffers_a.index(stage), buffers_b.index(stage)
+            scales_a = buffers_sa.index(stage).reshape([128])
+            a_0, a_1 = codes_a.slice(FIRST, 64, 0), codes_a.slice(below, 64, 0)
+            b_0, b_1 = codes_b.slice(0, 128, 0), codes_b.slice(right, 128, 0)
+            queued = warpgroup_mma(a_0, b_0.permute((1, 0)), zero, use_acc=False, is_async=True)
+            scale_0, scale_1 = scales_a.slice(FIRST, 64, 0).load(rows), scales_a.slice(below, 64, 0).load(rows)
+            if BLOCKS:
+                scale_0, scale_1 = scale_0 * next_0, scale_1 * next_1
+                at = gl.minimum(i + 1, end - 1) * stride_bk
+                next_0, next_1 = gl.load(scales_b + at), gl.load(scales_b + other + at)
+            part = warpgroup_mma_wait(0, deps=(queued,))
+            acc_0 = _added(acc_0, part, scale_0, buffers_sb, stage, 0, columns, BLOCKS, BLOCK_N)
+            # Into the registers of the part before: ptxas would queue it before that one is added, and have none left.
+            queued = warpgroup_mma(a_1, b_1.permute((1, 0)), part, use_acc=False, is_async=True)
+            part = warpgroup_mma_wait(0, deps=(queued,))
+            acc_1 = _added(acc_1, part, scale_1, buffers_sb, stage, right, columns, BLOCKS, BLOCK_N)
+            _barrier()  # all four warps are done with the buffer
+            mbarrier.arrive(free.index(stage), count=1)
+            stage += 1
+            if stage == STAGES:
+                stage, phase = 0, phase ^ 1
+        to, inside = c, M
+        if RAGGED:
+            to = c + e.to(gl.int64) * M * N
+        if GROUPED:
+            inside = gl.where(e < E, M, 0)  # nobody's rows are not stored
+        _store(to, acc_0, row + FIRST, column, inside, N, of_part)
+        _store(to, acc_1, row + below, column + right, inside, N, of_part)
 
 
 @gluon.jit
 def hopper_product_kernel(
-    a, sa, b, sb, c, place, M, N, steps, stride_b, stride_bk, stride_be, E,
+    a, sa, b, sb, c, place, M, N, steps, stride_b, stride_bk, stride_be, E, tiles,
     BLOCKS: gl.constexpr, GROUPED: gl.constexpr, RAGGED: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     GROUP: gl.constexpr,
 ):  # fmt: skip
     """a and b are descriptors of codes [rows, sum], sa of scales [steps, rows], as sb is unless BLOCKS, which has a pointer.
-    place: each row tile's expert (GROUPED), or where each expert's steps end (RAGGED)."""
+    place: each row tile's expert (GROUPED), or where each expert's steps end (RAGGED). A program takes every so many-th of
+    the output's tiles: while one is stored, the next one's operands come."""
     flat: gl.constexpr = gl.NVMMASharedLayout(0, 32)
     groups: gl.constexpr = BLOCK_N // 128
     size_a: gl.constexpr = 128 * (128 + 4)
     size_b: gl.constexpr = BLOCK_N * 128 if BLOCKS else BLOCK_N * (128 + 4)
-    tiles_m, tiles_n = (M + 127) // 128, (N + BLOCK_N - 1) // BLOCK_N
-    # Programs next to each other share rows and columns: GROUP row tiles go through all columns together.
-    per = GROUP * tiles_n
-    first = gl.program_id(0) // per * GROUP
-    size = gl.minimum(tiles_m - first, GROUP)
-    tile_m = first + gl.program_id(0) % per % size
-    tile_n = gl.program_id(0) % per // size
-    row, column = tile_m * 128, tile_n * BLOCK_N
-    e, begin, end = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(steps)
-    if GROUPED:
-        e = gl.load(place + tile_m)
-        end = gl.where(e < E, end, 0)  # nobody's rows: nothing is copied, multiplied or stored
-        M = gl.where(e < E, M, 0)
-        e = gl.minimum(e, E - 1)
-    if RAGGED:
-        expert = gl.program_id(1)
-        end = gl.load(place + expert)
-        begin = gl.load(place + (expert - 1), mask=expert > 0, other=0)
-        c += expert.to(gl.int64) * M * N
     buffers_a = gl.allocate_shared_memory(a.dtype, [STAGES, 128, 128], a.layout)
     buffers_b = gl.allocate_shared_memory(b.dtype, [STAGES, BLOCK_N, 128], b.layout)
     buffers_sa = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 128], flat)
@@ -176,31 +210,28 @@ def hopper_product_kernel(
         mbarrier.init(free.index(stage), count=groups)
     fence_async_shared()
     _barrier()
-    scales_b, other = c, row  # not read
+    scales_b = c  # not read
     if BLOCKS:
-        scales_b = sb + e.to(gl.int64) * stride_be + (column // 128) * stride_b
-        # The second part's columns may be all beyond the last one.
-        other = gl.minimum(groups - 1, (N - 1) // 128 - column // 128) * stride_b
-    row_b = e * N + column
+        scales_b = sb
     if groups == 2:
         gl.warp_specialize(
             [
-                (_multiply, (buffers_a, buffers_sa, buffers_b, buffers_sb, ready, free, c, scales_b, other, stride_bk, row,
-                             column, M, N, begin, end, 0, BLOCKS, BLOCK_N, STAGES)),
-                (_multiply, (buffers_a, buffers_sa, buffers_b, buffers_sb, ready, free, c, scales_b, other, stride_bk, row,
-                             column, M, N, begin, end, 64, BLOCKS, BLOCK_N, STAGES)),
-                (_load, (a, sa, b, sb, buffers_a, buffers_sa, buffers_b, buffers_sb, ready, free, row, row_b, begin, end,
-                         size_a + size_b, BLOCKS, STAGES)),
+                (_multiply, (buffers_a, buffers_sa, buffers_b, buffers_sb, ready, free, c, scales_b, place, M, N, steps,
+                             stride_b, stride_bk, stride_be, E, tiles, 0, BLOCKS, GROUPED, RAGGED, BLOCK_N, STAGES, GROUP)),
+                (_multiply, (buffers_a, buffers_sa, buffers_b, buffers_sb, ready, free, c, scales_b, place, M, N, steps,
+                             stride_b, stride_bk, stride_be, E, tiles, 64, BLOCKS, GROUPED, RAGGED, BLOCK_N, STAGES, GROUP)),
+                (_load, (a, sa, b, sb, buffers_a, buffers_sa, buffers_b, buffers_sb, ready, free, place, M, N, steps, E,
+                         tiles, size_a + size_b, BLOCKS, GROUPED, RAGGED, BLOCK_N, STAGES, GROUP)),
             ],
             [4, 1], [232, 24],
         )  # fmt: skip
     else:
         gl.warp_specialize(
             [
-                (_multiply, (buffers_a, buffers_sa, buffers_b, buffers_sb, ready, free, c, scales_b, other, stride_bk, row,
-                             column, M, N, begin, end, 0, BLOCKS, BLOCK_N, STAGES)),
-                (_load, (a, sa, b, sb, buffers_a, buffers_sa, buffers_b, buffers_sb, ready, free, row, row_b, begin, end,
-                         size_a + size_b, BLOCKS, STAGES)),
+                (_multiply, (buffers_a, buffers_sa, buffers_b, buffers_sb, ready, free, c, scales_b, place, M, N, steps,
+                             stride_b, stride_bk, stride_be, E, tiles, 0, BLOCKS, GROUPED, RAGGED, BLOCK_N, STAGES, GROUP)),
+                (_load, (a, sa, b, sb, buffers_a, buffers_sa, buffers_b, buffers_sb, ready, free, place, M, N, steps, E,
+                         tiles, size_a + size_b, BLOCKS, GROUPED, RAGGED, BLOCK_N, STAGES, GROUP)),
             ],
             [1], [24],
         )  # fmt: skip
@@ -209,8 +240,8 @@ def hopper_product_kernel(
 def missing(a: Quantised, b: Quantised) -> str | None:
     """Why the kernel cannot take these operands, or None."""
     M, K = a[0].shape
-    if not M or K % TILE or not all(codes.is_contiguous() and codes.data_ptr() % 16 == 0 for codes in (a[0], b[0])):
-        return f"it takes rows of contiguous codes and sums of a multiple of {TILE}"
+    if not M or K % 16 or not all(codes.is_contiguous() and codes.data_ptr() % 16 == 0 for codes in (a[0], b[0])):
+        return "it takes rows of contiguous codes and sums of a multiple of 16"
     if not a[0].is_cuda or torch.cuda.get_device_capability(a[0].device) != (9, 0):
         return "it needs a Hopper card"
     return None
@@ -224,7 +255,7 @@ def product(
     N, grouped = b[0].shape[-2], tile_expert is not None
     assert blocks or not grouped
     out = torch.empty(len(a[0]), N, dtype=dtype, device=a[0].device)
-    _launch(a, b, blocks, out, a[0].shape[1] // TILE, tile_expert, len(b[0]) if grouped else 1, False, shape)
+    _launch(a, b, blocks, out, triton.cdiv(a[0].shape[1], TILE), tile_expert, len(b[0]) if grouped else 1, False, shape)
     return out
 
 
@@ -242,20 +273,21 @@ def _launch(
     shape: Shape | None,
 ) -> None:  # fmt: skip
     (a_codes, a_scale), (b_codes, b_scale), (M, N) = a, b, out.shape[-2:]
-    assert a_codes.shape[1] % TILE == 0
-    how = shape or PAIR
+    assert a_codes.shape[1] % 16 == 0
+    how = shape or WIDE
     codes, numbers = gl.NVMMASharedLayout(128, 8), gl.NVMMASharedLayout(0, 32)
     of_b: TensorDescriptor | Tensor = b_scale
     if not blocks:
         of_b = TensorDescriptor.from_tensor(_by_step(b_scale), [1, how.block_n], numbers)
     stride_b, stride_bk = b_scale.stride()[-2:]
-    grid = triton.cdiv(M, TILE) * triton.cdiv(N, how.block_n), len(out) if ragged else 1
-    hopper_product_kernel[grid](
+    tiles = triton.cdiv(M, TILE) * triton.cdiv(N, how.block_n) * (len(out) if ragged else 1)
+    programs = min(tiles, PROCESSORS * (1 if how.registers is None else 2))
+    hopper_product_kernel[(programs, 1)](
         TensorDescriptor.from_tensor(a_codes, [TILE, TILE], codes),
         TensorDescriptor.from_tensor(_by_step(a_scale), [1, TILE], numbers),
         TensorDescriptor.from_tensor(b_codes.view(-1, b_codes.shape[-1]), [how.block_n, TILE], codes),
         of_b, out, place, M, N, steps, stride_b, stride_bk, b_scale.stride(0) if blocks and b_scale.dim() == 3 else 0,
-        experts, BLOCKS=blocks, GROUPED=place is not None and not ragged, RAGGED=ragged, BLOCK_N=how.block_n,
+        experts, tiles, BLOCKS=blocks, GROUPED=place is not None and not ragged, RAGGED=ragged, BLOCK_N=how.block_n,
         STAGES=how.stages, GROUP=8, num_warps=4, maxnreg=how.registers,
     )  # fmt: skip
 

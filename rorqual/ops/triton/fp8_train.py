@@ -94,7 +94,7 @@ def _tile_kernel(
         tl.store(scales_t + mb * K + k, scale, mask=k < K)
 
 
-def _empty(M: int, K: int, device: torch.device) -> Quantised:
+def empty_tiles(M: int, K: int, device: torch.device) -> Quantised:
     """Codes [M, K] and scales [M, ceil(K/128)] with rows contiguous."""
     codes = torch.empty(M, K, dtype=E4M3, device=device)
     return codes, torch.empty(triton.cdiv(K, TILE), M, dtype=torch.float32, device=device).T
@@ -105,7 +105,7 @@ def tiles(x: Tensor | Quantised, rows: bool, columns: bool, power: bool) -> tupl
     source, x_scale = x if isinstance(x, tuple) else (x, None)
     (M, K), device = source.shape, source.device
     assert source.stride(1) == 1 and (x_scale is None or x_scale.stride(0) == 1)
-    along, across = _empty(M, K, device) if rows else None, _empty(K, M, device) if columns else None
+    along, across = empty_tiles(M, K, device) if rows else None, empty_tiles(K, M, device) if columns else None
     # In the interpreter a pointer has to be one, also where it is not used.
     (codes, scales), (codes_t, scales_t) = along or (source, source), across or (source, source)
     if M:

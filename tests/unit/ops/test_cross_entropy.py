@@ -26,7 +26,7 @@ def run(backend: str, h: torch.Tensor, head: torch.Tensor, targets: torch.Tensor
 )
 def test_chunks_add_up(backend: str, dtype: torch.dtype, n: int, d: int, v: int, rows: int, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(room, "CHUNK_BYTES", rows * 4 * v)
-    monkeypatch.setattr(room, "FUSED_BYTES", rows * dtype.itemsize * v)
+    monkeypatch.setattr(room, "FUSED_ROWS", rows)
     torch.manual_seed(n + v)
     h, head = torch.randn(n, d, dtype=dtype), torch.randn(v, d)
     targets, weights = torch.randint(0, v, (n,)), torch.randint(0, 2, (n,)).float() * 0.25
@@ -68,7 +68,7 @@ def test_all_logits_never_exist(monkeypatch) -> None:  # type: ignore[no-untyped
     """No operation, forward or backward, returns more numbers than a chunk of logits or the head."""
     n, d, v, rows = 512, 4, 1000, 16
     monkeypatch.setattr(room, "CHUNK_BYTES", rows * 4 * v)
-    monkeypatch.setattr(room, "FUSED_BYTES", rows * 4 * v)
+    monkeypatch.setattr(room, "FUSED_ROWS", rows)
     inputs = torch.randn(n, d), torch.randn(v, d), torch.randint(0, v, (n,)), torch.ones(n)
     seen = {}
     chunks = ["chunked", *(["triton"] if torch.cuda.is_available() else [])]  # the interpreter copies everything
