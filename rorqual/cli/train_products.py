@@ -91,26 +91,25 @@ def _dense(
         right = dequantize_tiles(*a) @ (dequantize_blocks if blocks else dequantize_tiles)(*b).T
         ways: Ways = {"bf16": plain}
         ways |= {
-            name: partial(product, a, b, blocks, torch.bfloat16, **more)
-            for name, (product, more) in _products(a, b, blocks, device).items()
+            name: partial(product, a, b, blocks, torch.bfloat16)
+            for name, product in _products(a, b, blocks, device).items()
         }
         yield kind, ways, lambda y: y, (exact, right)
 
 
-def _products(a: Quantised, b: Quantised, blocks: bool, device: str) -> dict[str, tuple[Callable[..., Tensor], Any]]:
-    """The ways that multiply these by themselves, with what they are called with besides."""
+def _products(a: Quantised, b: Quantised, blocks: bool, device: str) -> dict[str, Callable[..., Tensor]]:
+    """The ways that multiply these by themselves."""
     if not device.startswith("cuda"):
-        return {"expanded": (fp8_products.get("expanded"), {})}
-    found: dict[str, tuple[Callable[..., Tensor], Any]] = {"triton": (fp8_products.get("triton"), {})}
+        return {"expanded": fp8_products.get("expanded")}
+    names = ["triton"]
     if scaled_mm_takes(a, b, blocks):
-        found["scaled_mm"] = fp8_products.get("scaled_mm"), {}
+        names.append("scaled_mm")
     if hopper_missing() is None:
         from rorqual.ops.triton import fp8_hopper
 
         if fp8_hopper.missing(a, b) is None:
-            found["hopper"] = fp8_hopper.product, {}
-            found["hopper wide"] = fp8_hopper.product, {"shape": fp8_hopper.WIDE}
-    return found
+            names.append("hopper")
+    return {name: fp8_products.get(name) for name in names}
 
 
 def _experts(
@@ -128,11 +127,11 @@ def _experts(
     ends = tile_ends * TILE
     (weight, turned), xs, (along, across) = quantiser.weight(w), quantiser.tiles(x, None), quantiser.both(dy, None)
     x_tokens = quantiser.tokens(x, None)
-    modules: dict[str, tuple[Any, dict[str, Any]]] = {"triton": (triton_products, {})}
+    modules: dict[str, Any] = {"triton": triton_products}
     if hopper_missing() is None:
         from rorqual.ops.triton import fp8_hopper
 
-        modules |= {"hopper": (fp8_hopper, {}), "hopper wide": (fp8_hopper, {"shape": fp8_hopper.WIDE})}
+        modules["hopper"] = fp8_hopper
     first_x, first_w, first_dy = x[:each].float(), w[0].float(), dy[:each].float()
     for kind, a, b, plain, exact in (
         ("forward", xs, weight, lambda: F.grouped_mm(x, w.mT, offs=ends), first_x @ first_w.T),
@@ -141,15 +140,14 @@ def _experts(
         right = dequantize_tiles(a[0][:each], a[1][:each]) @ dequantize_blocks(b[0][0], b[1][0]).T
         ways: Ways = {"bf16": plain}
         ways |= {
-            name: partial(module.product, a, b, True, torch.bfloat16, tile_expert, **more)
-            for name, (module, more) in modules.items()
+            name: partial(module.product, a, b, True, torch.bfloat16, tile_expert) for name, module in modules.items()
         }
         yield kind, ways, lambda y: y[:each], (exact, right)
     right = (dequantize_tiles(*across)[:, :each]) @ dequantize_tiles(*x_tokens)[:, :each].T
     ways = {"bf16": lambda: F.grouped_mm(dy.T, x, offs=ends)}
     ways |= {
-        name: partial(module.weight_gradient, across, x_tokens, tile_ends, torch.bfloat16, **more)
-        for name, (module, more) in modules.items()
+        name: partial(module.weight_gradient, across, x_tokens, tile_ends, torch.bfloat16)
+        for name, module in modules.items()
     }
     yield "wgrad", ways, lambda y: y[0], (first_dy.T @ first_x, right)
 

@@ -57,13 +57,11 @@ def test_grouped_experts_are_the_loop(backend: str) -> None:
         assert relative(ours, exact) <= 2e-2
 
 
-@pytest.mark.parametrize("wide", [False, True])
-def test_both_shapes_of_hoppers_products(wide: bool) -> None:
+def test_hoppers_products_by_expert() -> None:
     """Rows by expert and an expert's weight gradient, one expert without rows, tiles that end beyond the last column."""
     fp8_products.get("hopper")
     from rorqual.ops.triton import fp8_hopper
 
-    shape = fp8_hopper.WIDE if wide else fp8_hopper.PAIR
     E, N, K = 4, 1344, 1024
     tile_expert = torch.tensor([0] * 5 + [2] * 11 + [3] + [E] * 3, dtype=torch.int32, device=CUDA)
     tile_ends = torch.tensor([5, 5, 16, 17], dtype=torch.int32, device=CUDA)
@@ -71,8 +69,8 @@ def test_both_shapes_of_hoppers_products(wide: bool) -> None:
     x, dy, w = (torch.randn(*s, device=CUDA) for s in ((M, K), (M, N), (E, N, K)))
     a, (weight, _) = TritonQuantiser.tiles(x, None), TritonQuantiser.weight(w)
     across, tokens = TritonQuantiser.tokens(dy, None), TritonQuantiser.tokens(x, None)
-    rows = fp8_hopper.product(a, weight, True, torch.float32, tile_expert, shape)
-    grads = fp8_hopper.weight_gradient(across, tokens, tile_ends, torch.float32, shape)
+    rows = fp8_hopper.product(a, weight, True, torch.float32, tile_expert)
+    grads = fp8_hopper.weight_gradient(across, tokens, tile_ends, torch.float32)
     begin = 0
     for e, end in enumerate(tile_ends.tolist()):
         part = slice(begin * 128, end * 128)

@@ -14,8 +14,6 @@ barriers, and compile the kernel for sm_90; tests/gpu compares it on a card.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 from torch import Tensor
@@ -36,17 +34,8 @@ from rorqual.ops.triton.fp8_train import TILE, Quantised
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # the latter up to Triton 3.6
 
 
-class Shape(NamedTuple):
-    """Of a program: the columns of its tile, its buffers, and the registers that a thread may have before the warps that
-    copy give theirs away (None: as many as there are)."""
-
-    block_n: int
-    stages: int
-    registers: int | None
-
-
-WIDE = Shape(256, 3, None)
-PAIR = Shape(128, 3, 128)
+COLUMNS, STAGES = 256, 3
+"""Of an output's tile, which has 128 rows; buffers."""
 
 
 @gluon.jit
@@ -135,13 +124,10 @@ def _multiply(
     FIRST: gl.constexpr, BLOCKS: gl.constexpr, GROUPED: gl.constexpr, RAGGED: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
-    """One warp group: two parts of 64 rows by 128 columns, one under the other, or side by side from row FIRST on."""
+    """One warp group: 64 rows from FIRST on, in two parts of 128 columns."""
     of_part: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
     rows: gl.constexpr = gl.SliceLayout(1, of_part)
     columns: gl.constexpr = gl.SliceLayout(0, of_part)
-    by_rows: gl.constexpr = BLOCK_N == 128
-    right: gl.constexpr = 0 if by_rows else 128
-    below: gl.constexpr = 64 if by_rows else FIRST
     stage, phase = 0, 0
     for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
         row, column, e, begin, end = _tile(index, place, M, N, steps, E, GROUPED, RAGGED, BLOCK_N, GROUP)
@@ -152,16 +138,16 @@ def _multiply(
             if GROUPED:
                 scales_b += gl.minimum(e, E - 1).to(gl.int64) * stride_be
             # The second part's columns may be all beyond the last one.
-            other = gl.minimum(BLOCK_N // 128 - 1, (N - 1) // 128 - column // 128) * stride_b
+            other = gl.minimum(1, (N - 1) // 128 - column // 128) * stride_b
             next_0, next_1 = gl.load(scales_b), gl.load(scales_b + other)
         for i in range(begin, end):
             mbarrier.wait(ready.index(stage), phase)
             codes_a, codes_b = buffers_a.index(stage), buffers_b.index(stage)
-            scales_a = buffers_sa.index(stage).reshape([128])
-            a_0, a_1 = codes_a.slice(FIRST, 64, 0), codes_a.slice(below, 64, 0)
-            b_0, b_1 = codes_b.slice(0, 128, 0), codes_b.slice(right, 128, 0)
-            queued = warpgroup_mma(a_0, b_0.permute((1, 0)), zero, use_acc=False, is_async=True)
-            scale_0, scale_1 = scales_a.slice(FIRST, 64, 0).load(rows), scales_a.slice(below, 64, 0).load(rows)
+            mine = codes_a.slice(FIRST, 64, 0)
+            b_0, b_1 = codes_b.slice(0, 128, 0), codes_b.slice(128, 128, 0)
+            queued = warpgroup_mma(mine, b_0.permute((1, 0)), zero, use_acc=False, is_async=True)
+            scale_0 = buffers_sa.index(stage).reshape([128]).slice(FIRST, 64, 0).load(rows)
+            scale_1 = scale_0
             if BLOCKS:
                 scale_0, scale_1 = scale_0 * next_0, scale_1 * next_1
                 at = gl.minimum(i + 1, end - 1) * stride_bk
@@ -169,9 +155,9 @@ def _multiply(
             part = warpgroup_mma_wait(0, deps=(queued,))
             acc_0 = _added(acc_0, part, scale_0, buffers_sb, stage, 0, columns, BLOCKS, BLOCK_N)
             # Into the registers of the part before: ptxas would queue it before that one is added, and have none left.
-            queued = warpgroup_mma(a_1, b_1.permute((1, 0)), part, use_acc=False, is_async=True)
+            queued = warpgroup_mma(mine, b_1.permute((1, 0)), part, use_acc=False, is_async=True)
             part = warpgroup_mma_wait(0, deps=(queued,))
-            acc_1 = _added(acc_1, part, scale_1, buffers_sb, stage, right, columns, BLOCKS, BLOCK_N)
+            acc_1 = _added(acc_1, part, scale_1, buffers_sb, stage, 128, columns, BLOCKS, BLOCK_N)
             _barrier()  # all four warps are done with the buffer
             mbarrier.arrive(free.index(stage), count=1)
             stage += 1
@@ -183,7 +169,7 @@ def _multiply(
         if GROUPED:
             inside = gl.where(e < E, M, 0)  # nobody's rows are not stored
         _store(to, acc_0, row + FIRST, column, inside, N, of_part)
-        _store(to, acc_1, row + below, column + right, inside, N, of_part)
+        _store(to, acc_1, row + FIRST, column + 128, inside, N, of_part)
 
 
 @gluon.jit
@@ -196,7 +182,6 @@ def hopper_product_kernel(
     place: each row tile's expert (GROUPED), or where each expert's steps end (RAGGED). A program takes every so many-th of
     the output's tiles: while one is stored, the next one's operands come."""
     flat: gl.constexpr = gl.NVMMASharedLayout(0, 32)
-    groups: gl.constexpr = BLOCK_N // 128
     size_a: gl.constexpr = 128 * (128 + 4)
     size_b: gl.constexpr = BLOCK_N * 128 if BLOCKS else BLOCK_N * (128 + 4)
     buffers_a = gl.allocate_shared_memory(a.dtype, [STAGES, 128, 128], a.layout)
@@ -207,34 +192,23 @@ def hopper_product_kernel(
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=1)
-        mbarrier.init(free.index(stage), count=groups)
+        mbarrier.init(free.index(stage), count=2)
     fence_async_shared()
     _barrier()
     scales_b = c  # not read
     if BLOCKS:
         scales_b = sb
-    if groups == 2:
-        gl.warp_specialize(
-            [
-                (_multiply, (buffers_a, buffers_sa, buffers_b, buffers_sb, ready, free, c, scales_b, place, M, N, steps,
-                             stride_b, stride_bk, stride_be, E, tiles, 0, BLOCKS, GROUPED, RAGGED, BLOCK_N, STAGES, GROUP)),
-                (_multiply, (buffers_a, buffers_sa, buffers_b, buffers_sb, ready, free, c, scales_b, place, M, N, steps,
-                             stride_b, stride_bk, stride_be, E, tiles, 64, BLOCKS, GROUPED, RAGGED, BLOCK_N, STAGES, GROUP)),
-                (_load, (a, sa, b, sb, buffers_a, buffers_sa, buffers_b, buffers_sb, ready, free, place, M, N, steps, E,
-                         tiles, size_a + size_b, BLOCKS, GROUPED, RAGGED, BLOCK_N, STAGES, GROUP)),
-            ],
-            [4, 1], [232, 24],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (_multiply, (buffers_a, buffers_sa, buffers_b, buffers_sb, ready, free, c, scales_b, place, M, N, steps,
-                             stride_b, stride_bk, stride_be, E, tiles, 0, BLOCKS, GROUPED, RAGGED, BLOCK_N, STAGES, GROUP)),
-                (_load, (a, sa, b, sb, buffers_a, buffers_sa, buffers_b, buffers_sb, ready, free, place, M, N, steps, E,
-                         tiles, size_a + size_b, BLOCKS, GROUPED, RAGGED, BLOCK_N, STAGES, GROUP)),
-            ],
-            [1], [24],
-        )  # fmt: skip
+    gl.warp_specialize(
+        [
+            (_multiply, (buffers_a, buffers_sa, buffers_b, buffers_sb, ready, free, c, scales_b, place, M, N, steps,
+                         stride_b, stride_bk, stride_be, E, tiles, 0, BLOCKS, GROUPED, RAGGED, BLOCK_N, STAGES, GROUP)),
+            (_multiply, (buffers_a, buffers_sa, buffers_b, buffers_sb, ready, free, c, scales_b, place, M, N, steps,
+                         stride_b, stride_bk, stride_be, E, tiles, 64, BLOCKS, GROUPED, RAGGED, BLOCK_N, STAGES, GROUP)),
+            (_load, (a, sa, b, sb, buffers_a, buffers_sa, buffers_b, buffers_sb, ready, free, place, M, N, steps, E, tiles,
+                     size_a + size_b, BLOCKS, GROUPED, RAGGED, BLOCK_N, STAGES, GROUP)),
+        ],
+        [4, 1], [232, 24],
+    )  # fmt: skip
 
 
 def missing(a: Quantised, b: Quantised) -> str | None:
@@ -247,48 +221,40 @@ def missing(a: Quantised, b: Quantised) -> str | None:
     return None
 
 
-def product(
-    a: Quantised, b: Quantised, blocks: bool, dtype: torch.dtype, tile_expert: Tensor | None = None,
-    shape: Shape | None = None,
-) -> Tensor:  # fmt: skip
+def product(a: Quantised, b: Quantised, blocks: bool, dtype: torch.dtype, tile_expert: Tensor | None = None) -> Tensor:
     """As `fp8_products.product`, without splitting the sum."""
     N, grouped = b[0].shape[-2], tile_expert is not None
     assert blocks or not grouped
     out = torch.empty(len(a[0]), N, dtype=dtype, device=a[0].device)
-    _launch(a, b, blocks, out, triton.cdiv(a[0].shape[1], TILE), tile_expert, len(b[0]) if grouped else 1, False, shape)
+    _launch(a, b, blocks, out, triton.cdiv(a[0].shape[1], TILE), tile_expert, len(b[0]) if grouped else 1, False)
     return out
 
 
-def weight_gradient(
-    a: Quantised, b: Quantised, tile_ends: Tensor, dtype: torch.dtype, shape: Shape | None = None
-) -> Tensor:
+def weight_gradient(a: Quantised, b: Quantised, tile_ends: Tensor, dtype: torch.dtype) -> Tensor:
     """As `fp8_products.weight_gradient`."""
     out = torch.empty(len(tile_ends), len(a[0]), len(b[0]), dtype=dtype, device=a[0].device)
-    _launch(a, b, False, out, 0, tile_ends, 1, True, shape)
+    _launch(a, b, False, out, 0, tile_ends, 1, True)
     return out
 
 
 def _launch(
     a: Quantised, b: Quantised, blocks: bool, out: Tensor, steps: int, place: Tensor | None, experts: int, ragged: bool,
-    shape: Shape | None,
 ) -> None:  # fmt: skip
     (a_codes, a_scale), (b_codes, b_scale), (M, N) = a, b, out.shape[-2:]
     assert a_codes.shape[1] % 16 == 0
-    how = shape or WIDE
     codes, numbers = gl.NVMMASharedLayout(128, 8), gl.NVMMASharedLayout(0, 32)
     of_b: TensorDescriptor | Tensor = b_scale
     if not blocks:
-        of_b = TensorDescriptor.from_tensor(_by_step(b_scale), [1, how.block_n], numbers)
+        of_b = TensorDescriptor.from_tensor(_by_step(b_scale), [1, COLUMNS], numbers)
     stride_b, stride_bk = b_scale.stride()[-2:]
-    tiles = triton.cdiv(M, TILE) * triton.cdiv(N, how.block_n) * (len(out) if ragged else 1)
-    programs = min(tiles, PROCESSORS * (1 if how.registers is None else 2))
-    hopper_product_kernel[(programs, 1)](
+    tiles = triton.cdiv(M, TILE) * triton.cdiv(N, COLUMNS) * (len(out) if ragged else 1)
+    hopper_product_kernel[(min(tiles, PROCESSORS), 1)](
         TensorDescriptor.from_tensor(a_codes, [TILE, TILE], codes),
         TensorDescriptor.from_tensor(_by_step(a_scale), [1, TILE], numbers),
-        TensorDescriptor.from_tensor(b_codes.view(-1, b_codes.shape[-1]), [how.block_n, TILE], codes),
+        TensorDescriptor.from_tensor(b_codes.view(-1, b_codes.shape[-1]), [COLUMNS, TILE], codes),
         of_b, out, place, M, N, steps, stride_b, stride_bk, b_scale.stride(0) if blocks and b_scale.dim() == 3 else 0,
-        experts, tiles, BLOCKS=blocks, GROUPED=place is not None and not ragged, RAGGED=ragged, BLOCK_N=how.block_n,
-        STAGES=how.stages, GROUP=8, num_warps=4, maxnreg=how.registers,
+        experts, tiles, BLOCKS=blocks, GROUPED=place is not None and not ragged, RAGGED=ragged, BLOCK_N=COLUMNS,
+        STAGES=STAGES, GROUP=8, num_warps=4,
     )  # fmt: skip
 
 

@@ -232,9 +232,8 @@ def of_fp8_hopper() -> None:
     """By expert: a dense product is the same with fewer questions, and these compile slowly."""
     M, N, K = 256, 1408, 2048
     stack = stored(FP8, 16, N, K)
-    for shape in (fp8_hopper.PAIR, fp8_hopper.WIDE):
-        fp8_hopper.product(quantised(M, K), (stack.data, stack.scale), True, BF16, int32(2), shape)
-        fp8_hopper.weight_gradient(quantised(N, M), quantised(K, M), int32(16), FP32, shape)
+    fp8_hopper.product(quantised(M, K), (stack.data, stack.scale), True, BF16, int32(2))
+    fp8_hopper.weight_gradient(quantised(N, M), quantised(K, M), int32(16), FP32)
 
 
 def of_fp8_train() -> None:
