@@ -20,7 +20,7 @@ from rorqual.model.transformer import Transformer
 from rorqual.ops.rope import cos_sin
 
 PRODUCTS = ("gemm", "nvjet", "cutlass", "cublas", "_product_kernel", "_weight_gradient", "xmma", "splitk")
-QUANTISING = ("_tile_kernel", "_block_kernel", "_e5m6")
+QUANTISING = ("_tile_kernel", "_block_kernel", "quantise_kernel", "_e5m6")
 ATTENTION = ("cudnn", "flash", "fmha", "sdpa", "attention")
 
 

@@ -91,9 +91,9 @@ def _scales(largest, POWER: gl.constexpr):
 def _scaled(value, scale, inverse, axis: gl.constexpr, POWER: gl.constexpr):
     """value over its rows' scales (axis 1) or its columns' (axis 0)."""
     if POWER:
-        scaled = value * inverse.expand_dims(axis)
+        scaled = value * gl.expand_dims(inverse, axis)
     else:
-        scaled = _over(value, scale.expand_dims(axis), inverse.expand_dims(axis))
+        scaled = _over(value, gl.expand_dims(scale, axis), gl.expand_dims(inverse, axis))
     return scaled
 
 
