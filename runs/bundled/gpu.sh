@@ -72,7 +72,7 @@ for r in map(json.loads, open(sys.argv[1])):
 notes() { # small files as one archive beside the weights; the held-out shards too, so that the table can be made elsewhere
   local back=${OUT:-$out/back} f some=()
   mv "$back/side.json.xz" "$out/"
-  for f in side.json.xz {heal,again,apart,mtp}/{metrics.jsonl,config.toml} {convert,prepare,lessons,answer}.log power.csv \
+  for f in side.json.xz {heal,again,apart,apart-again,mtp}/{metrics.jsonl,config.toml} {convert,prepare,lessons,answer}.log power.csv \
     converted/config.json teacher-answers.jsonl shards/{chat,text}/val; do [ ! -e "$out/$f" ] || some+=("$f"); done
   for f in "$out"/written/generate-*.json; do [ ! -e "$f" ] || some+=("${f#"$out"/}"); done
   tar -C "$out" -cJf "$back/notes.tar.xz" "${some[@]}"
@@ -111,7 +111,10 @@ case $step in
     train distill runs/bundled/heal.toml --set out="$out/again" --set init_from="$from" --set optim.lr=5e-4 \
       --set quantise.fraction=1.0 --set seed=3 "$@" ;;
   apart) train distill runs/bundled/apart.toml "$@" ;; # from $out/start, one file of the weights alone
-  mtp) from=$(newest apart again heal); train distill runs/bundled/mtp.toml --set init_from="$from" "$@" ;;
+  apart-again) # and these once more
+    from=$(newest apart)
+    train distill runs/bundled/apart.toml --set out="$out/apart-again" --set init_from="$from" --set optim.lr=5e-4 --set seed=5 "$@" ;;
+  mtp) from=$(newest apart-again apart again heal); train distill runs/bundled/mtp.toml --set init_from="$from" "$@" ;;
   measure) # after `ready`: what `first` plans by, from some steps of healing on its own data
     "$python" runs/bundled/attention.py choose > "$kept/attention" || rm "$kept/attention"
     echo "--set compile=true" > "$kept/options"; rm -rf "$out/trial"
@@ -122,14 +125,15 @@ case $step in
     [ -f "$out/teacher-answers.jsonl" ] || "$python" runs/bundled/generate.py --gguf "$source" \
       --answer runs/bundled/{held-out,fixed,exam}.jsonl --rows 640 --length 768 --out "$out/teacher-answers.jsonl" "$@" ;;
   ship) # the newest weights as int4
-    from=$(newest mtp apart again heal)
+    from=$(newest mtp apart-again apart again heal)
     rm -rf "$out/shipped" "$out/.shipped.converting"
     rorqual convert "$from" "$out/shipped" --to int4 --max-shard-gb 0.014 "$@" ;;
   evaluate)
-    from=$(newest mtp apart again heal)
+    from=$(newest mtp apart-again apart again heal)
     sets=(text="$out/shards/text/val" chat="$out/shards/chat/val")
     [ ! -d "$out/shards/books" ] || sets+=(books="$out/shards/books/train")
-    "$python" runs/bundled/evaluate.py --teacher "$source" --model converted="$out/converted" healed="$from" \
+    before=(); [ ! -d "$out/start" ] || before=(before="$out/start")
+    "$python" runs/bundled/evaluate.py --teacher "$source" --model converted="$out/converted" "${before[@]}" healed="$from" \
       shipped="$out/shipped" --shards "${sets[@]}" --run runs/bundled/heal.toml --out "$out/evaluation.json" "$@" ;;
   pack) "$python" runs/bundled/carry.py pack "$out/shipped" "$@" ;; # TARGET
   back) # the newest weights in pieces and the notes, to $OUT
