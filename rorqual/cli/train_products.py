@@ -25,6 +25,7 @@ from rorqual.ops.fp8_train import (
     fp8_products,
     fp8_quantisers,
     hopper_missing,
+    kernel_quantiser,
     scaled_mm_takes,
 )
 
@@ -35,7 +36,7 @@ Ways = dict[str, Callable[[], Tensor]]
 def table(cfg: ModelConfig, device: str, tokens: int) -> list[dict[str, Any]]:
     """Products, then quantising. tokens: of a micro-batch."""
     on_gpu = device.startswith("cuda")
-    quantiser = fp8_quantisers.get("triton" if on_gpu else "reference")
+    quantiser = kernel_quantiser("auto") if on_gpu else fp8_quantisers.get("reference")
     D, F_, H = cfg.hidden_size, cfg.moe_intermediate_size, cfg.num_attention_heads
     dense = {
         "kv_a_proj": (cfg.cache_dim, D), "kv_b_proj": (H * (cfg.qk_nope_head_dim + cfg.v_head_dim), cfg.kv_lora_rank),
@@ -51,7 +52,8 @@ def table(cfg: ModelConfig, device: str, tokens: int) -> list[dict[str, Any]]:
         for name, (out, width) in {"gate_up": (2 * F_, D), "down": (D, F_)}.items():
             for kind, ways, part, rights in _experts(quantiser, device, each, cfg.n_routed_experts, out, width):
                 rows += _rows(f"experts {name} {kind}", each, out, width, cfg.n_routed_experts, ways, part, rights)
-    return rows + _quantising(quantiser, device, tokens, D)
+    quantisers = [name for name in fp8_quantisers.names() if on_gpu != (name == "reference")]
+    return rows + [row for way in quantisers for row in _quantising(way, device, tokens, D)]
 
 
 def _rows(
@@ -152,8 +154,9 @@ def _experts(
     yield "wgrad", ways, lambda y: y[0], (first_dy.T @ first_x, right)
 
 
-def _quantising(quantiser: type[Quantiser], device: str, tokens: int, width: int) -> list[dict[str, Any]]:
+def _quantising(way: str, device: str, tokens: int, width: int) -> list[dict[str, Any]]:
     """Beside the time: how many bytes a second that are read and written."""
+    quantiser = fp8_quantisers.get(way)
     x = torch.randn(tokens, width, device=device, dtype=torch.bfloat16)
     w, kept = torch.randn(8 * width, width, device=device), quantiser.tiles(x, None)
     half = w.bfloat16()
@@ -167,5 +170,5 @@ def _quantising(quantiser: type[Quantiser], device: str, tokens: int, width: int
     rows = []
     for name, (work, size) in works.items():
         seconds = timed(work)
-        rows.append({"quantising": name, "microseconds": 1e6 * seconds, "GB/s": size / seconds / 1e9})
+        rows.append({"quantising": name, "way": way, "microseconds": 1e6 * seconds, "GB/s": size / seconds / 1e9})
     return rows

@@ -202,14 +202,14 @@ class TritonQuantiser:
     def tiles(cls, x_MK: Tensor, fmt: str | None) -> Quantised:
         along, _ = cls.kernels().tiles(_lying(x_MK), True, False, fmt is not None)
         assert along is not None
-        return along  # type: ignore[no-any-return]
+        return along
 
     @classmethod
     def tokens(cls, x_MK: Tensor | Quantised, fmt: str | None) -> Quantised:
         x = _lying(x_MK) if isinstance(x_MK, Tensor) else x_MK
         _, across = cls.kernels().tiles(x, False, True, fmt is not None)
         assert across is not None
-        return across  # type: ignore[no-any-return]
+        return across
 
     @classmethod
     def both(cls, x_MK: Tensor, fmt: str | None) -> tuple[Quantised, Quantised]:
@@ -219,7 +219,7 @@ class TritonQuantiser:
 
     @classmethod
     def weight(cls, weight_NK: Tensor) -> tuple[Quantised, Quantised]:
-        return cls.kernels().blocks(weight_NK)  # type: ignore[no-any-return]
+        return cls.kernels().blocks(weight_NK)
 
 
 @fp8_quantisers.register("gluon", hopper_missing)

@@ -20,7 +20,7 @@ def product32(a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
     if a.is_cuda and a.dtype != torch.float32:
         if onto is None:
             return torch.mm(a, b, out_dtype=torch.float32)
-        return torch.addmm(onto, a, b, out_dtype=torch.float32, out=onto)  # type: ignore[call-overload, no-any-return]
+        return torch.addmm(onto, a, b, out_dtype=torch.float32, out=onto)
     return torch.mm(a.float(), b.float()) if onto is None else onto.addmm_(a.float(), b.float())
 
 

@@ -60,26 +60,34 @@ def _over(value, divisor, inverse):
 
 
 @gluon.jit
+def _bits(number):
+    return number.to(gl.int32, bitcast=True)
+
+
+@gluon.jit
+def _number(bits):
+    return bits.to(gl.float32, bitcast=True)
+
+
+@gluon.jit
 def _scale(largest, POWER: gl.constexpr):
     part = _over(largest, gl.full_like(largest, 448.0), gl.full_like(largest, 1 / 448))
     part = gl.where(largest == float("inf"), largest, part)
     scale = gl.where(largest > 0, gl.maximum(part, 1.1754943508222875e-38), 1.0)
     if POWER:
-        bits = scale.to(gl.int32, bitcast=True)
-        bits = gl.where((bits & 0x7FFFFF) != 0, (bits & 0x7F800000) + 0x800000, bits)
-        scale = bits.to(gl.float32, bitcast=True)
+        bits = _bits(scale)
+        scale = _number(gl.where((bits & 0x7FFFFF) != 0, (bits & 0x7F800000) + 0x800000, bits))
     return scale
 
 
 @gluon.jit
-def _scales(largest, POWER: gl.constexpr):
+def _scales(largest, layout: gl.constexpr, POWER: gl.constexpr):
     """Scales and their inverses. Sixteen threads or more have the same rows and columns: what takes many instructions is
     done once, by a thread for each."""
     if POWER:
         scale = _scale(largest, True)
-        inverse = (0x7F000000 - scale.to(gl.int32, bitcast=True)).to(gl.float32, bitcast=True)
+        inverse = _number(0x7F000000 - _bits(scale))
     else:
-        layout: gl.constexpr = largest.type.layout
         flat: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
         one = _scale(gl.convert_layout(largest, flat), False)
         scale = gl.convert_layout(one, layout)
@@ -102,7 +110,7 @@ def _store_rows(value, codes, scales, mb, kb, M, K, POWER: gl.constexpr, OF_ROWS
     """A tile of a matrix [M, K], in row tile mb and column tile kb, with its rows' scales."""
     m = mb * 128 + gl.arange(0, 128, gl.SliceLayout(1, OF_ROWS))
     k = kb * 128 + gl.arange(0, 128, gl.SliceLayout(0, OF_ROWS))
-    scale, inverse = _scales(gl.max(gl.abs(value), 1), POWER)
+    scale, inverse = _scales(gl.max(gl.abs(value), 1), gl.SliceLayout(1, OF_ROWS), POWER)
     code = _scaled(value, scale, inverse, 1, POWER).to(codes.dtype.element_ty)
     gl.store(codes + (m.to(gl.int64)[:, None] * K + k[None, :]), code, mask=(m < M)[:, None] & (k < K)[None, :])
     gl.store(scales + kb * M + m, scale, mask=m < M)
@@ -114,7 +122,7 @@ def _store_columns(
 ):
     """The transpose of such a tile, with its columns' scales."""
     value = gl.convert_layout(value, OF_COLUMNS)
-    scale, inverse = _scales(gl.max(gl.abs(value), 0), POWER)
+    scale, inverse = _scales(gl.max(gl.abs(value), 0), gl.SliceLayout(0, OF_COLUMNS), POWER)
     column = kb * 128 + gl.arange(0, 128, gl.SliceLayout(0, OF_COLUMNS))
     gl.store(scales_t + mb * K + column, scale, mask=column < K)
     _store_turned(_scaled(value, scale, inverse, 0, POWER), codes_t, mb, kb, M, K, TURNED)
@@ -145,7 +153,8 @@ def quantise_kernel(
         value = value * gl.load(x_scale + kb * stride_xs + m, mask=m < M, other=0.0)[:, None]
     if BLOCK:
         largest = gl.max(gl.max(gl.abs(value), 1), 0)
-        scale, inverse = _scales(gl.full([128], largest, gl.float32, gl.SliceLayout(1, OF_ROWS)), POWER)
+        rows: gl.constexpr = gl.SliceLayout(1, OF_ROWS)
+        scale, inverse = _scales(gl.full([128], largest, gl.float32, rows), rows, POWER)
         scaled = _scaled(value, scale, inverse, 1, POWER)
         to = codes + e * M * K
         gl.store(to + (m64[:, None] * K + k[None, :]), scaled.to(codes.dtype.element_ty), mask=inside)

@@ -39,6 +39,7 @@ from rorqual.ops.triton import (
     fp8,
     fp8_hopper,
     fp8_products,
+    fp8_quantise,
     fp8_train,
     fused,
     grouped,
@@ -73,7 +74,8 @@ run = JITFunction.run
 def compile_only(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
     """In place of `JITFunction.run`. An error is noted, and the caller goes on to the next kernel."""
     name = f"{Path(kernel.fn.__code__.co_filename).name}:{kernel.fn.__name__}"
-    constants = {key: value for key, value in options.items() if key.isupper() or key.startswith("num_")}
+    named = {key: value for key, value in options.items() if key.isupper() or key.startswith("num_")}
+    constants = {key: value for key, value in named.items() if isinstance(value, int | str)}
     one = {"kernel": name, "constants": constants}
     print("compiling", name, constants, file=sys.stderr, flush=True)
     log = io.StringIO()
@@ -236,6 +238,16 @@ def of_fp8_hopper() -> None:
     fp8_hopper.weight_gradient(quantised(N, M), quantised(K, M), int32(16), FP32)
 
 
+def of_fp8_quantise() -> None:
+    x = bf16(256, 2048)
+    for rows, columns, power in ((True, False, True), (False, True, False), (True, True, True), (True, True, False)):
+        fp8_quantise.tiles(x, rows, columns, power)
+    fp8_quantise.tiles(quantised(256, 2048), False, True, False)
+    for dtype in (BF16, FP32):
+        fp8_quantise.blocks(empty(dtype, 1408, 2048))
+        fp8_quantise.blocks(empty(dtype, 16, 2816, 2048))
+
+
 def of_fp8_train() -> None:
     x = bf16(256, 2048)
     for rows, columns, power in ((True, False, True), (False, True, False), (True, True, True)):
@@ -313,8 +325,8 @@ def of_training() -> None:
 
 # Two processes take every second one: the longest stand first.
 CASES: list[Callable[[], None]] = [
-    of_fp8, of_experts, of_routing, of_mla, of_fp8_hopper, of_fp8_products, of_decode, of_fp8_train, of_fused, of_training,
-    of_adamw, of_stream, of_grouped, of_cross_entropy, of_divergence,
+    of_fp8, of_experts, of_routing, of_mla, of_fp8_hopper, of_fp8_products, of_decode, of_fp8_train, of_fp8_quantise,
+    of_fused, of_training, of_adamw, of_stream, of_grouped, of_cross_entropy, of_divergence,
 ]  # fmt: skip
 
 

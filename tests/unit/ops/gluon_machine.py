@@ -15,6 +15,7 @@ with the last one. That all wait is an error.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -130,7 +131,8 @@ class Stopped(Exception):
 class Machine:
     def __init__(self, late: bool) -> None:
         self.late = late
-        self.program, self.programs = (0, 0), (1, 1)
+        self.program: tuple[int, ...] = (0, 0)
+        self.programs: tuple[int, ...] = (1, 1)
         self.new_program()
 
     def new_program(self) -> None:
@@ -351,8 +353,10 @@ class Machine:
             full=lambda shape, value, dtype, _: torch.full(shape, value, dtype=dtype),
             load=lambda source, **masked: source.load(**masked),
             store=lambda target, value, **masked: target.store(value, **masked),
-            maximum=torch.maximum, minimum=lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)),
-            max=torch.amax, sum=torch.sum, exp2=torch.exp2, log2=torch.log2,
+            maximum=lambda a, b: torch.maximum(torch.as_tensor(a), torch.as_tensor(b)),
+            minimum=lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)),
+            max=torch.amax, sum=torch.sum, exp2=torch.exp2, log2=torch.log2, abs=torch.abs, full_like=torch.full_like,
+            expand_dims=torch.unsqueeze, permute=torch.permute, num_warps=lambda: 4, div_rn=torch.div, fma=_fma,
             where=lambda mask, a, b: torch.where(mask, a, b), convert_layout=lambda value, _: value,
             warp_specialize=self.warp_specialize,
             inline_asm_elementwise=lambda asm, _, args, *__, **___: args[0] if asm == "" else 1 / 0,
@@ -370,17 +374,20 @@ class Machine:
             "warpgroup_mma_wait": self.wait_products, "_barrier": self.barrier, **{name: some[name] for name in more},
         }  # fmt: skip
 
-    def launch(self, kernel: Callable[..., None], grid: tuple[int, int], *args: Any, **constants: Any) -> None:
+    def launch(self, kernel: Callable[..., None], grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
         """Tensors are passed as pointers to their numbers, and to what lies behind those."""
         passed = [Pointer(_behind(arg)) if isinstance(arg, Tensor) else arg for arg in args]
         self.programs = grid
-        for x in range(grid[0]):
-            for y in range(grid[1]):
-                self.program = (x, y)
-                self.new_program()
-                kernel(*passed, **constants)
-                assert not any(self.products.values()), "a program ended before its products"
-                assert not any(flag.blocks for flag in self.flags.values()), "a program ended before its copies"
+        for self.program in itertools.product(*map(range, grid)):
+            self.new_program()
+            kernel(*passed, **constants)
+            assert not any(self.products.values()), "a program ended before its products"
+            assert not any(flag.blocks for flag in self.flags.values()), "a program ended before its copies"
+
+
+def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """Rounded once, but where 53 bits of the sum are just between two numbers."""
+    return (a.double() * b.double() + c.double()).float()
 
 
 def _behind(tensor: Tensor) -> Tensor:
