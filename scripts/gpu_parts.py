@@ -80,6 +80,10 @@ RECORDS = [  # in the order of what is least known
     _timed("engine", "profile-prefill", 20, "profile --kind prefill --model bench-gpu --batch 8 --prompt 2048"),
     _timed("engine", "attention", 12, "attention"),
     _timed("training", "train", 105, "train --model bench-gpu --batch 8 --seq-len 2048 --rounds 5"),
+    _timed(
+        "training", "train-fp8", 25,
+        "train --model bench-gpu --batch 8 --seq-len 2048 --rounds 5 --precision bf16 --precision fp8 --no-peer",
+    ),
     Part("parity-data", "training", 120, f"{PARITY} --python --out {{out}}/parity", lane="cpu"),
     Part(
         "parity", "training", 430, f"{PARITY} --out {{out}}/parity --json {{json}}", "fp8-parity.json", "beside",

@@ -130,7 +130,7 @@ def _experts(
     (weight, turned), xs, (along, across) = quantiser.weight(w), quantiser.tiles(x, None), quantiser.both(dy, None)
     x_tokens = quantiser.tokens(x, None)
     modules: dict[str, Any] = {"triton": triton_products}
-    if hopper_missing() is None:
+    if hopper_missing() is None and width % 16 == out % 16 == 0:
         from rorqual.ops.triton import fp8_hopper
 
         modules["hopper"] = fp8_hopper

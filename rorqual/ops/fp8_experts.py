@@ -64,7 +64,7 @@ def _products(backend: str, width: int) -> Any:
     from rorqual.ops.fp8_train import hopper_missing
     from rorqual.ops.triton import fp8_products
 
-    if backend not in ("auto", "hopper") or width % BLOCK or hopper_missing():
+    if backend == "triton" or width % 16 or hopper_missing():
         return fp8_products
     from rorqual.ops.triton import fp8_hopper
 
@@ -125,8 +125,8 @@ class _GroupedExperts(torch.autograd.Function):
 def fp8_grouped_experts(
     x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, gates_NK: Tensor, chosen_NK: Tensor, backend: str = "auto"
 ) -> Tensor:
-    """`fp8_train_experts` by `ops.triton.fp8_products`, or by `ops.triton.fp8_hopper` where that is the backend and takes
-    the width; the weights in any float dtype, contiguous."""
+    """`fp8_train_experts` by `ops.triton.fp8_hopper` on Hopper, by `ops.triton.fp8_products` elsewhere, where the backend is
+    "triton" and where the width is no multiple of 16; the weights in any float dtype, contiguous."""
     y: Tensor = _GroupedExperts.apply(  # type: ignore[no-untyped-call]
         x_ND, gate_up_E2FD, down_EDF, gates_NK.contiguous(), chosen_NK.contiguous(), backend
     )

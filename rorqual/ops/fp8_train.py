@@ -13,9 +13,9 @@ choices are `Recipe`; which layers take part is `model.precision`.
 On a CPU the codes and scales are the very bits the hardware would have; the products are fp32 sums of 128 promoted
 block by block (`reference`), or of everything at once (`expanded`, one matrix product). Quantising and multiplying are two
 tables of backends, `fp8_quantisers` and `fp8_products`; `Recipe.backend` names one of the latter. On a GPU both are Triton
-kernels (`ops.triton.fp8_train`, `ops.triton.fp8_products`), or PyTorch's block-wise `scaled_mm` multiplies, or a kernel in
-Gluon for Hopper (`hopper`: `ops.triton.fp8_hopper`), and the experts go through grouped products (`ops.fp8_experts`). A
-gradient is always in the dtype of what it belongs to.
+kernels (`ops.triton.fp8_train`, `ops.triton.fp8_products`), on Hopper kernels in Gluon (`ops.triton.fp8_quantise`,
+`ops.triton.fp8_hopper`), or PyTorch's block-wise `scaled_mm` multiplies, and the experts go through grouped products
+(`ops.fp8_experts`). A gradient is always in the dtype of what it belongs to.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ operands are rounded to three mantissa bits."""
 @dataclass(frozen=True)
 class Recipe:
     """keep: how x waits for the backward; input_fmt and grad_fmt: "ue8m0" for power-of-two scales of x and of dy, None for
-    fp32 ones; backend: of the products, "auto" is the fastest on this device."""
+    fp32 ones; backend: of the products, "auto" is the fastest on this device; beside "triton" Triton quantises too."""
 
     keep: Literal["e4m3", "e5m6"] = "e4m3"
     input_fmt: str | None = None
@@ -143,13 +143,13 @@ def product_scaled_mm(a: Quantised, b: Quantised, blocks: bool, dtype: torch.dty
 
 
 def hopper_missing() -> str | None:
-    """Why `ops.triton.fp8_hopper` cannot run here, or None."""
-    if reason := triton_missing() or scaled_mm_missing():
+    """Why `ops.triton.fp8_hopper` and `ops.triton.fp8_quantise` cannot run here, or None."""
+    if reason := triton_missing():
         return reason
-    if torch.cuda.get_device_capability() != (9, 0):
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         return "it needs a Hopper card"
     try:
-        import rorqual.ops.triton.fp8_hopper  # noqa: F401
+        from rorqual.ops.triton import fp8_hopper, fp8_quantise  # noqa: F401
     except (ImportError, AttributeError) as error:  # Gluon is experimental: it may change its place
         return f"this Triton has no Gluon as it is known here ({error})"
     return None

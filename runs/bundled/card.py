@@ -107,7 +107,7 @@ def training(back: Path, model: Path) -> str:
         )
     told += [
         f"{name}: {run[-1]['step']:,} steps, {run[-1]['tokens']:,} tokens in {run[-1]['elapsed_s']:.0f} s, loss (KL to the teacher, "
-        f"cross-entropy on exercises) {run[0]['lm_loss']:.3f} to {fmean(x['lm_loss'] for x in run[-20:]):.3f} nats a token."
+        f"cross-entropy on exercises) {fmean(x['lm_loss'] for x in run[:10]):.3f} to {fmean(x['lm_loss'] for x in run[-20:]):.3f} nats a token."
         for kind, name in HEALING.items() if (run := recorded.get(kind))  # one killed at once has no line
     ]  # fmt: skip
     if mtp := recorded.get("mtp"):
@@ -185,8 +185,8 @@ it, `rorqual distill` healed it; the recipe is `runs/bundled`.
 
 **It can** hold simple English conversations, answer easy questions, rewrite and summarise short texts, cite numbered search results,
 and do small sums, word and logic exercises{better}. **It cannot** be trusted with facts: its teacher is small and
-invents freely, and so does it. Without DeepThink or a system prompt that says so, it does not know who it is. Do not use it for
-anything that matters.
+invents freely, and so does it. Without DeepThink it knows who it is when it is asked just that, and else may take itself for
+somebody else. Do not use it for anything that matters.
 
 ```sh
 make serve                                      # in rorqual's checkout: chat and API on http://127.0.0.1:8000

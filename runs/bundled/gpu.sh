@@ -138,7 +138,7 @@ case $step in
   pack) "$python" runs/bundled/carry.py pack "$out/shipped" "$@" ;; # TARGET
   back) # the newest weights in pieces and the notes, to $OUT
     $me ship | tail -n 1; $me pack "${OUT:-$out/back}"; notes ;;
-  ready) # SECONDS: the source, its writing of that time (SEED=N: other texts), the conversion, everything tokenised
+  ready) # SECONDS: the source, its writing of that time (SEED=N, beyond the GPUs' number: other texts), the conversion, everything tokenised
     metered; $me source; $me text; say "source and text are there"
     ($me lessons > "$out/lessons.log" 2>&1 & lessons=$!
      $me convert > "$out/convert.log" 2>&1; wait $lessons

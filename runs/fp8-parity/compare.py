@@ -125,7 +125,10 @@ def report(out: Path, file: Path) -> None:
     for arm in ("fp8", "floor"):
         errors = differences(out, arm, warmup)
         last = errors[-len(errors) // 5 :]
-        rows[arm] = {"max": max(errors), "mean": sum(errors) / len(errors), "last fifth": sum(last) / len(last)}
+        rows[arm] = {
+            "max": max(errors), "mean": sum(errors) / len(errors), "last fifth": sum(last) / len(last),
+            "steps within the bound": sum(error < PAPER for error in errors) / len(errors),
+        }  # fmt: skip
     ends = {arm: read_metrics(out / arm / "metrics.jsonl")[-1] for arm in ARMS}
     result = {
         "kind": "fp8 parity",

@@ -100,6 +100,16 @@ def empty_tiles(M: int, K: int, device: torch.device) -> Quantised:
     return codes, torch.empty(triton.cdiv(K, TILE), M, dtype=torch.float32, device=device).T
 
 
+def empty_blocks(stack: Tensor) -> tuple[Quantised, Tensor]:
+    """Codes and scales of a stack of weights [E, N, K] in blocks, and codes of the transposes."""
+    E, N, K = stack.shape
+    assert stack.is_contiguous()
+    codes = torch.empty(E, N, K, dtype=E4M3, device=stack.device)
+    codes_t = torch.empty(E, K, N, dtype=E4M3, device=stack.device)
+    scales = torch.empty(E, triton.cdiv(N, TILE), triton.cdiv(K, TILE), dtype=torch.float32, device=stack.device)
+    return (codes, scales), codes_t
+
+
 def tiles(x: Tensor | Quantised, rows: bool, columns: bool, power: bool) -> tuple[Quantised | None, Quantised | None]:
     """x [M, K] of any float dtype, or in tiles along K -> tiles along K, and of the transpose [K, M] along M, as asked."""
     source, x_scale = x if isinstance(x, tuple) else (x, None)
@@ -125,7 +135,7 @@ def _block_kernel(w, codes, codes_t, scales, N, K, stride_we, GN, GK, ROUND: tl.
     n64, k64 = n.to(tl.int64), k.to(tl.int64)
     value = tl.load(w + e * stride_we + n64[:, None] * K + k[None, :], mask=inside, other=0.0).to(tl.float32)
     # The largest of the block once for each row and once for each column, and codes from either: on an H200 with Triton 3.6
-    # every form that was tried with one computation for both was wrong in some shape. Why is not known.
+    # every form that was tried here with one computation for both was wrong in some shape. Why is not known.
     rows = tl.max(tl.abs(value), 1)
     scale = _scale(tl.max(tl.broadcast_to(rows[None, :], (128, 128)), 1), False, ROUND)
     code = _codes(value, scale[:, None], False, ROUND).to(codes.dtype.element_ty)
@@ -141,11 +151,8 @@ def _block_kernel(w, codes, codes_t, scales, N, K, stride_we, GN, GK, ROUND: tl.
 def blocks(weight: Tensor) -> tuple[Quantised, Quantised]:
     """A weight [N, K], or a stack of them [E, N, K], in blocks of 128 x 128, and its transpose in the same codes."""
     stack = weight.detach() if weight.dim() == 3 else weight.detach()[None]
-    assert stack.is_contiguous()
+    (codes, scales), codes_t = empty_blocks(stack)
     E, N, K = stack.shape
-    codes = torch.empty(E, N, K, dtype=E4M3, device=weight.device)
-    codes_t = torch.empty(E, K, N, dtype=E4M3, device=weight.device)
-    scales = torch.empty(E, triton.cdiv(N, TILE), triton.cdiv(K, TILE), dtype=torch.float32, device=weight.device)
     _block_kernel[(*scales.shape[1:], E)](
         stack, codes, codes_t, scales, N, K, stack.stride(0), *scales.shape[1:], ROUND=not weight.is_cuda, num_warps=8
     )

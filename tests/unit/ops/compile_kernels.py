@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -231,11 +232,13 @@ def of_fp8_products() -> None:
 
 
 def of_fp8_hopper() -> None:
-    """By expert: a dense product is the same with fewer questions, and these compile slowly."""
+    """By expert, of blocks and of tiles."""
     M, N, K = 256, 1408, 2048
     stack = stored(FP8, 16, N, K)
     fp8_hopper.product(quantised(M, K), (stack.data, stack.scale), True, BF16, int32(2))
     fp8_hopper.weight_gradient(quantised(N, M), quantised(K, M), int32(16), FP32)
+    fp8_hopper.product(quantised(M, K), (stack.data[0], stack.scale[0]), True, BF16)
+    fp8_hopper.product(quantised(M, K), quantised(N, K), False, FP32)
 
 
 def of_fp8_quantise() -> None:
@@ -243,6 +246,7 @@ def of_fp8_quantise() -> None:
     for rows, columns, power in ((True, False, True), (False, True, False), (True, True, True), (True, True, False)):
         fp8_quantise.tiles(x, rows, columns, power)
     fp8_quantise.tiles(quantised(256, 2048), False, True, False)
+    fp8_quantise.tiles(fp32(256, 2048), True, True, False)
     for dtype in (BF16, FP32):
         fp8_quantise.blocks(empty(dtype, 1408, 2048))
         fp8_quantise.blocks(empty(dtype, 16, 2816, 2048))
@@ -337,6 +341,7 @@ def main(first: int, step: int) -> None:
     JITFunction.run = compile_only
     torch.Tensor.is_cuda = True  # where there are two ways, the card's
     torch.cuda.get_device_capability = lambda *_: (9, 0)
+    torch.cuda.get_device_properties = lambda *_: SimpleNamespace(multi_processor_count=132)
     with overlap.overlapping(True):
         for case in CASES[first::step]:
             case()

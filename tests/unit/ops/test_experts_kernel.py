@@ -65,9 +65,11 @@ def test_triton_equals_the_loop(shape: tuple[int, ...], dtype: torch.dtype) -> N
     close(routed_experts(x, up, down, gates, chosen, residual), want + residual.float(), dtype)
 
 
-@pytest.mark.parametrize("dtype", list(BOUND), ids=str)
+@pytest.mark.parametrize(
+    ("count", "dtype"),
+    [(1, torch.float32), (2, torch.float32), (2, torch.float16)],  # the interpreter is slow, slowest in 16 bits
+)
 @pytest.mark.parametrize("shape", [*FEW_SLOTS, MANY_SLOTS[1]])
-@pytest.mark.parametrize("count", [1, 2])
 def test_the_shared_expert_joins(count: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, up, down, gates, chosen = inputs(shape, dtype)
     width, D = count * down.shape[2], x.shape[1]
@@ -136,9 +138,16 @@ def test_a_gradient_is_refused() -> None:
 FORMS = [fp8.Fp8Blocks(), PackedIntegers(4), PackedIntegers(8)]
 
 
-@pytest.mark.parametrize("dtype", list(BOUND), ids=str)
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
-@pytest.mark.parametrize("shape", [(1, 192, 160, 6, 2), (3, 320, 32, 6, 2), (9, 160, 32, 3, 2)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((1, 192, 160, 6, 2), torch.float16),
+        ((1, 192, 160, 6, 2), torch.float32),
+        ((3, 320, 32, 6, 2), torch.float32),
+        ((9, 160, 32, 3, 2), torch.float32),
+    ],
+)
 def test_stored_experts_equal_the_loop(shape: tuple[int, ...], form: WeightFormat, dtype: torch.dtype) -> None:
     x, up, down, gates, chosen = inputs(shape, dtype)
     stored = form.pack(up.unflatten(1, (2, -1))), form.pack(down)

@@ -29,9 +29,19 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     for helper in ("_tile", "_load", "_multiply", "_added", "_store"):
         monkeypatch.setattr(fp8_hopper, helper, getattr(fp8_hopper, helper).fn)
     monkeypatch.setattr(fp8_hopper, "TensorDescriptor", Descriptor)
-    monkeypatch.setattr(fp8_hopper, "PROCESSORS", 2)  # so that programs take several tiles
+    monkeypatch.setattr(fp8_hopper, "processors", lambda device: 2)  # so that programs take several tiles
+    for name in ("COLUMNS", "STAGES", "GROUP"):
+        monkeypatch.setattr(fp8_hopper, name, Constant(getattr(fp8_hopper, name).value))
     monkeypatch.setattr(fp8_hopper, "hopper_product_kernel", Launched())
     return machine
+
+
+class Constant(int):
+    """A number for kernel and host."""
+
+    @property
+    def value(self) -> int:
+        return int(self)
 
 
 def draw(*shape: int) -> torch.Tensor:
@@ -46,7 +56,7 @@ def near(ours: torch.Tensor, exact: torch.Tensor) -> None:
     assert ours.isfinite().all() and (ours.double() - exact.double()).norm() <= 1e-5 * exact.double().norm()
 
 
-@pytest.mark.parametrize("size", [(128, 128, 128), (130, 640, 300), (300, 256, 520), (1154, 128, 300)])
+@pytest.mark.parametrize("size", [(128, 128, 128), (5, 16, 16), (130, 640, 304), (300, 208, 528), (1154, 128, 300)])
 def test_blocks_and_tiles(machine: Machine, size: tuple[int, int, int]) -> None:
     """Fewer steps than buffers, as many, and more; tiles that end beyond the last row and column; more row tiles than go
     through the columns together."""
@@ -59,15 +69,16 @@ def test_blocks_and_tiles(machine: Machine, size: tuple[int, int, int]) -> None:
     )
     b = tiles(w)
     near(fp8_hopper.product(a, b, False, torch.float32), dequantize_tiles(*a) @ dequantize_tiles(*b).T)
-    if N % 128 == 0:
+    if N % 16 == 0:
         dy = tiles(draw(M, N))
         got = fp8_hopper.product(dy, turned, True, torch.float32)
         near(got, dequantize_tiles(*dy) @ dequantize_blocks(*turned).T)
 
 
 def test_rows_by_expert(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An expert with two tiles, one with none, tiles of nobody; behind the last column lies another expert."""
-    E, N, K = 3, 320, 384
+    """An expert with two tiles, one with none, tiles of nobody; behind the last column lies another expert, and the sum does
+    not end with a tile."""
+    E, N, K = 3, 320, 400
     expert = torch.tensor([0, 0, 2, E, E], dtype=torch.int32)
     a = tiles(draw(len(expert) * 128, K))
     stack = [ReferenceQuantiser.weight(draw(N, K))[0] for _ in range(E)]
@@ -115,3 +126,14 @@ def test_bf16_is_the_rounded_sum(machine: Machine) -> None:
     a, b = tiles(draw(128, 256)), tiles(draw(256, 256))
     wide = fp8_hopper.product(a, b, False, torch.float32)
     assert torch.equal(fp8_hopper.product(a, b, False, torch.bfloat16), wide.bfloat16())
+
+
+def test_what_it_does_not_take_is_said() -> None:
+    """The sum of no tokens, rows of codes that no bulk copy takes, fewer than 16 numbers."""
+    whole = tiles(draw(32, 128))
+    for M, K in ((32, 0), (0, 128), (32, 24)):
+        a = torch.empty(M, K, dtype=whole[0].dtype), torch.empty(M, 1)
+        assert "multiple of 16" in (fp8_hopper.missing(a, whole) or "")
+    turned = whole[0].T.contiguous().T, whole[1]
+    assert "contiguous" in (fp8_hopper.missing(turned, whole) or "")
+    assert torch.cuda.is_available() or "Hopper" in (fp8_hopper.missing(whole, whole) or "")

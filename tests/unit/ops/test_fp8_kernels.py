@@ -12,6 +12,7 @@ from rorqual.ops.fp8_train import (
     Recipe,
     ReferenceQuantiser,
     TritonQuantiser,
+    fp8_quantisers,
     fp8_train_experts,
     product_reference,
     round_e5m6,
@@ -24,6 +25,9 @@ from rorqual.ops.triton import fp8_train as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(1, 128), (5, 200), (260, 130), (128, 384)]
+KERNELS = [fp8_quantisers.get(name) for name in fp8_quantisers.names() if name != "reference"]
+quantisers = pytest.mark.parametrize("quantiser", KERNELS)
+"""Gluon's on a Hopper card alone: elsewhere test_fp8_quantise.py runs it."""
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -38,36 +42,42 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
+@quantisers
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("fmt", [None, "ue8m0"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_tiles_along_both_ways_in_one_pass(shape: tuple[int, int], fmt: str | None) -> None:
-    x = draw(*shape) * torch.logspace(-3, 3, shape[1], device=DEVICE)
+def test_tiles_along_both_ways_in_one_pass(
+    shape: tuple[int, int], fmt: str | None, dtype: torch.dtype, quantiser: type[TritonQuantiser]
+) -> None:
+    x = (draw(*shape) * torch.logspace(-3, 3, shape[1], device=DEVICE)).to(dtype)
     x[:, :3] = 0
     x[-1] = 0
-    for ours, exact in zip(TritonQuantiser.both(x, fmt), ReferenceQuantiser.both(x, fmt), strict=True):
+    for ours, exact in zip(quantiser.both(x, fmt), ReferenceQuantiser.both(x, fmt), strict=True):
         same(ours, exact)
     wide = torch.cat((x, x), 1)[:, : shape[1]]
-    same(TritonQuantiser.tiles(wide, fmt), ReferenceQuantiser.tiles(x, fmt))
+    same(quantiser.tiles(wide, fmt), ReferenceQuantiser.tiles(x, fmt))
     kept = ReferenceQuantiser.tiles(x, fmt)
     codes, scale = kept[0], kept[1].T.contiguous().T
-    same(TritonQuantiser.tokens((codes, scale), None), ReferenceQuantiser.tokens(kept, None))
+    same(quantiser.tokens((codes, scale), None), ReferenceQuantiser.tokens(kept, None))
 
 
+@quantisers
 @pytest.mark.parametrize("fmt", [None, "ue8m0"])
-def test_an_infinity_is_seen(fmt: str | None) -> None:
+def test_an_infinity_is_seen(fmt: str | None, quantiser: type[TritonQuantiser]) -> None:
     """Its tile may be lost, but not become small numbers that nobody would notice."""
     x = draw(4, 256)
     x[1, 3] = float("inf")
-    codes, scale = TritonQuantiser.tiles(x, fmt)
+    codes, scale = quantiser.tiles(x, fmt)
     read = codes.float().view(4, 2, 128) * scale[..., None]
     assert read[[0, 2, 3]].isfinite().all() and read[1, 1].isfinite().all() and not read[1, 0].isfinite().all()
 
 
-def test_powers_of_two_stay_themselves() -> None:
+@quantisers
+def test_powers_of_two_stay_themselves(quantiser: type[TritonQuantiser]) -> None:
     x = torch.zeros(1, 128, device=DEVICE)
     for largest, scale in ((448.0, 1.0), (449.0, 2.0), (224.0, 0.5), (448 * 2.0**-20, 2.0**-20)):
         x[0, 5] = largest
-        assert TritonQuantiser.tiles(x, "ue8m0")[1].item() == scale
+        assert quantiser.tiles(x, "ue8m0")[1].item() == scale
 
 
 def test_e5m6() -> None:
@@ -89,14 +99,18 @@ def test_swiglus_gradient() -> None:
         assert exact.grad is not None and relative(mine, exact.grad) < 1e-6
 
 
+@quantisers
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(128, 128), (130, 260), (64, 72)])
-def test_a_weight_and_its_transpose(shape: tuple[int, int]) -> None:
-    w = draw(*shape)
-    for ours, exact in zip(TritonQuantiser.weight(w), ReferenceQuantiser.weight(w), strict=True):
+def test_a_weight_and_its_transpose(
+    shape: tuple[int, int], dtype: torch.dtype, quantiser: type[TritonQuantiser]
+) -> None:
+    w = draw(*shape).to(dtype)
+    for ours, exact in zip(quantiser.weight(w), ReferenceQuantiser.weight(w), strict=True):
         same(ours, exact)
     stack = torch.stack((w, 3 * w))
-    (codes, scale), (turned, turned_scale) = TritonQuantiser.weight(stack)
-    alone, back = TritonQuantiser.weight(3 * w)
+    (codes, scale), (turned, turned_scale) = quantiser.weight(stack)
+    alone, back = quantiser.weight(3 * w)
     assert torch.equal(codes[1].float(), alone[0].float()) and torch.equal(scale[1], alone[1])
     assert torch.equal(turned[1].float(), back[0].float()) and torch.equal(turned_scale[1], back[1])
 
