@@ -53,6 +53,14 @@ class Person:
         return self.out.getvalue()[before:]
 
 
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """Ctrl-C, which a shell lets ignore what it starts in the background: these tests would wait for ever."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def person(tokenizer: Tokenizer, tmp_path: Path) -> Iterator[Person]:
     engine = ScriptedEngine(
