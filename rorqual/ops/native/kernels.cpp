@@ -401,11 +401,13 @@ void panels_int(const Matrix &w, int which, int p0, int p1, const Rows &r, int M
   int64_t row[INT_ROWS];
   float *out[INT_ROWS];
   for (int p = 0; p < p1 - p0;) {
+    // Few rows take several panels together: each sum waits for the one before it, and they must be enough to fill the time.
 #if defined(WIDE_INTEGERS)
-    int wide = M == 1 && p + 4 == p1 - p0 ? 4 : 1;
+    int wide = M <= 2 ? 4 : M <= 4 ? 2 : 1;
 #else
-    int wide = M == 1 && p + 2 <= p1 - p0 ? 2 : 1;
+    int wide = M == 1 ? 2 : 1;
 #endif
+    if (p + wide > p1 - p0) wide = 1;
     for (int m = 0; m < M;) {
       int left = M - m, n = left <= INT_ROWS ? left : left < 2 * INT_ROWS ? (left + 1) / 2 : INT_ROWS;
       for (int i = 0; i < n; i++) row[i] = r.at(m + i), out[i] = y + (m + i) * ldy + p * PANEL;
@@ -418,14 +420,24 @@ void panels_int(const Matrix &w, int which, int p0, int p1, const Rows &r, int M
           if (wide == 2) { RUN(1, 2) }
 #endif
           RUN(1, 1)
-        case 2: RUN(2, 1)
-        case 3: RUN(3, 1)
-        case 4: RUN(4, 1)
 #if defined(WIDE_INTEGERS)
+        case 2:
+          if (wide == 4) { RUN(2, 4) }
+          RUN(2, 1)
+        case 3:
+          if (wide == 2) { RUN(3, 2) }
+          RUN(3, 1)
+        case 4:
+          if (wide == 2) { RUN(4, 2) }
+          RUN(4, 1)
         case 5: RUN(5, 1)
         case 6: RUN(6, 1)
         case 7: RUN(7, 1)
         case 8: RUN(8, 1)
+#else
+        case 2: RUN(2, 1)
+        case 3: RUN(3, 1)
+        case 4: RUN(4, 1)
 #endif
 #undef RUN
       }
