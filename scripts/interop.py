@@ -65,6 +65,20 @@ import numpy as np
 import llama_cpp as api
 from llama_cpp import llama_cpp_ext as ext
 from llama_cpp import Llama
+from llama_cpp import llama_cpp as core
+
+# Where there is AMX, llama.cpp keeps weights in a form of its own for it, and aborts on some of these models
+# (GGML_ASSERT(*cur_backend_id != -1) in 0.3.36).
+default = core.llama_model_default_params
+
+
+def plain():
+    params = default()
+    params.use_extra_bufts = False
+    return params
+
+
+core.llama_model_default_params = api.llama_model_default_params = plain
 
 
 def drafts(path, ids):

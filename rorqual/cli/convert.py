@@ -34,7 +34,8 @@ def convert(
 
     int8 and int4 are compressed-tensors' pack-quantized (symmetric, groups of 32). Some engines read no quantised
     embedding: --no-embeddings leaves embedding and head plain for them. vLLM and SGLang tie none of this architecture:
-    --untie writes the head for them.
+    --untie writes the head for them. llama.cpp aborts with some of these models on CPUs that have AMX (its issue 19184):
+    run it with --no-repack there.
 
     Examples:
 
