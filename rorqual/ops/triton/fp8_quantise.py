@@ -8,6 +8,7 @@ into shared memory and out of it as a word. Rows and columns of the same numbers
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import triton
@@ -15,7 +16,8 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from rorqual.ops.triton.fp8_train import TILE, Quantised, empty_blocks, empty_tiles
+from rorqual.ops.triton import fp8_train
+from rorqual.ops.triton.fp8_train import TILE, Quantised
 
 WARPS = 4
 
@@ -166,35 +168,28 @@ def quantise_kernel(
         _store_columns(value, codes_t, scales_t, mb, kb, M, K, POWER, OF_COLUMNS, TURNED)
 
 
-def tiles(x: Tensor | Quantised, rows: bool, columns: bool, power: bool) -> tuple[Quantised | None, Quantised | None]:
-    """As `fp8_train.tiles`."""
-    source, x_scale = x if isinstance(x, tuple) else (x, None)
-    (M, K), device = source.shape, source.device
-    assert source.stride(1) == 1 and (x_scale is None or x_scale.stride(0) == 1)
-    along = empty_tiles(M, K, device) if rows else None
-    across = empty_tiles(K, M, device) if columns else None
-    (codes, scales), (codes_t, scales_t) = along or (source, source), across or (source, source)
-    laid = WIDE if source.element_size() > 2 else NARROW
-    if M:
-        quantise_kernel[(triton.cdiv(K, TILE), triton.cdiv(M, TILE), 1)](
-            source, source if x_scale is None else x_scale, codes, scales, codes_t, scales_t, M, K, 0, source.stride(0),
-            0 if x_scale is None else x_scale.stride(1), SCALED=x_scale is not None, ROWS=rows, COLUMNS=columns,
-            BLOCK=False, POWER=power, OF_ROWS=laid.rows, OF_COLUMNS=laid.columns, TURNED=laid.turned,
-            num_warps=WARPS,
-        )  # fmt: skip
-    return along, across
+def _launch_tiles(
+    source: Tensor, x_scale: Tensor | None, along: Quantised, across: Quantised, rows: bool, columns: bool, power: bool
+) -> None:
+    (M, K), laid = source.shape, _of(source)
+    quantise_kernel[(triton.cdiv(K, TILE), triton.cdiv(M, TILE), 1)](
+        source, source if x_scale is None else x_scale, *along, *across, M, K, 0, source.stride(0),
+        0 if x_scale is None else x_scale.stride(1), SCALED=x_scale is not None, ROWS=rows, COLUMNS=columns, BLOCK=False,
+        POWER=power, OF_ROWS=laid.rows, OF_COLUMNS=laid.columns, TURNED=laid.turned, num_warps=WARPS,
+    )  # fmt: skip
 
 
-def blocks(weight: Tensor) -> tuple[Quantised, Quantised]:
-    """As `fp8_train.blocks`."""
-    stack = weight.detach() if weight.dim() == 3 else weight.detach()[None]
-    (codes, scales), codes_t = empty_blocks(stack)
-    E, N, K = stack.shape
-    laid = WIDE if stack.element_size() > 2 else NARROW
+def _launch_blocks(stack: Tensor, codes: Tensor, codes_t: Tensor, scales: Tensor) -> None:
+    (E, N, K), laid = stack.shape, _of(stack)
     quantise_kernel[(triton.cdiv(K, TILE), triton.cdiv(N, TILE), E)](
         stack, stack, codes, scales, codes_t, scales, N, K, stack.stride(0), K, 0, SCALED=False, ROWS=False, COLUMNS=False,
         BLOCK=True, POWER=False, OF_ROWS=laid.rows, OF_COLUMNS=laid.columns, TURNED=laid.turned, num_warps=WARPS,
     )  # fmt: skip
-    if weight.dim() == 2:
-        return (codes[0], scales[0]), (codes_t[0], scales[0].mT)
-    return (codes, scales), (codes_t, scales.mT)
+
+
+def _of(source: Tensor) -> Laid:
+    return WIDE if source.element_size() > 2 else NARROW
+
+
+tiles = partial(fp8_train.tiles, launch=_launch_tiles)
+blocks = partial(fp8_train.blocks, launch=_launch_blocks)

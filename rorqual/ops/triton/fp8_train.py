@@ -10,6 +10,8 @@ Scales of tiles lie with their rows contiguous ([M, G] of strides (1, M)), as cu
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -94,36 +96,34 @@ def _tile_kernel(
         tl.store(scales_t + mb * K + k, scale, mask=k < K)
 
 
-def empty_tiles(M: int, K: int, device: torch.device) -> Quantised:
+def _empty(M: int, K: int, device: torch.device) -> Quantised:
     """Codes [M, K] and scales [M, ceil(K/128)] with rows contiguous."""
     codes = torch.empty(M, K, dtype=E4M3, device=device)
     return codes, torch.empty(triton.cdiv(K, TILE), M, dtype=torch.float32, device=device).T
 
 
-def empty_blocks(stack: Tensor) -> tuple[Quantised, Tensor]:
-    """Codes and scales of a stack of weights [E, N, K] in blocks, and codes of the transposes."""
-    E, N, K = stack.shape
-    assert stack.is_contiguous()
-    codes = torch.empty(E, N, K, dtype=E4M3, device=stack.device)
-    codes_t = torch.empty(E, K, N, dtype=E4M3, device=stack.device)
-    scales = torch.empty(E, triton.cdiv(N, TILE), triton.cdiv(K, TILE), dtype=torch.float32, device=stack.device)
-    return (codes, scales), codes_t
+def _launch_tiles(
+    source: Tensor, x_scale: Tensor | None, along: Quantised, across: Quantised, rows: bool, columns: bool, power: bool
+) -> None:
+    M, K = source.shape
+    _tile_kernel[(triton.cdiv(M, TILE), triton.cdiv(K, TILE))](
+        source, source if x_scale is None else x_scale, *along, *across, M, K, source.stride(0),
+        0 if x_scale is None else x_scale.stride(1), SCALED=x_scale is not None, ROWS=rows, COLUMNS=columns,
+        POWER=power, ROUND=not source.is_cuda, num_warps=8,
+    )  # fmt: skip
 
 
-def tiles(x: Tensor | Quantised, rows: bool, columns: bool, power: bool) -> tuple[Quantised | None, Quantised | None]:
-    """x [M, K] of any float dtype, or in tiles along K -> tiles along K, and of the transpose [K, M] along M, as asked."""
+def tiles(
+    x: Tensor | Quantised, rows: bool, columns: bool, power: bool, launch: Callable[..., None] = _launch_tiles
+) -> tuple[Quantised | None, Quantised | None]:
+    """x [M, K] of any float dtype, or in tiles along K -> tiles along K, and of the transpose [K, M] along M, as asked.
+    launch: of another kernel for the same."""
     source, x_scale = x if isinstance(x, tuple) else (x, None)
     (M, K), device = source.shape, source.device
     assert source.stride(1) == 1 and (x_scale is None or x_scale.stride(0) == 1)
-    along, across = empty_tiles(M, K, device) if rows else None, empty_tiles(K, M, device) if columns else None
-    # In the interpreter a pointer has to be one, also where it is not used.
-    (codes, scales), (codes_t, scales_t) = along or (source, source), across or (source, source)
-    if M:
-        _tile_kernel[(triton.cdiv(M, TILE), triton.cdiv(K, TILE))](
-            source, source if x_scale is None else x_scale, codes, scales, codes_t, scales_t, M, K, source.stride(0),
-            0 if x_scale is None else x_scale.stride(1), SCALED=x_scale is not None, ROWS=rows, COLUMNS=columns,
-            POWER=power, ROUND=not source.is_cuda, num_warps=8,
-        )  # fmt: skip
+    along, across = _empty(M, K, device) if rows else None, _empty(K, M, device) if columns else None
+    if M:  # in the interpreter a pointer has to be one, also where it is not used
+        launch(source, x_scale, along or (source, source), across or (source, source), rows, columns, power)
     return along, across
 
 
@@ -148,14 +148,23 @@ def _block_kernel(w, codes, codes_t, scales, N, K, stride_we, GN, GK, ROUND: tl.
     tl.store(scales + (e * GN + nb) * GK + kb + one, scale, mask=one == 0)
 
 
-def blocks(weight: Tensor) -> tuple[Quantised, Quantised]:
-    """A weight [N, K], or a stack of them [E, N, K], in blocks of 128 x 128, and its transpose in the same codes."""
-    stack = weight.detach() if weight.dim() == 3 else weight.detach()[None]
-    (codes, scales), codes_t = empty_blocks(stack)
+def _launch_blocks(stack: Tensor, codes: Tensor, codes_t: Tensor, scales: Tensor) -> None:
     E, N, K = stack.shape
     _block_kernel[(*scales.shape[1:], E)](
-        stack, codes, codes_t, scales, N, K, stack.stride(0), *scales.shape[1:], ROUND=not weight.is_cuda, num_warps=8
+        stack, codes, codes_t, scales, N, K, stack.stride(0), *scales.shape[1:], ROUND=not stack.is_cuda, num_warps=8
     )
+
+
+def blocks(weight: Tensor, launch: Callable[..., None] = _launch_blocks) -> tuple[Quantised, Quantised]:
+    """A weight [N, K], or a stack of them [E, N, K], in blocks of 128 x 128, and its transpose in the same codes. launch: of
+    another kernel for the same."""
+    stack = weight.detach() if weight.dim() == 3 else weight.detach()[None]
+    assert stack.is_contiguous()
+    E, N, K = stack.shape
+    codes = torch.empty(E, N, K, dtype=E4M3, device=weight.device)
+    codes_t = torch.empty(E, K, N, dtype=E4M3, device=weight.device)
+    scales = torch.empty(E, triton.cdiv(N, TILE), triton.cdiv(K, TILE), dtype=torch.float32, device=weight.device)
+    launch(stack, codes, codes_t, scales)
     plain, turned = (codes, scales), (codes_t, scales.mT)
     if weight.dim() == 2:
         return (codes[0], scales[0]), (codes_t[0], scales[0].mT)
